@@ -1,0 +1,68 @@
+"""What can go wrong, and how it is said: one message that names every value at fault and its remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RobustCompressError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InputError(RobustCompressError, ValueError):
+    """The caller passed something that cannot work; the message names the value and the remedy."""
+
+
+class UnsupportedModelError(InputError):
+    """The network holds layers or shapes that cannot be edited; all of them are listed, each with its reason."""
+
+
+class BudgetError(InputError):
+    """No widths meet the budget, or the model already does."""
+
+
+class ResultError(RobustCompressError):
+    """A saved result is missing, truncated, tampered with, or of a newer format."""
+
+
+class ParityError(RobustCompressError):
+    """The exported file does not compute what the model computes."""
+
+
+class Problems:
+    """Collects complaints so that the caller reads all of them at once.
+
+    Example:
+        >>> problems = Problems("compress() cannot start")
+        >>> problems.add("epochs=-1: must be positive")
+        >>> problems.raise_if_any()
+        Traceback (most recent call last):
+        ...
+        robustcompress.errors.InputError: compress() cannot start: epochs=-1: must be positive
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.items: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """Note one problem: the value at fault, then the remedy."""
+        if problem not in self.items:
+            self.items.append(problem)
+
+    def raise_if_any(self, error: type[RobustCompressError] = InputError) -> None:
+        """Raise `error` with everything noted so far, or return when nothing was."""
+        if len(self.items) == 1:
+            raise error(f"{self.title}: {self.items[0]}")
+        if self.items:
+            raise error(f"{self.title}:\n" + "\n".join(f"  - {item}" for item in self.items))
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return a hint that offers the nearest of `options`, and lists them while they are few."""
+    choices = sorted(options)
+    match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {match[0]!r}?" if match else ""
+    listed = f" (one of: {', '.join(choices)})" if len(choices) <= 12 else ""
+    return hint + listed

@@ -1,0 +1,230 @@
+"""StructuralEditor: the one way in which this package changes a network's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.structure.gates import Gates, MaskRule
+from robustcompress.structure.groups import NEW, ChannelGroup, Edit
+from robustcompress.structure.initial import INITS, fill, resolve_clones
+from robustcompress.structure.layout import Layout
+from robustcompress.structure.support import check_supported
+from robustcompress.structure.surgery import apply_gathers, copy_fresh, migrate_optimizer, plan_edit
+from robustcompress.structure.trace import trace
+from robustcompress.structure.verify import find_broken
+
+Twin = nn.Module | torch.optim.Optimizer
+
+
+class StructuralEditor:
+    """Resizes the channel groups of a network in place, and everything that must follow it.
+
+    Growing and pruning are the same edit: new channel `i` is old channel `sources[i]`, or fresh where `NEW`.
+
+        editor.resize("layer1.0.conv1", [0, 2, 3])                 # prunes
+        editor.resize("layer1.0.conv1", [0, 1, 2, 3, NEW, NEW])    # grows
+
+    The model is traced once, on a copy, and the traced structure is verified on a copy by resizing every group at once
+    and comparing with the same network whose readers ignore the dropped channels; groups for which that fails are
+    marked as not editable, with the reason. Edits keep training mode, frozen parameters, gradients and buffers.
+
+    Args:
+        model: A network of convolutions (plain, depthwise, transposed), linear layers, batch norms, PReLUs and plain
+            parameters, joined by chains, residual sums, products, concatenation, chunk and flatten.
+        example: One input batch `[N, 3, H, W]` on any device.
+        round_to: Widths must be multiples of this.
+        seed: Seeds the values of new channels.
+
+    Raises:
+        UnsupportedModelError: Naming every layer that cannot be edited, each with its reason.
+    """
+
+    def __init__(self, model: nn.Module, example: torch.Tensor, *, round_to: int = 1, seed: int = 0) -> None:
+        if round_to < 1:
+            raise InputError(f"round_to={round_to}: must be at least 1")
+        parameter = next(model.parameters(), None)
+        if parameter is not None and parameter.dtype in (torch.float32, torch.float64):
+            example = example.detach().to(parameter.device, parameter.dtype)
+        check_supported(model, example)
+        self.model = model
+        self.round_to = round_to
+        self.layout: Layout = trace(model, example)
+        self._widths = self.layout.widths()
+        self._broken = find_broken(model, self.layout, example)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._edits: list[Edit] = []
+        self._followers: list[Twin] = []
+
+    @property
+    def groups(self) -> Mapping[str, ChannelGroup]:
+        """Every channel group with its present width, in the model's order."""
+        return MappingProxyType(
+            {
+                name: replace(group, width=self._widths[name], reason=group.reason or self._broken.get(name, ""))
+                for name, group in self.layout.groups.items()
+            }
+        )
+
+    @property
+    def editable(self) -> tuple[ChannelGroup, ...]:
+        """The groups that `resize` accepts."""
+        return tuple(group for group in self.groups.values() if group.editable)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The present width of every group."""
+        return dict(self._widths)
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """Every edit so far, in order: with the reference model's factory this is the whole structure."""
+        return tuple(self._edits)
+
+    def resize(self, group: str, sources: Sequence[int], *, init: str | None = None, share: bool = False) -> Edit:
+        """Replace a group by a gather of itself.
+
+        Args:
+            group: The group's name.
+            sources: For each new channel the old one it is, or `NEW`.
+            init: How fresh channels begin; "pair" when there are any and nothing is said.
+            share: Divide the readers' weights of a channel that appears several times among its copies, so that
+                duplication changes no output.
+
+        Returns:
+            The edit, as recorded.
+
+        Raises:
+            InputError: Unknown or frozen group, a source that does not exist, an unknown `init`, or a width that is
+                zero or no multiple of `round_to`. Nothing has changed then.
+        """
+        sources = tuple(int(s) for s in sources)
+        self._validate(group, sources, init)
+        if init is None and NEW in sources:
+            init = "pair"
+        if init == "clone":
+            sources, share = resolve_clones(sources, self._generator), True
+        return self._carry_out(Edit(group, sources, init if NEW in sources or init == "clone" else None, share))
+
+    def prune(self, group: str, keep: Iterable[int]) -> Edit:
+        """Keep the channels named in `keep`, in ascending order, and drop the others."""
+        return self.resize(group, sorted(set(int(k) for k in keep)))
+
+    def grow(self, group: str, extra: int, *, init: str = "pair") -> Edit:
+        """Append `extra` new channels, begun as `init` says."""
+        if extra < 1:
+            raise InputError(f"grow({group!r}, extra={extra}): must be at least 1")
+        width = self._widths.get(group, 0)
+        return self.resize(group, [*range(width), *[NEW] * extra], init=init)
+
+    def resize_output(self, num_classes: int) -> Edit:
+        """Replace the classifier by a fresh one with `num_classes` outputs; recorded and replayed like any edit."""
+        if num_classes < 2:
+            raise InputError(f"num_classes={num_classes}: must be at least 2")
+        if not self.layout.output:
+            raise InputError("the model's output is not written by one convolution or linear layer: replace it by hand")
+        return self._carry_out(Edit(self.layout.output, (NEW,) * num_classes, "kaiming"))
+
+    def gates(self, scores: Mapping[str, torch.Tensor], rule: MaskRule | None = None) -> Gates:
+        """Open a context in which the groups named in `scores` are gated where they are read.
+
+        Args:
+            scores: Per group, its first scores `[C]`; each becomes a parameter on the model's device.
+            rule: Turns a group's scores into gate values (see `gates.top_k_mask`); the scores themselves by default.
+
+        Raises:
+            InputError: A group that does not exist or cannot be edited, or scores of the wrong length.
+        """
+        problems = Problems("the gates were refused")
+        groups = self.groups
+        for name, values in scores.items():
+            if name not in groups:
+                problems.add(f"there is no channel group {name!r}{nearest(name, groups)}")
+            elif groups[name].reason:
+                problems.add(f"group {name!r} cannot be edited: {groups[name].reason}")
+            elif values.shape != (groups[name].width,):
+                problems.add(
+                    f"group {name!r} needs {groups[name].width} scores; these have shape {tuple(values.shape)}"
+                )
+        problems.raise_if_any()
+        device = next(self.model.parameters()).device
+        parameters = {
+            name: nn.Parameter(values.detach().clone().to(device, torch.float32)) for name, values in scores.items()
+        }
+        return Gates(self.model, self.layout, self._widths, parameters, rule)
+
+    def follow(self, *twins: Twin) -> None:
+        """Have every later edit also carried out on these optimizers and twins (EMA models, proxies)."""
+        self._followers.extend(t for t in twins if not any(t is known for known in self._followers))
+
+    def unfollow(self, *twins: Twin) -> None:
+        """Stop following; twins that are not followed are ignored."""
+        self._followers = [known for known in self._followers if not any(known is t for t in twins)]
+
+    @classmethod
+    def replay(cls, model: nn.Module, example: torch.Tensor, edits: Iterable[Edit]) -> StructuralEditor:
+        """Carry a list of edits out on a fresh reference model, in place.
+
+        New channels get arbitrary values: load the saved weights afterwards, with `strict=True`.
+
+        Returns:
+            The editor, ready for more edits.
+
+        Raises:
+            InputError: If an edit does not fit this model.
+        """
+        editor = cls(model, example)
+        for edit in edits:
+            if edit.group != editor.layout.output:
+                # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
+                editor._validate(edit.group, edit.sources, None)
+            editor._carry_out(edit)
+        return editor
+
+    def _carry_out(self, edit: Edit) -> Edit:
+        tensors = plan_edit(self.model, self.layout, self._widths, edit)
+        new_widths = {**self._widths, edit.group: len(edit.sources)}
+        replaced = apply_gathers(self.model, self.layout, self._widths, edit)
+        fill(self.model, self.layout, new_widths, edit, tensors, self._generator)
+        for twin in self._followers:
+            if isinstance(twin, torch.optim.Optimizer):
+                migrate_optimizer(twin, replaced)
+            else:
+                inner = twin.module if isinstance(twin, AveragedModel) else twin
+                apply_gathers(inner, self.layout, self._widths, edit)
+                copy_fresh(inner, self.model, tensors)
+        self._widths = new_widths
+        self._edits.append(edit)
+        return edit
+
+    def _validate(self, name: str, sources: tuple[int, ...], init: str | None) -> None:
+        problems = Problems("the edit was refused")
+        groups = self.groups
+        if name not in groups:
+            problems.add(f"there is no channel group {name!r}{nearest(name, groups)}")
+        elif groups[name].reason:
+            problems.add(f"group {name!r} cannot be edited: {groups[name].reason}")
+        else:
+            width = self._widths[name]
+            wrong = sorted({s for s in sources if s != NEW and not 0 <= s < width})
+            if wrong:
+                problems.add(f"group {name!r} has channels 0 to {width - 1}; there is no channel {wrong[0]}")
+            if len(sources) < groups[name].min_width:
+                problems.add(
+                    f"group {name!r} would have {len(sources)} channels left; keep at least {groups[name].min_width}"
+                )
+            if len(sources) % self.round_to:
+                problems.add(
+                    f"group {name!r} would have {len(sources)} channels, which is no multiple of round_to={self.round_to}"
+                )
+            if init == "clone" and all(s == NEW for s in sources):
+                problems.add(f"group {name!r}: init='clone' needs at least one existing channel to copy")
+        if init is not None and init not in INITS:
+            problems.add(f"init={init!r} does not exist{nearest(init, INITS)}")
+        problems.raise_if_any()

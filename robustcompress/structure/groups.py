@@ -1,0 +1,138 @@
+"""Plain data that says which tensor slices change together. Holds names, never modules, so it outlives edits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Side = Literal["out", "in", "both", "param"]
+Kind = Literal["hidden", "residual", "concat", "split", "output", "frozen"]
+
+NEW = -1
+"""The source of a channel that did not exist before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One side of one layer: what a convolution writes ("out"), reads ("in"), or what a batch norm does both with.
+
+    Attributes:
+        module: Qualified module name; for a plain parameter, the parameter's qualified name.
+        side: "out", "in", "both" (batch norm, depthwise convolution, PReLU), or "param".
+    """
+
+    module: str
+    side: Side
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of positions along an axis that holds each channel of one group once, in order, or of none.
+
+    A group may have several runs on one axis: a convolution in front of a two-way chunk writes two.
+
+    Attributes:
+        group: The group's name; None for positions that never change (for example the image's own channels).
+        copies: Positions per channel, side by side: 1 usually, H*W behind a flatten.
+        fixed: The number of positions, for a run that belongs to no group.
+    """
+
+    group: str | None
+    copies: int = 1
+    fixed: int = 0
+
+    def positions(self, width: int) -> int:
+        """The number of positions this run takes while the group has `width` channels."""
+        return width * self.copies if self.group is not None else self.fixed
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelGroup:
+    """Channels that are written, normalised and read together, so that they can only change together.
+
+    Attributes:
+        name: The first layer that writes the group, in the model's own order ("layer1.0.conv1").
+        width: The number of channels now.
+        kind: "hidden" (one writer), "residual" (several, joined by addition or product), "concat" (read beside other
+            groups on one axis), "split" (one writer, several equal parts), "output" (the model's logits), or "frozen".
+        writers: Layers whose output axis holds the group.
+        readers: Layers whose input axis holds it.
+        passers: Layers and parameters through which each channel passes by itself.
+        min_width: The fewest channels it can have.
+        reason: Why the group cannot be edited; empty when it can.
+    """
+
+    name: str
+    width: int
+    kind: Kind
+    writers: tuple[Axis, ...]
+    readers: tuple[Axis, ...]
+    passers: tuple[Axis, ...]
+    min_width: int = 1
+    reason: str = ""
+
+    @property
+    def editable(self) -> bool:
+        """Whether `resize` accepts this group."""
+        return not self.reason
+
+    @property
+    def members(self) -> tuple[Axis, ...]:
+        """Every axis that changes with the group: writers, passers, then readers."""
+        return self.writers + self.passers + self.readers
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One structural edit, as it is replayed and saved: new channel `i` is old channel `sources[i]`, or fresh where `NEW`.
+
+    Attributes:
+        group: The group's name.
+        sources: Old channel numbers, in their new order.
+        init: How fresh channels began ("pair", "zero_out", "clone", "kaiming"); None for a pure gather.
+        share: Whether a channel that appears several times divides its readers' weights among its copies (Net2Wider).
+    """
+
+    group: str
+    sources: tuple[int, ...]
+    init: str | None = None
+    share: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The edit as plain JSON; runs of consecutive sources are kept as [first, last] pairs."""
+        return {"group": self.group, "sources": _pack(self.sources), "init": self.init, "share": self.share}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Edit:
+        """Read what `to_json` wrote."""
+        return cls(str(data["group"]), _unpack(data["sources"]), data.get("init"), bool(data.get("share", False)))
+
+
+def _pack(sources: tuple[int, ...]) -> list[int | list[int]]:
+    packed: list[int | list[int]] = []
+    start = 0
+    while start < len(sources):
+        stop = start
+        step = 0 if sources[start] == NEW else 1
+        while stop + 1 < len(sources) and sources[stop + 1] == sources[stop] + step:
+            stop += 1
+        if step and stop > start:
+            packed.append([sources[start], sources[stop]])
+        elif not step and stop > start:
+            packed.append([NEW, stop - start + 1])  # a run of fresh channels: [-1, how many]
+        else:
+            packed.append(sources[start])
+        start = stop + 1
+    return packed
+
+
+def _unpack(packed: list[int | list[int]]) -> tuple[int, ...]:
+    sources: list[int] = []
+    for item in packed:
+        if isinstance(item, int):
+            sources.append(item)
+        elif item[0] == NEW:
+            sources.extend([NEW] * item[1])
+        else:
+            sources.extend(range(item[0], item[1] + 1))
+    return tuple(sources)

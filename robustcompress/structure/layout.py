@@ -1,0 +1,109 @@
+"""Where each group's channels lie on each axis: the arithmetic between channels and positions, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from robustcompress.structure.groups import Axis, ChannelGroup, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The structure of a network, by name.
+
+    Attributes:
+        groups: Every channel group, in the model's own order.
+        axes: For each axis that a group touches, the runs it is made of, in order.
+        param_dims: For each plain parameter that holds channels, the dimension they lie along.
+        output: The name of the group that holds the logits.
+    """
+
+    groups: Mapping[str, ChannelGroup]
+    axes: Mapping[Axis, tuple[Segment, ...]]
+    param_dims: Mapping[str, int]
+    output: str
+
+    def widths(self) -> dict[str, int]:
+        """The traced width of every group."""
+        return {name: group.width for name, group in self.groups.items()}
+
+    def axis_width(self, axis: Axis, widths: Mapping[str, int]) -> int:
+        """The number of positions along `axis` when the groups have these `widths`."""
+        return sum(s.positions(widths[s.group] if s.group is not None else 0) for s in self.axes[axis])
+
+    def index(self, axis: Axis, group: str, sources: Sequence[int], widths: Mapping[str, int]) -> torch.Tensor:
+        """Turn an edit of channels into a gather of positions.
+
+        Args:
+            axis: The axis to gather.
+            group: The group that changes.
+            sources: Its new channels, as old channel numbers or `NEW`.
+            widths: The widths of all groups *before* the edit.
+
+        Returns:
+            Int64 `[new positions]`: old positions, or -1 where a channel is fresh.
+        """
+        channels = torch.as_tensor(sources, dtype=torch.long)
+        pieces: list[torch.Tensor] = []
+        offset = 0
+        for segment in self.axes[axis]:
+            width = widths[segment.group] if segment.group is not None else 0
+            span = segment.positions(width)
+            if segment.group == group:
+                pieces.append(_positions(segment, channels, offset))
+            else:
+                pieces.append(torch.arange(offset, offset + span))
+            offset += span
+        return torch.cat(pieces)
+
+    def owners(self, axis: Axis, group: str, widths: Mapping[str, int]) -> torch.Tensor:
+        """Int64 `[positions]`: the channel of `group` that owns each position of `axis`, or -1 where another does."""
+        pieces: list[torch.Tensor] = []
+        for segment in self.axes[axis]:
+            width = widths[segment.group] if segment.group is not None else 0
+            if segment.group == group:
+                pieces.append(spread(torch.arange(width), segment))
+            else:
+                pieces.append(torch.full((segment.positions(width),), -1, dtype=torch.long))
+        return torch.cat(pieces)
+
+
+def spread(values: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """Lay one value a channel (`[C]`) out over the positions of a segment (`[C * copies]`), keeping gradients."""
+    return values if segment.copies == 1 else values.repeat_interleave(segment.copies)
+
+
+def _positions(segment: Segment, channels: torch.Tensor, offset: int) -> torch.Tensor:
+    positions = offset + channels[:, None] * segment.copies + torch.arange(segment.copies)[None, :]
+    return positions.masked_fill((channels < 0)[:, None], -1).flatten()
+
+
+def runs(owners: Sequence[tuple[str, int] | None], widths: Mapping[str, int]) -> tuple[Segment, ...] | None:
+    """Read the owners of an axis's positions, in order, as segments.
+
+    Args:
+        owners: For each position, (group, channel), or None where no group owns it.
+        widths: The width of each group.
+
+    Returns:
+        The segments, or None when some group's channels do not lie in their order.
+    """
+    segments: list[Segment] = []
+    start = 0
+    while start < len(owners):
+        head, stop = owners[start], start
+        while stop < len(owners) and owners[stop] == head:
+            stop += 1
+        if head is None:
+            segments.append(Segment(None, fixed=stop - start))
+        else:
+            name, copies = head[0], stop - start
+            stop = start + copies * widths[name]
+            if list(owners[start:stop]) != [(name, c) for c in range(widths[name]) for _ in range(copies)]:
+                return None
+            segments.append(Segment(name, copies))
+        start = stop
+    return tuple(segments)

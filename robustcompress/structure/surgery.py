@@ -1,0 +1,171 @@
+"""One record, many twins: carries an edit out on a network, its optimizers, and every copy that must keep its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from robustcompress.structure.groups import NEW, Axis, Edit, Side
+from robustcompress.structure.kinds import gather, kind_of, set_width, slots_of
+from robustcompress.structure.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEdit:
+    """The gather of one tensor along one dimension.
+
+    Attributes:
+        owner: Qualified name of the module that owns the tensor ("" for a plain parameter of the root).
+        tensor: The tensor's name in its owner.
+        dim: The dimension that is gathered.
+        index: Int64 `[new length]`, old positions or -1.
+        scale: `[new length]` factors, or None; only for readers of shared copies.
+        axis: The axis this tensor lies on.
+        role: The layer kind's name ("dense", "norm", "depthwise", "prelu"), or "param".
+    """
+
+    owner: str
+    tensor: str
+    dim: int
+    index: torch.Tensor
+    scale: torch.Tensor | None
+    axis: Axis
+    role: str
+
+    @property
+    def side(self) -> Side:
+        """Whether the tensor writes, reads, or passes the channels."""
+        return self.axis.side
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A parameter that gave way to another, and the gather that leads from one to the other."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    edit: TensorEdit
+
+
+def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit: Edit) -> list[TensorEdit]:
+    """List the gathers that carry `edit` out: readers first, so that new writer rows also span new columns."""
+    group = layout.groups[edit.group]
+    share = _sharing(edit) if edit.share else None
+    tensors: list[TensorEdit] = []
+    for axis in group.readers + group.passers + group.writers:
+        index = layout.index(axis, edit.group, edit.sources, widths)
+        if axis.side == "param":
+            owner, _, name = axis.module.rpartition(".")
+            tensors.append(TensorEdit(owner, name, layout.param_dims[axis.module], index, None, axis, "param"))
+            continue
+        scale = None
+        if share is not None and axis.side == "in":
+            new_widths = {**widths, edit.group: len(edit.sources)}
+            owners = layout.owners(axis, edit.group, new_widths)
+            scale = torch.where(owners >= 0, share[owners.clamp_min(0)], torch.ones(()))
+        module = model.get_submodule(axis.module)
+        kind = kind_of(module)
+        assert kind is not None
+        tensors.extend(
+            TensorEdit(axis.module, name, dim, index, scale, axis, kind.name)
+            for name, dim in slots_of(module, axis.side)
+        )
+    return tensors
+
+
+def _sharing(edit: Edit) -> torch.Tensor:
+    sources = torch.tensor(edit.sources)
+    counts = (sources[:, None] == sources[None, :]).sum(1)
+    return torch.where(sources == NEW, torch.ones(()), 1.0 / counts)
+
+
+@torch.no_grad()
+def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit: Edit) -> list[Replaced]:
+    """Gather every tensor of the group in place of itself; fresh entries are zero until they are given values.
+
+    Args:
+        model: The network, or a twin with the same module names.
+        layout: Its structure.
+        widths: The widths of all groups before the edit.
+        edit: What to do.
+
+    Returns:
+        The parameters that were replaced, in order; one replaced twice (a layer that reads and writes its own group)
+        is listed twice.
+    """
+    replaced: list[Replaced] = []
+    for tensor in plan_edit(model, layout, widths, edit):
+        owner = model.get_submodule(tensor.owner)
+        old = getattr(owner, tensor.tensor)
+        data = _gathered(old, tensor)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(data, requires_grad=old.requires_grad)
+            new.__dict__.update(old.__dict__)
+            if old.grad is not None:
+                new.grad = gather(old.grad, tensor.dim, tensor.index)
+            setattr(owner, tensor.tensor, new)
+            replaced.append(Replaced(old, new, tensor))
+        else:
+            setattr(owner, tensor.tensor, data)
+    new_widths = {**widths, edit.group: len(edit.sources)}
+    for axis in layout.groups[edit.group].members:
+        if axis.side != "param":
+            set_width(model.get_submodule(axis.module), axis.side, layout.axis_width(axis, new_widths))
+    return replaced
+
+
+def _gathered(old: torch.Tensor, tensor: TensorEdit) -> torch.Tensor:
+    data = gather(old.detach(), tensor.dim, tensor.index)
+    if tensor.scale is not None:
+        shape = [1] * data.dim()
+        shape[tensor.dim] = -1
+        data = data * tensor.scale.to(data).view(shape)
+    return data
+
+
+@torch.no_grad()
+def copy_fresh(twin: nn.Module, model: nn.Module, edits: list[TensorEdit]) -> None:
+    """Give the fresh entries of `twin` the values they have in `model`, so that both began alike."""
+    for tensor in edits:
+        fresh = (tensor.index < 0).nonzero().flatten()
+        if len(fresh) == 0:
+            continue
+        target = getattr(twin.get_submodule(tensor.owner), tensor.tensor)
+        source = getattr(model.get_submodule(tensor.owner), tensor.tensor)
+        fresh = fresh.to(target.device)
+        target.index_copy_(tensor.dim, fresh, source.to(target).index_select(tensor.dim, fresh))
+
+
+@torch.no_grad()
+def migrate_optimizer(optimizer: torch.optim.Optimizer, replaced: list[Replaced]) -> None:
+    """Put the new parameters in the place of the old ones; old moments are kept bit for bit, new channels start at zero.
+
+    Args:
+        optimizer: Any optimizer whose state tensors have the shape of their parameter (SGD, Adam, AdamW...).
+        replaced: What `apply_gathers` returned.
+    """
+    for step in replaced:
+        for param_group in optimizer.param_groups:
+            param_group["params"] = [step.new if p is step.old else p for p in param_group["params"]]
+        if step.old not in optimizer.state:
+            continue
+        index = _first_occurrences(step.edit.index)
+        optimizer.state[step.new] = {
+            key: gather(value, step.edit.dim, index)
+            if isinstance(value, torch.Tensor) and value.shape == step.old.shape
+            else value
+            for key, value in optimizer.state.pop(step.old).items()
+        }
+
+
+def _first_occurrences(index: torch.Tensor) -> torch.Tensor:
+    """Keep each source once: a copy of a channel starts without the moments of its original."""
+    seen: set[int] = set()
+    kept: list[int] = []
+    for source in index.tolist():
+        kept.append(-1 if source in seen else source)
+        seen.add(source)
+    return torch.tensor(kept, dtype=torch.long)

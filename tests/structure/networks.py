@@ -1,0 +1,161 @@
+"""Networks made of every join the editor claims to know, drawn at random."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+EXAMPLE = torch.zeros(2, 3, 8, 8)
+
+
+class Chain(nn.Module):
+    def __init__(self, c: int, out: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.out = nn.Conv2d(c, out, 3, padding=1), nn.BatchNorm2d(out), out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Residual(nn.Module):
+    def __init__(self, c: int, hidden: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden)
+        self.conv2, self.bn2 = nn.Conv2d(hidden, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
+        self.out = c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class Bare(nn.Module):
+    """A residual block of one convolution: it reads and writes the same group."""
+
+    def __init__(self, c: int, _: int) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(c, c, 1), c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x)
+
+
+class Projected(nn.Module):
+    def __init__(self, c: int, out: int) -> None:
+        super().__init__()
+        self.main, self.short, self.out = nn.Conv2d(c, out, 3, padding=1), nn.Conv2d(c, out, 1), out
+        self.bn = nn.BatchNorm2d(out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn(self.main(x)) + self.short(x))
+
+
+class Dense(nn.Module):
+    def __init__(self, c: int, extra: int) -> None:
+        super().__init__()
+        self.norm, self.conv, self.out = nn.BatchNorm2d(c), nn.Conv2d(c, extra, 3, padding=1), c + extra
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, self.conv(F.relu(self.norm(x)))], 1)
+
+
+class Inverted(nn.Module):
+    def __init__(self, c: int, hidden: int) -> None:
+        super().__init__()
+        self.expand, self.bn1 = nn.Conv2d(c, hidden, 1, bias=False), nn.BatchNorm2d(hidden)
+        self.depth, self.bn2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden), nn.BatchNorm2d(hidden)
+        self.project, self.out = nn.Conv2d(hidden, c, 1), c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.project(F.relu6(self.bn2(self.depth(F.relu6(self.bn1(self.expand(x)))))))
+
+
+class Squeeze(nn.Module):
+    def __init__(self, c: int, hidden: int) -> None:
+        super().__init__()
+        self.down, self.up, self.out = nn.Conv2d(c, hidden, 1), nn.Conv2d(hidden, c, 1), c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+class Chunked(nn.Module):
+    def __init__(self, c: int, half: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.out = nn.Conv2d(c, 2 * half, 1), nn.BatchNorm2d(2 * half), half
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.bn(self.conv(x)).chunk(2, 1)
+        return a * torch.sigmoid(b)
+
+
+class Scaled(nn.Module):
+    def __init__(self, c: int, _: int) -> None:
+        super().__init__()
+        self.scale, self.act, self.out = nn.Parameter(torch.rand(c, 1, 1) + 0.5), nn.PReLU(c), c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(x * self.scale)
+
+
+class Upsampled(nn.Module):
+    def __init__(self, c: int, out: int) -> None:
+        super().__init__()
+        self.up, self.out = nn.ConvTranspose2d(c, out, 2, stride=2), out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(F.relu(self.up(x)), 2)
+
+
+BLOCKS = (Chain, Residual, Bare, Projected, Dense, Inverted, Squeeze, Chunked, Scaled, Upsampled)
+
+
+class Net(nn.Module):
+    def __init__(self, blocks: list[tuple[int, int]], head: str, stem: int) -> None:
+        super().__init__()
+        self.stem = Chain(3, stem)
+        width, layers = stem, []
+        for number, size in blocks:
+            layers.append(BLOCKS[number](width, size))
+            width = layers[-1].out
+        self.blocks, self.head = nn.Sequential(*layers), head
+        if head == "pool":
+            self.fc = nn.Linear(width, 5)
+        elif head == "flatten":
+            self.hidden, self.act = nn.Linear(width * 4, 6), nn.PReLU()
+            self.fc = nn.Linear(6, 5)
+        else:
+            self.fc = nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.stem(x))
+        if self.head == "pool":
+            return self.fc(x.mean((2, 3)))
+        if self.head == "flatten":
+            x = torch.flatten(F.adaptive_avg_pool2d(x, 2), 1)
+            return self.fc(self.act(self.hidden(x)))
+        return torch.flatten(F.adaptive_avg_pool2d(F.relu(self.fc(x)), 1), 1)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Net:
+    """A random network with random weights and batch-norm statistics, in eval mode, double precision."""
+    blocks = draw(st.lists(st.tuples(st.integers(0, len(BLOCKS) - 1), st.integers(2, 5)), min_size=1, max_size=3))
+    head = draw(st.sampled_from(["pool", "flatten", "conv"]))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    net = Net(blocks, head, draw(st.integers(2, 5)))
+    return randomise(net)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give batch norms statistics that shift and scale, so that leaks show; double precision, eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return model.double().eval()
+
+
+def images(n: int = 4, size: int = 8) -> torch.Tensor:
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
