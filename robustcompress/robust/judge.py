@@ -1,0 +1,141 @@
+"""How attacks are judged: the model looks again at whatever an attack returns, within the ball."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustcompress.robust.attacks import AttackSpec
+from robustcompress.robust.report import AttackResult
+from robustcompress.robust.threat import ThreatModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationProgress:
+    """Where an evaluation stands; handed to `progress` after each batch, and after each chunk of AutoAttack.
+
+    Attributes:
+        attack: Name of the attack that runs.
+        done: Images it has judged.
+        total: Images it is to judge.
+        accuracy: Share of the judged images that are still right.
+        seconds: Wall time since this attack began.
+    """
+
+    attack: str
+    done: int
+    total: int
+    accuracy: float
+    seconds: float
+
+
+Progress = Callable[[EvaluationProgress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """What all attacks of one evaluation share: the model and the images, and the last word on both.
+
+    Attributes:
+        model: In eval mode, on `device`.
+        pixels: uint8 or float, [N, 3, H, W], in the order judged, on any device.
+        labels: int64 [N].
+        threat: What the adversary may do.
+        batch_size: Images a batch.
+        device: Where the model works.
+        seed: Seed of the attacks.
+        progress: Called after each batch.
+    """
+
+    model: nn.Module
+    pixels: Tensor
+    labels: Tensor
+    threat: ThreatModel
+    batch_size: int
+    device: torch.device
+    seed: int
+    progress: Progress | None
+
+    def batch(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Return images as float32 and their labels, both on the device."""
+        index = which.to(self.pixels.device) if isinstance(which, Tensor) else which
+        return as_float(self.pixels[index], self.device), self.labels[index].to(self.device)
+
+    def clean(self) -> AttackResult:
+        """Judge the images as they are."""
+        began = time.perf_counter()
+        parts: list[Tensor] = []
+        for at in range(0, len(self.labels), self.batch_size):
+            x, y = self.batch(slice(at, at + self.batch_size))
+            parts.append(self._right(x, y))
+            self.report("clean", torch.cat(parts), len(self.labels), began)
+        return AttackResult(name="clean", correct=torch.cat(parts), seconds=time.perf_counter() - began)
+
+    def attack(self, spec: AttackSpec, clean: Tensor) -> AttackResult:
+        """Attack what the clean model gets right; `clean` are its flags."""
+        began = time.perf_counter()
+        correct = clean.clone()
+        # On the CPU whatever the device, so that a seed means the same starts everywhere.
+        generator = torch.Generator().manual_seed(self.seed)
+        furthest = 0.0
+        for at in range(0, len(clean), self.batch_size):
+            which = at + clean[at : at + self.batch_size].nonzero().flatten()
+            if len(which):
+                x, y = self.batch(which)
+                x_adv = spec.perturb(self.model, x, y, self.threat, generator=generator)
+                x_adv = self.threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
+                furthest = max(furthest, self.furthest(x_adv, x))
+                correct[which] = self._right(x_adv, y)
+            done = min(at + self.batch_size, len(clean))
+            self.report(spec.name, correct[:done], len(clean), began)
+        seconds = time.perf_counter() - began
+        return AttackResult(name=spec.name, correct=correct, seconds=seconds, max_perturbation=furthest)
+
+    def furthest(self, x_adv: Tensor, x: Tensor) -> float:
+        """Measure the largest perturbation, and refuse one that no rounding explains."""
+        size = float(self.threat.size(x_adv, x).max())
+        low, high = self.threat.bounds
+        assert size <= self.threat.limit, f"an attack left the ball: {size} > {self.threat.eps}"
+        assert low <= float(x_adv.min()) and float(x_adv.max()) <= high, "an attack left the bounds"
+        return size
+
+    def report(self, name: str, judged: Tensor, total: int, began: float) -> None:
+        """Tell `progress` about the flags `judged` so far."""
+        if self.progress is not None and len(judged):
+            self.progress(
+                EvaluationProgress(
+                    attack=name,
+                    done=len(judged),
+                    total=total,
+                    accuracy=float(judged.float().mean()),
+                    seconds=time.perf_counter() - began,
+                )
+            )
+
+    def _right(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self.model(x)
+        return (logits.argmax(1) == y).cpu()
+
+
+def as_float(pixels: Tensor, device: torch.device) -> Tensor:
+    """Return pixels as float32 on the device; uint8 0..255 become [0, 1]."""
+    if pixels.dtype == torch.uint8:
+        return pixels.to(device).float().div_(255)
+    return pixels.to(device, torch.float32)
+
+
+def hash_of(*tensors: Tensor) -> str:
+    """Return the SHA-256 of the tensors' types, shapes and values, in order; layout and device do not matter."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from robustcompress.errors import InputError
+from robustcompress.robust import AutoAttackConfig, ThreatModel, evaluate
+from robustcompress.robust.autoattack import autoattack, suite_for
+from robustcompress.robust.chunks import model_sha256
+
+QUICK = AutoAttackConfig(apgd_iterations=8, fab_iterations=5, square_queries=40)
+THREAT = ThreatModel("linf", 0.03)
+
+
+def run(model, images, threat=THREAT, *, classes=4, **more):
+    y = model(images).argmax(1)
+    return autoattack(model, images, y, threat, num_classes=classes, config=QUICK, **more)
+
+
+def quick(model, images, **options):
+    y = model(images).argmax(1)
+    options = {"autoattack_config": QUICK, "device": "cpu", **options}
+    return evaluate(model, (images, y), THREAT, attacks=("autoattack",), **options)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_any_number_of_classes_runs_and_stays_in_the_ball(mlp, images, classes, norm):
+    model, threat = mlp(classes, gain=3.0), ThreatModel(norm, 0.02 if norm == "linf" else 0.2)
+    y = model(images).argmax(1)
+    outcome = autoattack(model, images, y, threat, num_classes=classes, config=QUICK)
+    assert torch.equal(model(outcome.x_adv).argmax(1) == y, outcome.correct)
+    assert (threat.size(outcome.x_adv, images) <= threat.limit).all()
+    assert outcome.x_adv.min() >= 0 and outcome.x_adv.max() <= 1
+    assert torch.equal(outcome.x_adv[outcome.correct], images[outcome.correct])
+    assert sum(outcome.broken_by.values()) == int((~outcome.correct).sum()) > 0
+    assert tuple(outcome.broken_by) == suite_for(classes).attacks
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_on_a_linear_model_it_breaks_exactly_what_can_be_broken(images, classes):
+    torch.manual_seed(0)
+    layer = nn.Linear(192, classes)
+    model = nn.Sequential(nn.Flatten(), layer).eval()
+    x = 0.2 + 0.6 * images  # away from the bounds, where the margin changes by eps * |w_y - w_k|_1
+    y = model(x).argmax(1)
+    logits, weight = model(x).detach(), layer.weight.detach()
+    distance = torch.full((24,), torch.inf)
+    for k in range(classes):
+        gap = (logits[torch.arange(24), y] - logits[:, k]) / (weight[y] - weight[k]).abs().sum(1)
+        distance = torch.where(y == k, distance, torch.minimum(distance, gap))
+    eps = float(distance.median())
+    config = AutoAttackConfig(apgd_iterations=30, fab_iterations=20, square_queries=20)
+    clear = (distance / eps - 1).abs() > 0.02
+    outcome = autoattack(model, x, y, ThreatModel("linf", eps), num_classes=classes, config=config)
+    assert torch.equal(outcome.correct[clear], (distance > eps)[clear])
+
+
+def test_suites():
+    assert suite_for(10).name == suite_for(100).name == "standard"
+    assert suite_for(10).attacks == ("apgd-ce", "apgd-t", "fab-t", "square")
+    assert (suite_for(10).targets, suite_for(7).targets, suite_for(2).targets) == (9, 6, 1)
+    assert suite_for(7).name == "standard with all 6 target classes"
+    assert suite_for(3).attacks == ("apgd-ce", "apgd-dlr", "fab-t", "square")
+    assert suite_for(2).attacks == ("apgd-ce", "fab-t", "square")
+    assert "adapted to 2 classes" in suite_for(2).name
+    assert suite_for(10, AutoAttackConfig(chunk_size=7)).name == "standard"
+    assert suite_for(10, AutoAttackConfig(square_queries=7)).name == "custom (square_queries=7)"
+
+
+def test_standard_parameters_are_the_packages_own(mlp):
+    """Under the defaults nothing that the adapter sets may differ from `version="standard"`."""
+    from pyautoattack import AutoAttack
+
+    from robustcompress.robust.autoattack import _adversary
+
+    model = mlp(10)
+    ours = _adversary(model, ThreatModel(), suite_for(10), AutoAttackConfig(), 0, torch.device("cpu"))
+    theirs = AutoAttack(model, norm="Linf", eps=8 / 255, seed=0, version="standard")
+    assert ours.attacks_to_run == theirs.attacks_to_run
+    for part in ("apgd", "apgd_targeted", "fab", "square"):
+        for key, value in vars(getattr(theirs, part)).items():
+            if key not in ("model", "predict", "logger", "device"):
+                assert getattr(getattr(ours, part), key) == value, (part, key)
+
+
+def test_nothing_around_it_is_disturbed(convnet, images, capfd, caplog):
+    def tracer(frame, event, arg):
+        return None
+
+    convnet.eval()
+    convnet[0].weight.requires_grad_(False)
+    convnet[5].weight.grad = torch.full_like(convnet[5].weight, 7.0)
+    torch.manual_seed(11)
+    state = torch.random.get_rng_state()
+    logger = logging.getLogger("auto-attack")
+    before, weights = sys.gettrace(), {k: v.clone() for k, v in convnet.state_dict().items()}
+    sys.settrace(tracer)
+    try:
+        with caplog.at_level(logging.DEBUG):
+            run(convnet, images)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not logger.disabled
+    assert (capfd.readouterr().out, caplog.records) == ("", [])
+    assert [p.requires_grad for p in convnet.parameters()] == [False, True, True, True, True]
+    assert (convnet[5].weight.grad == 7).all()
+    assert all(p.grad is None for name, p in convnet.named_parameters() if name != "5.weight")
+    assert all(torch.equal(weights[k], v) for k, v in convnet.state_dict().items())
+
+
+def test_what_it_disturbs_is_given_back_after_an_error_too(mlp, images):
+    model = mlp(4)
+
+    def fail(module, inputs, output):
+        if torch.is_grad_enabled():
+            raise KeyError("in the middle")
+
+    model.register_forward_hook(fail)
+    before = sys.gettrace()
+    with torch.no_grad(), pytest.raises(KeyError):
+        run(model, images)
+    assert sys.gettrace() is before
+    assert not logging.getLogger("auto-attack").disabled
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_attack_that_cheats_is_not_believed(mlp, images, monkeypatch):
+    from pyautoattack import AutoAttack
+
+    def cheat(self, x, y, *, batch_size):
+        far = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+        far[::2] = float("nan")
+        return far, y
+
+    monkeypatch.setattr(AutoAttack, "run_standard_evaluation", cheat)
+    outcome = run(mlp(4), images, ThreatModel("linf", 1e-5))
+    assert outcome.x_adv.isfinite().all()
+    assert (outcome.x_adv - images).abs().max() <= 1.1e-5
+    assert outcome.correct.all()
+
+
+def test_seed_decides(mlp, images):
+    model = mlp(4, gain=3.0)
+    first, second, third = (run(model, images, seed=seed).x_adv for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+def test_only_images_still_right_are_attacked(mlp, images, count):
+    model = mlp(4)
+    wrong = (model(images).argmax(1) + 1) % 4
+    counter = count(model)
+    outcome = autoattack(model, images, wrong, THREAT, num_classes=4, config=QUICK)
+    assert not outcome.correct.any()
+    assert counter.calls == 1
+
+
+def test_chunks_are_what_the_adapter_gives_for_each(mlp, images):
+    model = mlp(4, gain=3.0)
+    config = AutoAttackConfig(apgd_iterations=8, fab_iterations=5, square_queries=40, chunk_size=7)
+    report = quick(model, images, autoattack_config=config)
+    x = images[report.indices]
+    y = model(x).argmax(1)
+    flags = torch.cat(
+        [
+            autoattack(model, x[at : at + 7], y[at : at + 7], THREAT, num_classes=4, config=config).correct
+            for at in range(0, 24, 7)
+        ]
+    )
+    assert torch.equal(report.result("autoattack").correct, flags)
+    assert 0 < report.result("autoattack").max_perturbation <= THREAT.limit
+
+
+def test_a_stopped_evaluation_goes_on(mlp, images, count, tmp_path):
+    model = mlp(4, gain=3.0)
+    config = AutoAttackConfig(apgd_iterations=8, fab_iterations=5, square_queries=40, chunk_size=6)
+    whole = quick(model, images, autoattack_config=config)
+
+    def stop(progress):
+        if progress.attack == "autoattack" and progress.done == 12:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "new" / "folder"
+    with pytest.raises(KeyboardInterrupt):
+        quick(model, images, autoattack_config=config, resume_dir=folder, progress=stop)
+    assert len(list(folder.glob("autoattack-*.json"))) == 2
+
+    counter = count(model)
+    rest = quick(model, images, autoattack_config=config, resume_dir=folder)
+    second_half = counter.calls
+    counter.calls = 0
+    again = quick(model, images, autoattack_config=config, resume_dir=folder)
+    nothing = counter.calls
+    assert nothing < 10 < second_half  # the clean pass and the checks are all that is left
+    for report in (rest, again):
+        assert torch.equal(report.result("autoattack").correct, whole.result("autoattack").correct)
+        assert report.result("autoattack").broken_by == whole.result("autoattack").broken_by
+    assert not list(folder.glob("*.partial"))
+
+
+def test_more_images_reuse_the_chunks_of_fewer(mlp, images, count, tmp_path):
+    model = mlp(4)
+    config = AutoAttackConfig(apgd_iterations=4, fab_iterations=2, square_queries=5, chunk_size=6)
+    quick(model, images, autoattack_config=config, resume_dir=tmp_path, autoattack_images=12)
+    kept = {path: path.read_text() for path in tmp_path.iterdir()}
+    report = quick(model, images, autoattack_config=config, resume_dir=tmp_path)
+    assert report.result("autoattack").n == 24
+    assert len(list(tmp_path.iterdir())) == 4
+    assert all(path.read_text() == text for path, text in kept.items())
+
+
+@pytest.mark.parametrize("change", ["weights", "images", "seed", "config"])
+def test_kept_chunks_are_of_this_very_evaluation(mlp, images, tmp_path, change):
+    model = mlp(4)
+    quick(model, images, resume_dir=tmp_path)
+    options = {"resume_dir": tmp_path}
+    if change == "weights":
+        with torch.no_grad():
+            model[1].weight[0, 0] += 1e-4
+    elif change == "images":
+        images = images.clone()
+        images[3, 0, 0, 0] = 0.123
+    elif change == "seed":
+        options["seed"] = 1
+    else:
+        options["autoattack_config"] = AutoAttackConfig(apgd_iterations=8, fab_iterations=5, square_queries=41)
+    quick(model, images, **options)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[1]", "not json", "flags"])
+def test_a_damaged_chunk_is_made_again(mlp, images, tmp_path, damage):
+    model = mlp(4)
+    first = quick(model, images, resume_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    data = json.loads(path.read_text())
+    data["correct"] = data["correct"].translate({48: 49, 49: 48})
+    path.write_text(json.dumps(data) if damage == "flags" else damage)
+    second = quick(model, images, resume_dir=tmp_path)
+    assert torch.equal(first.result("autoattack").correct, second.result("autoattack").correct)
+
+
+def test_a_time_limit_stops_between_chunks_and_says_so(mlp, images, monkeypatch):
+    from robustcompress.robust import chunks
+
+    model = mlp(4)
+    clock = iter(range(0, 100000, 10))  # every look at the clock takes ten seconds
+    monkeypatch.setattr(chunks.time, "perf_counter", lambda: float(next(clock)))
+    config = AutoAttackConfig(apgd_iterations=4, fab_iterations=2, square_queries=5, chunk_size=6)
+    report = quick(model, images, autoattack_config=config, time_limit_s=75.0)
+    assert report.result("autoattack").n in (6, 12, 18)
+    assert report.n == 24
+    assert f"AutoAttack judged {report.result('autoattack').n} of 24 images" in str(report)
+    assert report.worst_case.n == report.result("autoattack").n
+
+
+def test_one_chunk_is_judged_however_short_the_time(mlp, images):
+    report = quick(mlp(4), images, time_limit_s=1e-9)
+    assert report.result("autoattack").n == 16  # a chunk under a time limit
+
+
+def test_progress_after_each_chunk(mlp, images):
+    seen = []
+    config = AutoAttackConfig(apgd_iterations=4, fab_iterations=2, square_queries=5, chunk_size=10)
+    report = quick(mlp(4), images, autoattack_config=config, progress=seen.append)
+    steps = [step for step in seen if step.attack == "autoattack"]
+    assert [(step.done, step.total) for step in steps] == [(10, 24), (20, 24), (24, 24)]
+    assert steps[-1].accuracy == pytest.approx(report.robust_accuracy)
+
+
+def test_resume_dir_that_is_a_file(mlp, images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be made"):
+        quick(mlp(4), images, resume_dir=tmp_path / "file")
+
+
+def test_model_hash_sees_structure_weights_and_hidden_buffers():
+    def make(**changes):
+        torch.manual_seed(0)
+        layer = nn.Linear(2, 2)
+        layer.register_buffer("mean", torch.full((1,), changes.get("mean", 0.0)), persistent=False)
+        return nn.Sequential(layer, changes.get("act", nn.ReLU()))
+
+    assert model_sha256(make()) == model_sha256(make())
+    assert len({model_sha256(m) for m in (make(), make(mean=1.0), make(act=nn.GELU()))}) == 3
+
+
+@pytest.mark.parametrize("key", ["apgd_iterations", "fab_iterations", "square_queries", "chunk_size"])
+def test_bad_config(key):
+    with pytest.raises(InputError, match=f"{key}=0"):
+        AutoAttackConfig(**{key: 0})
+
+
+def test_images_too_small_for_square(mlp):
+    with pytest.raises(InputError, match="5x5"):
+        autoattack(mlp(4), torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), ThreatModel("l2", 0.5), num_classes=4)
+
+
+def test_the_package_is_loaded_only_when_it_attacks():
+    code = "import sys, robustcompress.robust; print('pyautoattack' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_the_standard_suite_itself(mlp, images):
+    report = quick(mlp(10, gain=3.0), images, autoattack_config=AutoAttackConfig())
+    assert report.result("autoattack").suite == "standard"
+    assert report.warnings == ()
