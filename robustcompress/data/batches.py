@@ -1,0 +1,140 @@
+"""Batches from images in memory, augmented together and on the device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robustcompress.data.images import Images
+from robustcompress.errors import Problems, nearest
+
+Augment = Literal["none", "crop", "crop-flip"]
+
+
+def crop_flip(pixels: Tensor, rows: Tensor, columns: Tensor, flip: Tensor, *, padding: int) -> Tensor:
+    """Shift each image within a border of zeros, and mirror some.
+
+    One gather moves the whole batch: no loop over images, and no copy but the result.
+
+    Args:
+        pixels: `[B, C, H, W]` of any type.
+        rows: int64 `[B]`, upper edge of the crop, 0 to `2 * padding` (`padding` leaves the image where it
+            is).
+        columns: int64 `[B]`, left edge likewise.
+        flip: bool `[B]`, which images to mirror left to right after the crop.
+        padding: Pixels of zeros on each side.
+
+    Returns:
+        `[B, C, H, W]`.
+    """
+    count, channels, height, width = pixels.shape
+    padded = F.pad(pixels, (padding,) * 4)
+    x = torch.arange(width, device=pixels.device)
+    x = torch.where(flip[:, None], width - 1 - x, x) + columns[:, None]
+    y = torch.arange(height, device=pixels.device) + rows[:, None]
+    index = y[:, :, None] * (width + 2 * padding) + x[:, None, :]
+    index = index.view(count, 1, -1).expand(-1, channels, -1)
+    return padded.view(count, channels, -1).gather(2, index).view(count, channels, height, width)
+
+
+class Batches:
+    """Iterates over float batches of `images`.
+
+    Order, shifts and flips of a pass are a pure function of the generator's *initial* seed and the epoch;
+    they are drawn on the CPU for the whole pass, so that they are the same on every device and for every
+    starting batch. Each `for` loop is one epoch and counts `epoch` on, also when it is left early; a resumed
+    run sets `epoch`, or calls `iterate`.
+
+    Args:
+        images: The images; moved to `device` once.
+        batch_size: Images in a batch; the last may hold fewer.
+        device: Where the batches are wanted.
+        augment: "crop" shifts by up to H/8 pixels over zeros (4 at 32x32); "crop-flip" also mirrors half of
+            the images.
+        generator: Gives the seed. None keeps the order of `images`.
+        shuffle: False keeps the order of `images` and draws only the augmentation.
+        drop_last: Leave out a last batch that is not full.
+        channels_last: Memory format of the batches.
+
+    Raises:
+        InputError: No images, no full batch, an unknown augmentation, or an augmentation without a generator.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        augment: Augment = "none",
+        generator: torch.Generator | None = None,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        channels_last: bool = True,
+    ) -> None:
+        problems = Problems("cannot make batches")
+        if len(images) == 0:
+            problems.add("there are no images")
+        if batch_size < 1:
+            problems.add(f"batch_size={batch_size}: must be positive")
+        elif drop_last and batch_size > len(images) > 0:
+            problems.add(f"batch_size={batch_size} with drop_last: there are only {len(images)} images")
+        if augment not in get_args(Augment):
+            problems.add(f"augment={augment!r} does not exist{nearest(str(augment), get_args(Augment))}")
+        elif augment != "none" and generator is None:
+            problems.add(f"augment={augment!r} needs a generator to be seeded by")
+        problems.raise_if_any()
+        self.images = images.to(device)
+        self.batch_size = batch_size
+        self.augment = augment
+        self.seed = None if generator is None else generator.initial_seed()
+        self.shuffle = shuffle and generator is not None
+        self.drop_last = drop_last
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.images), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        return self.iterate(epoch)
+
+    def iterate(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of one epoch, from batch `start` on.
+
+        Yields:
+            `(x, y)`: float32 `[B, 3, H, W]` in [0, 1] and int64 `[B]`, on the device.
+        """
+        pixels, labels = self.images.pixels, self.images.labels
+        order, rows, columns, flip = (t.to(pixels.device) for t in self._draw(epoch))
+        for index in range(start, len(self)):
+            part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+            chosen = order[part]
+            batch = pixels[chosen]
+            if self.augment != "none":
+                batch = crop_flip(batch, rows[part], columns[part], flip[part], padding=self._padding)
+            yield batch.to(torch.float32, memory_format=self.memory_format).div_(255), labels[chosen]
+
+    @property
+    def _padding(self) -> int:
+        return max(1, self.images.pixels.shape[2] // 8)
+
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Order, upper edges, left edges and flips of a pass, all `[N]`."""
+        count, edges = len(self.images), 2 * self._padding + 1
+        generator = torch.Generator()
+        if self.seed is not None:
+            # Hashed, since neighbouring seeds must not share epochs (seed 0, epoch 1 and seed 1, epoch 0).
+            digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
+            generator.manual_seed(int.from_bytes(digest[:7], "big"))
+        order = torch.randperm(count, generator=generator)
+        rows, columns = torch.randint(edges, (2, count), generator=generator)
+        flip = torch.rand(count, generator=generator) < (0.5 if self.augment == "crop-flip" else 0.0)
+        return order if self.shuffle else torch.arange(count), rows, columns, flip
