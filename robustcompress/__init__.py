@@ -1,0 +1,70 @@
+"""Compact, adversarially robust vision models: grow or prune under one budget, verify, export.
+
+Example:
+    >>> import robustcompress as rc
+    >>> result = rc.compress("resnet8", strategy="grape", epochs=1, progress=False)
+    >>> result.after.macs <= result.before.macs / 2
+    True
+"""
+
+from __future__ import annotations
+
+from robustcompress.api import compress
+from robustcompress.budget import Budget, Cost, measure
+from robustcompress.data import DataSplits, Images, load_data
+from robustcompress.errors import (
+    BudgetError,
+    InputError,
+    ParityError,
+    ResultError,
+    RobustCompressError,
+    UnsupportedModelError,
+)
+from robustcompress.export import export_onnx, verify_onnx
+from robustcompress.models import ModelSpec, Normalize, build_model, list_models
+from robustcompress.result import CompressResult, load
+from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
+from robustcompress.strategies import STRATEGIES, Grape, Hydra, Magnitude, Reference, Strategy, register_strategy
+from robustcompress.structure import NEW, StructuralEditor
+from robustcompress.train import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NEW",
+    "STRATEGIES",
+    "Budget",
+    "BudgetError",
+    "CompressResult",
+    "Cost",
+    "DataSplits",
+    "Grape",
+    "Hydra",
+    "Images",
+    "InputError",
+    "Magnitude",
+    "ModelSpec",
+    "Normalize",
+    "ParityError",
+    "Recipe",
+    "Reference",
+    "ResultError",
+    "RobustCompressError",
+    "RobustReport",
+    "Strategy",
+    "StructuralEditor",
+    "ThreatModel",
+    "UnsupportedModelError",
+    "__version__",
+    "build_model",
+    "compare",
+    "compress",
+    "evaluate",
+    "export_onnx",
+    "list_models",
+    "load",
+    "load_data",
+    "measure",
+    "register_strategy",
+    "verify_onnx",
+]

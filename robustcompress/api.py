@@ -1,0 +1,314 @@
+"""`compress()`: resolve, refuse early, copy, run the strategy, close the result."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustcompress.budget import Budget, Cost, CostModel, human, measure
+from robustcompress.data import DataSplits, load_data
+from robustcompress.errors import BudgetError, InputError, Problems, RobustCompressError
+from robustcompress.models import ModelSpec, build_model, identify
+from robustcompress.result import CompressResult, check_target
+from robustcompress.robust import RobustReport, ThreatModel, attack_by_name, evaluate
+from robustcompress.robust.objectives import PGDAT, Objective, objective_from_name
+from robustcompress.session import Goal, Session
+from robustcompress.strategies import Strategy, make_strategy
+from robustcompress.strategies.base import floor_widths
+from robustcompress.structure import StructuralEditor
+from robustcompress.train import Progress, Recipe, describe, resolve_device
+
+SMALL_DATA = 10_000
+"""Below so many training images the default is a short run."""
+
+
+def compress(
+    model: nn.Module | str,
+    strategy: str | Strategy = "grape",
+    *,
+    data: Any = None,
+    budget: Budget | float = Budget(macs=0.5),
+    threat: ThreatModel | float = ThreatModel("linf", 8 / 255),
+    objective: Objective | str | None = None,
+    epochs: float | None = None,
+    pretrained: bool = False,
+    recipe: Recipe | None = None,
+    round_to: int | None = None,
+    attacks: Sequence[str] = ("clean", "fgsm", "pgd-20"),
+    test_images: int | None = 1000,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> CompressResult:
+    """Make a compact network that withstands attacks.
+
+    Growing and pruning strategies take the same inputs, keep the same budget and return the same result.
+
+    Args:
+        model: The reference: any network the editor supports, which maps images in [0, 1] to logits; it is copied and
+            never touched. Or a name: a built-in ("resnet18"), "torchvision:resnet18", "package.module:factory". A
+            classifier whose size differs from the data's classes is replaced.
+        strategy: "grape", "hydra", "magnitude", "none", or a strategy with options, such as `Grape(order="random")`.
+        data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,
+            a DataLoader, or what `load_data` returns.
+        budget: What it may cost; a number is a fraction of the reference's multiply-adds.
+        threat: What it must withstand; a number is an linf radius.
+        objective: Loss of every phase; PGD-10 adversarial training by default.
+        epochs: Passes over the training images, all phases together; by default 10 for fewer than 10,000 training
+            images, else 30.
+        pretrained: The reference's weights are robust already: pruning strategies skip their pretraining.
+        recipe: Training settings; the same for every strategy unless you change them.
+        round_to: Widths become multiples of this; by default the largest of 8, 4, 2, 1 that is at most an eighth of the
+            narrowest group.
+        attacks: What the report measures on the test images; add "autoattack" for robust accuracy proper.
+        test_images: How many test images are attacked at most; None for all.
+        seed: Seeds everything.
+        device: "auto", "cpu", "cuda", ...
+        out: Directory to save the result to; must not exist.
+        progress: Show progress.
+
+    Returns:
+        The result, whose `.model` is a plain module in eval mode on the CPU.
+
+    Raises:
+        InputError: Something cannot work; all that was noticed is listed, before any training.
+        UnsupportedModelError: The network holds layers that cannot be edited.
+        BudgetError: No widths meet the budget, or the model already does.
+    """
+    problems = Problems("compress() cannot start")
+    chosen = _try(problems, lambda: make_strategy(strategy))
+    budget = _try(problems, lambda: Budget(macs=budget) if isinstance(budget, int | float) else budget) or Budget(
+        macs=1
+    )
+    threat = (
+        _try(problems, lambda: ThreatModel(eps=threat) if isinstance(threat, int | float) else threat) or ThreatModel()
+    )
+    loss = _try(problems, lambda: objective_from_name(objective) if isinstance(objective, str) else objective)
+    target = _try(problems, lambda: resolve_device(device))
+    if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < 1e6):
+        problems.add(f"epochs={epochs!r}: must be a positive number")
+    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+        problems.add(f"round_to={round_to!r}: must be a positive whole number")
+    for attack in attacks:
+        _try(problems, lambda attack=attack: attack_by_name(attack))
+    if out is not None:
+        _try(problems, lambda: check_target(Path(out)))
+    splits = _try(problems, lambda: load_data(data))
+    reference, spec = _try(problems, lambda: _reference(model)) or (None, None)
+    problems.raise_if_any()
+    assert chosen is not None and splits is not None and target is not None and reference is not None
+
+    shown = Progress(progress, title=chosen.name)
+    for note in splits.notes:
+        shown.say(note)
+    example = torch.zeros(2, *splits.image_shape, device=target)
+    reference = reference.to(target).to(memory_format=torch.channels_last)
+    editor = StructuralEditor(reference, example, seed=seed)
+    _fit_classifier(editor, reference, example, splits, pretrained, shown)
+    step = round_to or default_rounding(editor)
+    before = measure(reference, example)
+    if before.note:
+        shown.say(before.note)
+    _check_budget(chosen, editor, example, budget, before, step, shown)
+
+    torch.manual_seed(seed)
+    goal = Goal(
+        data=splits,
+        threat=threat,
+        objective=loss or PGDAT(),
+        budget=budget,
+        reference=before,
+        epochs=epochs if epochs is not None else (10 if len(splits.train) < SMALL_DATA else 30),
+        recipe=recipe or Recipe(),
+        seed=seed,
+        pretrained=pretrained,
+        round_to=step,
+    )
+    untouched = copy.deepcopy(reference).cpu()
+    session = Session(reference, editor, example, goal, progress=shown)
+    chosen.run(session)
+    session.settle()
+    compact = _close(session.model, target)
+    _check_outcome(chosen, compact, example, budget, before)
+    report = _evaluate(compact, splits, threat, attacks, test_images, target, seed, shown)
+    cpu_example = torch.zeros(1, *splits.image_shape)
+    result = CompressResult(
+        model=compact.cpu(),
+        spec=spec,
+        strategy=chosen.to_json(),
+        edits=editor.edits,
+        before=measure(untouched, cpu_example, latency=True),
+        after=measure(compact, cpu_example, latency=True),
+        budget=budget.to_json(),
+        history=tuple(session.history),
+        report=report,
+        threat=threat,
+        data=_describe_data(splits),
+        settings=_settings(goal, target),
+        seed=seed,
+    )
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def _try(problems: Problems, make: Callable[[], Any]) -> Any:
+    """Run `make`; note what it complains about and go on, so that all complaints are heard at once."""
+    try:
+        return make()
+    except RobustCompressError as error:
+        problems.add(str(error))
+        return None
+
+
+def _reference(model: nn.Module | str) -> tuple[nn.Module, ModelSpec | None]:
+    if isinstance(model, str):
+        return build_model(model)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model={model!r}: give an nn.Module or the name of one")
+    return copy.deepcopy(model), identify(model)
+
+
+def _fit_classifier(
+    editor: StructuralEditor,
+    model: nn.Module,
+    example: torch.Tensor,
+    data: DataSplits,
+    pretrained: bool,
+    progress: Progress,
+) -> None:
+    was_training = model.training
+    with torch.no_grad():
+        outputs = model.eval()(example).shape[1]
+    model.train(was_training)
+    if outputs == data.num_classes:
+        return
+    if pretrained:
+        raise InputError(
+            f"the pretrained model has {outputs} classes and {data.name} has {data.num_classes}: fine-tune its "
+            "classifier first, or leave pretrained out"
+        )
+    editor.resize_output(data.num_classes)
+    progress.say(f"classifier replaced: the model has {outputs} outputs, {data.name} has {data.num_classes} classes")
+
+
+def default_rounding(editor: StructuralEditor) -> int:
+    """The largest of 8, 4, 2, 1 that is at most an eighth of the narrowest group."""
+    narrowest = min((group.width for group in editor.editable), default=1)
+    return next(step for step in (8, 4, 2, 1) if step <= max(1, narrowest // 8))
+
+
+def _check_budget(
+    strategy: Strategy,
+    editor: StructuralEditor,
+    example: torch.Tensor,
+    budget: Budget,
+    reference: Cost,
+    round_to: int,
+    progress: Progress,
+) -> None:
+    if strategy.direction == "none":
+        return
+    if not editor.editable:
+        reasons = "; ".join(f"{group.name}: {group.reason}" for group in editor.groups.values())
+        raise BudgetError(f"nothing in this model can be resized: {reasons}")
+    cost_model = CostModel(editor, example)
+    smallest = cost_model.predict(floor_widths(editor, round_to))
+    largest = cost_model.predict(strategy.largest(editor.widths))
+    limits = budget.limits(reference)
+    asked = [f"{human(limit)} {unit}" for limit, unit in zip(limits, ("MACs", "params"), strict=True) if limit < 1e300]
+    progress.say(
+        f"reachable: {human(smallest[0])} to {human(largest[0])} MACs, {human(smallest[1])} to {human(largest[1])} "
+        f"params; asked for at most {' and '.join(asked)} (reference: {human(reference.macs)} MACs, "
+        f"{human(reference.params)} params); widths in steps of {round_to}"
+    )
+    problems = Problems("the budget cannot be used")
+    for limit, low, unit in zip(limits, smallest, ("MACs", "parameters"), strict=True):
+        if limit < low:
+            problems.add(
+                f"{human(limit)} {unit} cannot be reached: with every group at its narrowest {human(low)} are left; "
+                f"raise the budget, lower round_to={round_to}, or start from a smaller model"
+            )
+    if strategy.direction == "prune" and budget.allows(reference, reference):
+        problems.add(
+            f"the model already meets {budget} ({human(reference.macs)} MACs, {human(reference.params)} parameters); "
+            "lower the budget, or use strategy='none' to train it as it is"
+        )
+    problems.raise_if_any(BudgetError)
+
+
+def _close(model: nn.Module, device: torch.device) -> nn.Module:
+    """A plain module: eval mode, contiguous tensors, gradients cleared, nothing attached."""
+    model = model.to(memory_format=torch.contiguous_format)
+    model.zero_grad(set_to_none=True)
+    hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooked, f"hooks left on {hooked}"
+    return model.to(device).eval()
+
+
+def _check_outcome(
+    strategy: Strategy, model: nn.Module, example: torch.Tensor, budget: Budget, reference: Cost
+) -> None:
+    cost = measure(model, example)
+    if strategy.direction != "none" and not budget.allows(cost, reference):
+        raise BudgetError(
+            f"{strategy.name} ended at {human(cost.macs)} MACs and {human(cost.params)} parameters, over {budget}"
+        )
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        raise RobustCompressError(f"{strategy.name} ended with weights that are not finite; lower the learning rate")
+
+
+def _evaluate(
+    model: nn.Module,
+    data: DataSplits,
+    threat: ThreatModel,
+    attacks: Sequence[str],
+    test_images: int | None,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+) -> RobustReport | None:
+    if not attacks or len(data.test) == 0:
+        return None
+    report = evaluate(
+        model, data.test, threat, attacks=tuple(attacks), device=device, seed=seed, max_images=test_images
+    )
+    for warning in report.warnings:
+        progress.say(f"warning: {warning}")
+    return report
+
+
+def _describe_data(data: DataSplits) -> dict[str, Any]:
+    return {
+        "name": Path(data.name).name,
+        "sha256": data.sha256,
+        "classes": list(data.classes),
+        "image_shape": list(data.image_shape),
+        "train": len(data.train),
+        "val": len(data.val),
+        "test": len(data.test),
+    }
+
+
+def _settings(goal: Goal, device: torch.device) -> dict[str, Any]:
+    from robustcompress import __version__
+
+    settings = {
+        "objective": goal.objective.to_json(),
+        "recipe": goal.recipe.to_json(),
+        "epochs": goal.epochs,
+        "pretrained": goal.pretrained,
+        "round_to": goal.round_to,
+        "device": describe(device),
+        "versions": {"robustcompress": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    parsed: dict[str, Any] = json.loads(json.dumps(settings))
+    return parsed

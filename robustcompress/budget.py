@@ -1,0 +1,233 @@
+"""What a network costs, and how much of it is allowed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustcompress.errors import Problems
+from robustcompress.structure import StructuralEditor
+from robustcompress.structure.groups import Axis
+from robustcompress.structure.kinds import kind_of
+
+DISAGREEMENT = 0.05
+"""Relative difference between the two operation counters above which it is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one network costs.
+
+    Attributes:
+        macs: Multiply-adds for one image, as thop counts them (convolution, linear, and its small change for batch
+            norm and pooling).
+        params: Parameters, counted one by one.
+        size: Bytes of the parameters and buffers in memory.
+        latency_ms: Median time of one image through torch on the CPU, in milliseconds; None where not measured.
+        note: Said when thop and half of torch's own FLOP counter differ by more than 5 %; else empty.
+    """
+
+    macs: int
+    params: int
+    size: int
+    latency_ms: float | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The cost as plain JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What the compact model may cost; every limit given must hold at the end.
+
+    Attributes:
+        macs: Multiply-adds at batch 1, as a fraction of the reference model's.
+        params: Parameters, as a fraction of the reference model's.
+        max_macs: Multiply-adds at batch 1.
+        max_params: Parameters.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    max_macs: float | None = None
+    max_params: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = Problems("the budget makes no sense")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+                problems.add(f"{field.name}={value!r}: must be a positive number")
+            elif not field.name.startswith("max_") and value > 4:
+                problems.add(
+                    f"{field.name}={value!r} is a fraction of the reference; for an absolute limit use "
+                    f"max_{field.name}, for {value:g} % write {value / 100:g}"
+                )
+        if all(getattr(self, field.name) is None for field in fields(self)):
+            problems.add("no limit is given; for half the multiply-adds write Budget(macs=0.5)")
+        problems.raise_if_any()
+
+    def limits(self, reference: Cost) -> tuple[float, float]:
+        """The absolute limits (MACs, parameters) this sets for a given reference; infinite where nothing is said."""
+        macs = [self.macs * reference.macs] if self.macs is not None else []
+        macs += [self.max_macs] if self.max_macs is not None else []
+        params = [self.params * reference.params] if self.params is not None else []
+        params += [self.max_params] if self.max_params is not None else []
+        return min(macs, default=math.inf), min(params, default=math.inf)
+
+    def allows(self, cost: Cost, reference: Cost) -> bool:
+        """Whether `cost` keeps every limit."""
+        macs, params = self.limits(reference)
+        return cost.macs <= macs and cost.params <= params
+
+    def to_json(self) -> dict[str, float]:
+        """The limits that are given."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        """The limits in words, for example "macs <= 50 % of the reference"."""
+        said = []
+        for key, value in self.to_json().items():
+            absolute = key.startswith("max_")
+            said.append(f"{key.removeprefix('max_')} <= " + (human(value) if absolute else f"{value:.3g} x reference"))
+        return ", ".join(said)
+
+
+def human(value: float) -> str:
+    """A count with a unit: 555.4M, 11.17M, 8.1k."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def measure(model: nn.Module, example: torch.Tensor, *, latency: bool = False) -> Cost:
+    """Count a model's operations and parameters at batch 1.
+
+    thop runs on a deep copy, because it leaves buffers in what it profiles.
+
+    Args:
+        model: The network; not touched.
+        example: One input batch `[N, 3, H, W]`; its first image is used.
+        latency: Also time it.
+    """
+    macs, _ = _profile(model, example)
+    flops = _flop_counter(model, example)
+    params = sum(p.numel() for p in model.parameters())
+    size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    note = ""
+    if abs(macs - flops) > DISAGREEMENT * max(macs, flops):
+        note = (
+            f"thop counts {human(macs)} MACs, torch's FLOP counter {human(flops)}: thop also counts batch norm and "
+            "pooling, and neither sees every functional operation"
+        )
+    return Cost(round(macs), params, size, _latency(model, example) if latency else None, note)
+
+
+def _latency(model: nn.Module, example: torch.Tensor, *, runs: int = 20) -> float:
+    twin, single = _single(model, example)
+    twin, single = twin.cpu(), single.cpu()
+    times = []
+    with torch.inference_mode():
+        for _ in range(runs + 3):
+            start = time.perf_counter()
+            twin(single)
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[3:])
+
+
+def _single(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    twin = copy.deepcopy(model).eval()
+    parameter = next(twin.parameters())
+    return twin, example[:1].detach().to(parameter.device, parameter.dtype)
+
+
+def _profile(model: nn.Module, example: torch.Tensor) -> tuple[float, dict[str, float]]:
+    """Total MACs, and those of each leaf module by name."""
+    import thop
+
+    twin, single = _single(model, example)
+    with torch.no_grad():
+        macs, _, tree = thop.profile(twin, inputs=(single,), verbose=False, ret_layer_info=True)
+    return float(macs), dict(_leaves(tree, ""))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for name, (operations, _, inner) in tree.items():
+        if inner:
+            yield from _leaves(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", float(operations)
+
+
+def _flop_counter(model: nn.Module, example: torch.Tensor) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    twin, single = _single(model, example)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(single)
+    return float(counter.get_total_flops()) / 2
+
+
+class CostModel:
+    """Predicts the cost of any widths without building the network.
+
+    Every layer's share is thop's own count of the reference, scaled by the widths it reads and writes, so that the
+    prediction is exact for convolutions, linear layers and batch norms, and differs only where thop counts a layer
+    that holds no channels of its own (a pooling behind a residual join).
+
+    Args:
+        editor: The editor of the model as it is now.
+        example: One input batch.
+    """
+
+    def __init__(self, editor: StructuralEditor, example: torch.Tensor) -> None:
+        self._layout = editor.layout
+        self._start = editor.widths
+        self._macs, per_layer = _profile(editor.model, example)
+        self._params = sum(p.numel() for p in editor.model.parameters())
+        self._layers: list[tuple[tuple[Axis, ...], float, int]] = []
+        by_module: dict[str, list[Axis]] = {}
+        for axis in self._layout.axes:
+            if axis.side != "param":
+                by_module.setdefault(axis.module, []).append(axis)
+        for name, axes in by_module.items():
+            module = editor.model.get_submodule(name)
+            kind = kind_of(module)
+            assert kind is not None
+            # A weight scales with every side, a bias with what is written: count the two apart.
+            weight = getattr(module, "weight", None)
+            others = sum(p.numel() for p in module.parameters(recurse=False)) - (
+                0 if weight is None else weight.numel()
+            )
+            self._layers.append((tuple(axes), per_layer.get(name, 0.0), 0 if weight is None else weight.numel()))
+            if others:
+                written = tuple(axis for axis in axes if axis.side != "in")
+                self._layers.append((written, 0.0, others))
+        for axis in self._layout.axes:
+            if axis.side == "param":
+                self._layers.append(((axis,), 0.0, editor.model.get_parameter(axis.module).numel()))
+
+    def predict(self, widths: Mapping[str, int]) -> tuple[float, float]:
+        """MACs and parameters of the network with these group widths."""
+        widths = {**self._start, **widths}
+        macs, params = self._macs, float(self._params)
+        for axes, layer_macs, layer_params in self._layers:
+            scale = 1.0
+            for axis in axes:
+                scale *= self._layout.axis_width(axis, widths) / self._layout.axis_width(axis, self._start)
+            macs += layer_macs * (scale - 1)
+            params += layer_params * (scale - 1)
+        return macs, params

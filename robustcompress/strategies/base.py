@@ -1,0 +1,138 @@
+"""What a strategy is, and the arithmetic that all of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from robustcompress.session import Session
+from robustcompress.structure import StructuralEditor
+from robustcompress.structure.kinds import slots_of
+
+Direction = Literal["grow", "prune", "search", "none"]
+Widths = dict[str, int]
+
+
+class Strategy(ABC):
+    """One way to a compact robust network. Abstract: each strategy is a final, frozen dataclass of its options.
+
+    `run` is a deterministic script over phases: it trains, decides and edits through the session, keeps no state of its
+    own outside it, and draws its randomness from `session.generator`.
+    """
+
+    name: ClassVar[str]
+    direction: ClassVar[Direction]
+
+    @abstractmethod
+    def run(self, session: Session) -> None:
+        """Bring `session.model` under the budget and train it."""
+
+    def largest(self, widths: Widths) -> Widths:
+        """The widest network this strategy can end with, given the reference's widths."""
+        return dict(widths)
+
+    def to_json(self) -> dict[str, Any]:
+        """The strategy's name and options as plain JSON."""
+        options: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
+        return {"name": self.name, **options}
+
+
+def floor_widths(editor: StructuralEditor, round_to: int) -> Widths:
+    """The narrowest network that editing may leave."""
+    return {group.name: min(group.width, max(group.min_width, round_to)) for group in editor.editable}
+
+
+def rounded(width: float, round_to: int, low: int, high: int) -> int:
+    """The multiple of `round_to` nearest to `width` within [low, high]."""
+    return int(min(high, max(low, round(width / round_to) * round_to)))
+
+
+def uniform_widths(session: Session) -> Widths:
+    """Every group scaled by one ratio, the largest that keeps the budget (MobileNet's width multiplier)."""
+    editor, round_to = session.editor, session.goal.round_to
+    floor = floor_widths(editor, round_to)
+    full = {group.name: group.width for group in editor.editable}
+
+    def widths_at(ratio: float) -> Widths:
+        return {name: rounded(ratio * width, round_to, floor[name], width) for name, width in full.items()}
+
+    return fill_budget(session, largest(session, widths_at), full)
+
+
+def largest(session: Session, widths_at: Callable[[float], Widths], high: float = 1.0) -> Widths:
+    """Bisect for the largest ratio in [0, high] whose widths keep the budget."""
+    low = 0.0
+    if session.fits(widths_at(high)):
+        return widths_at(high)
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if session.fits(widths_at(middle)) else (low, middle)
+    return widths_at(low)
+
+
+def fill_budget(session: Session, widths: Widths, caps: Mapping[str, int], order: list[str] | None = None) -> Widths:
+    """Spend what rounding left of the budget: widen one group at a time, the most wanted first, while it fits.
+
+    Args:
+        session: Knows the budget.
+        widths: Where to start; must fit.
+        caps: The widest each group may become.
+        order: Groups from most to least wanted; by default those that lost the largest share come first.
+    """
+    widths, round_to = dict(widths), session.goal.round_to
+    open_groups = set(caps)
+    while open_groups:
+        if order is None:
+            name = min(open_groups, key=lambda n: (widths[n] / caps[n], n))
+        else:
+            name = next(n for n in order if n in open_groups)
+        wider = {**widths, name: widths[name] + round_to}
+        if wider[name] <= caps[name] and session.fits(wider):
+            widths = wider
+        else:
+            open_groups.discard(name)
+    return widths
+
+
+def group_norms(editor: StructuralEditor) -> dict[str, torch.Tensor]:
+    """Euclidean norm of all weights that touch each channel: its rows, its columns and its batch-norm scales.
+
+    Returns:
+        Per editable group, `[C]` on the CPU.
+    """
+    norms: dict[str, torch.Tensor] = {}
+    for group in editor.editable:
+        total = torch.zeros(group.width, dtype=torch.float64)
+        for axis in group.members:
+            if axis.side == "param":
+                continue
+            module = editor.model.get_submodule(axis.module)
+            dims = dict(slots_of(module, axis.side))
+            if "weight" not in dims:
+                continue
+            weight = module.get_parameter("weight").detach().double().cpu()
+            squares = (
+                weight.square().movedim(dims["weight"], 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square()
+            )
+            owners = editor.layout.owners(axis, group.name, editor.widths)
+            total.index_add_(0, owners[owners >= 0], squares[owners >= 0])
+        norms[group.name] = total.sqrt()
+    return norms
+
+
+def prune_to(session: Session, widths: Mapping[str, int], scores: Mapping[str, torch.Tensor]) -> None:
+    """Keep, in every group, as many channels as `widths` says: those with the largest scores."""
+    from robustcompress.structure.gates import top_channels
+
+    for group in session.editor.editable:
+        width = widths.get(group.name, group.width)
+        if width < group.width:
+            session.editor.prune(group.name, top_channels(scores[group.name], width).tolist())
+    macs, params = session.cost_model.predict(session.editor.widths)
+    session.record(
+        {"phase": "prune", "event": "prune", "widths": session.editor.widths, "macs": macs, "params": params}
+    )

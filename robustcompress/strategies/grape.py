@@ -1,0 +1,158 @@
+"""GRAPE: grow from a narrow seed, where the attack presses and the channels are in use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from robustcompress.errors import Problems, nearest
+from robustcompress.session import Session
+from robustcompress.strategies.base import (
+    Direction,
+    Strategy,
+    Widths,
+    fill_budget,
+    floor_widths,
+    group_norms,
+    prune_to,
+    rounded,
+    uniform_widths,
+)
+from robustcompress.strategies.utilization import Utilization, measure_utilization
+
+Order = Literal["guided", "sequential", "uniform", "random"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grape(Strategy):
+    """Growth of block-internal width under a MAC budget (after GRAPE, arXiv 2606.14865, 2026).
+
+    A reconstruction: only the abstract could be read. From it: robust optimisation is stabilised in the parameters
+    exposed so far, hidden dimensions are released progressively, an "adversarial spectral utilization score" says
+    where, and a sequential variant ends in the reference's own shape. Reconstructed: everything else; the score
+    (see `utilization.py`), the seed, the events, their budget, the initialisation (pairs that cancel), the average of
+    weights as the stabiliser, and the growth-free tail.
+
+    The seed takes the residual streams at the width that uniform scaling would give them under the budget, and hidden
+    groups at `seed` of that. Optimizer moments and averaged weights are carried across every event.
+
+    Attributes:
+        order: Where width goes: "guided" by the score; "uniform" (all groups towards the uniform network);
+            "sequential" (the same end, front to back); "random" (shares drawn at random).
+        seed: Share of the final uniform width that hidden groups start with.
+        events: How many times the network grows.
+        grow_until: Share of the epochs by which the last event has come; the rest is the growth-free tail.
+        cap: No hidden group grows beyond this multiple of the reference's width.
+        beta: Exponent of the attack's pressure in the score; 0 leaves utilization alone.
+        init: How new channels begin (see `structure.initial`).
+        score_batches: Attacked training batches that the score looks at.
+    """
+
+    name: ClassVar[str] = "grape"
+    direction: ClassVar[Direction] = "grow"
+    order: Order = "guided"
+    seed: float = 0.5
+    events: int = 4
+    grow_until: float = 0.6
+    cap: float = 1.5
+    beta: float = 1.0
+    init: str = "pair"
+    score_batches: int = 2
+
+    def __post_init__(self) -> None:
+        problems = Problems("grape cannot run")
+        if self.order not in get_args(Order):
+            problems.add(f"order={self.order!r} does not exist{nearest(str(self.order), get_args(Order))}")
+        for name, low, high in (("seed", 0.05, 1.0), ("grow_until", 0.05, 0.95), ("cap", 0.1, 8.0), ("beta", 0.0, 8.0)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                problems.add(f"{name}={value!r}: must be in [{low:g}, {high:g}]")
+        for name in ("events", "score_batches"):
+            if getattr(self, name) < 1:
+                problems.add(f"{name}={getattr(self, name)!r}: must be at least 1")
+        problems.raise_if_any()
+
+    def largest(self, widths: Widths) -> Widths:
+        """Every hidden group at its cap (a bound: residual streams stay within the reference)."""
+        return {name: max(width, int(self.cap * width)) for name, width in widths.items()}
+
+    def run(self, session: Session) -> None:
+        """Seed, then train and grow by turns, then train on without growth."""
+        reference = session.editor.widths
+        target = uniform_widths(session)
+        hidden = [g.name for g in session.editor.editable if g.kind == "hidden"] or list(target)
+        caps = {name: max(target[name], int(self.cap * reference[name])) for name in hidden}
+        self._plant(session, target, hidden)
+        share = self.grow_until / self.events
+        for event in range(1, self.events + 1):
+            session.train(f"grow {event}/{self.events}", share=share, schedule="warm-up" if event == 1 else "constant")
+            self._grow(session, event, target, caps)
+        session.train("tail", share=1 - self.grow_until, schedule="cosine", select=True)
+
+    def _plant(self, session: Session, target: Widths, hidden: list[str]) -> None:
+        floor, round_to = floor_widths(session.editor, session.goal.round_to), session.goal.round_to
+        seed = dict(target)
+        for name in hidden:
+            seed[name] = rounded(self.seed * target[name], round_to, floor[name], target[name])
+        prune_to(session, seed, group_norms(session.editor))
+
+    def _grow(self, session: Session, event: int, target: Widths, caps: Mapping[str, int]) -> None:
+        now = session.editor.widths
+        record: dict[str, object] = {"phase": f"grow {event}/{self.events}", "event": "grow"}
+        if self.order in ("uniform", "sequential"):
+            wanted = self._scheduled(now, event, target, list(caps))
+        else:
+            shares, detail = self._shares(session, list(caps))
+            wanted = _spend(session, now, shares, caps, left=self.events - event + 1)
+            record["scores"] = detail
+        for name, width in wanted.items():
+            if width > now[name]:
+                session.editor.grow(name, width - now[name], init=self.init)
+        macs, params = session.cost_model.predict(session.editor.widths)
+        session.record(record | {"widths": session.editor.widths, "macs": macs, "params": params})
+
+    def _scheduled(self, now: Widths, event: int, target: Widths, hidden: list[str]) -> Widths:
+        """Widths on the way to the uniform network: all groups a step, or a stretch of groups all the way."""
+        if self.order == "sequential":
+            stretch = range((event - 1) * len(hidden) // self.events, event * len(hidden) // self.events)
+            return {hidden[i]: target[hidden[i]] for i in stretch}
+        left = self.events - event + 1
+        return {name: now[name] + round((target[name] - now[name]) / left) for name in hidden}
+
+    def _shares(self, session: Session, hidden: list[str]) -> tuple[dict[str, float], dict[str, object]]:
+        if self.order == "random":
+            draws = torch.rand(len(hidden), generator=session.generator).tolist()
+            return dict(zip(hidden, draws, strict=True)), {}
+        found: dict[str, Utilization] = measure_utilization(session, hidden, batches=self.score_batches)
+        shares = {name: found[name].score(self.beta) for name in hidden}
+        return shares, {name: found[name].to_json() for name in hidden}
+
+
+def _spend(session: Session, now: Widths, shares: Mapping[str, float], caps: Mapping[str, int], *, left: int) -> Widths:
+    """Turn shares of the free budget into widths.
+
+    Each group may spend its share of `1 / left` of what is still free, in MACs or parameters, whichever is scarcer; the
+    last event spends all. What rounding leaves goes to the groups with the largest unspent remainder.
+    """
+    round_to, total = session.goal.round_to, sum(shares.values())
+    macs, params = session.cost_model.predict(now)
+    free = ((session.limits[0] - macs) / left, (session.limits[1] - params) / left)
+    wanted, remainder = dict(now), {}
+    for name, share in shares.items():
+        wider = session.cost_model.predict({**now, name: now[name] + 1})
+        price = (wider[0] - macs, wider[1] - params)
+        channels = min(f * share / total / max(p, 1e-9) for f, p in zip(free, price, strict=True) if f != float("inf"))
+        whole = int(max(0.0, channels) // round_to * round_to)
+        wanted[name] = min(now[name] + whole, max(now[name], caps[name] // round_to * round_to))
+        remainder[name] = channels - whole
+    while not session.fits(wanted):  # the price of a channel rises with what reads it; step back where least is lost
+        name = min((n for n in shares if wanted[n] > now[n]), key=lambda n: shares[n])
+        wanted[name] -= round_to
+    if left == 1:
+        order = sorted(shares, key=lambda n: (-remainder[n], n))
+        filled = fill_budget(session, wanted, {n: max(caps[n], wanted[n]) for n in shares}, order=order)
+        return {name: filled[name] for name in shares}
+    return {name: wanted[name] for name in shares}

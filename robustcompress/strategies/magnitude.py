@@ -1,0 +1,43 @@
+"""The honest baseline: remove the channels with the smallest weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from robustcompress.errors import InputError
+from robustcompress.session import Session
+from robustcompress.strategies.base import Direction, Strategy, group_norms, prune_to, uniform_widths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Magnitude(Strategy):
+    """Robust pretraining, one cut by group norm (Li et al. 2017, over coupled channels), robust fine-tuning.
+
+    Every group keeps the same share of its channels, the largest that meets the budget. Also what HYDRA does when it
+    searches for zero epochs ("LWM" in Sehwag et al. 2020).
+
+    Attributes:
+        pretrain: Share of the epochs spent before the cut; the rest fine-tunes. Skipped for a pretrained model.
+        finetune_lr: Factor on the recipe's learning rate while fine-tuning.
+    """
+
+    name: ClassVar[str] = "magnitude"
+    direction: ClassVar[Direction] = "prune"
+    pretrain: float = 0.5
+    finetune_lr: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pretrain < 1:
+            raise InputError(
+                f"magnitude: pretrain={self.pretrain!r} must be in [0, 1), so that something is left to repair"
+            )
+
+    def run(self, session: Session) -> None:
+        """Pretrain, cut, fine-tune."""
+        pretrain = 0.0 if session.goal.pretrained else self.pretrain
+        if pretrain:
+            session.train("pretrain", share=pretrain)
+            session.settle()
+        prune_to(session, uniform_widths(session), group_norms(session.editor))
+        session.train("finetune", share=1 - pretrain, lr_scale=self.finetune_lr, select=True)

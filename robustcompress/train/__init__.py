@@ -1,0 +1,23 @@
+"""One training loop for every strategy."""
+
+from robustcompress.train.device import describe, resolve_device
+from robustcompress.train.ema import averaged
+from robustcompress.train.loop import TrainingError, make_optimizer, train
+from robustcompress.train.progress import Progress
+from robustcompress.train.recipe import Recipe, augmentation
+from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor
+
+__all__ = [
+    "SCHEDULES",
+    "Progress",
+    "Recipe",
+    "Schedule",
+    "TrainingError",
+    "augmentation",
+    "averaged",
+    "describe",
+    "lr_factor",
+    "make_optimizer",
+    "resolve_device",
+    "train",
+]

@@ -1,0 +1,184 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from robustcompress.data import Batches
+from robustcompress.errors import RobustCompressError
+from robustcompress.robust.attacks import eval_mode
+from robustcompress.robust.objectives import Objective
+from robustcompress.robust.threat import ThreatModel
+from robustcompress.train.progress import Progress
+from robustcompress.train.recipe import Recipe
+from robustcompress.train.schedules import Schedule, lr_factor
+
+CLEAN_EVERY = 10
+"""Clean training accuracy is looked at every so many steps: a full look would cost one more forward pass a step."""
+
+
+class TrainingError(RobustCompressError):
+    """The loss is no longer finite."""
+
+
+def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
+    """Build the recipe's optimizer; vectors (batch norms, biases) are not decayed."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(recipe.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Running means since the last `reset`; the tensors stay on the device until they are read."""
+
+    loss: torch.Tensor | float = 0.0
+    right: torch.Tensor | float = 0.0
+    clean_right: torch.Tensor | float = 0.0
+    seen: int = 0
+    clean_seen: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.started
+        metrics = {
+            "loss": float(self.loss) / max(1, self.seen),
+            "robust": float(self.right) / max(1, self.seen),
+            "images_per_s": self.seen / max(seconds, 1e-9),
+        }
+        if self.clean_seen:
+            metrics["clean"] = float(self.clean_right) / self.clean_seen
+        return metrics
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    threat: ThreatModel,
+    recipe: Recipe,
+    *,
+    epochs: float,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    schedule: Schedule,
+    generator: torch.Generator,
+    phase: str = "train",
+    ema: AveragedModel | None = None,
+    progress: Progress | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    autocast: bool = False,
+) -> list[dict[str, Any]]:
+    """Train for a number of epochs, which may be a fraction.
+
+    Args:
+        model: The network, on its device; left in train mode's statistics but returned in the mode it came in.
+        batches: Training images; their `epoch` counts on.
+        objective: What a step minimises.
+        threat: What the adversary may do.
+        recipe: Clipping; the rest is already in `optimizer`, `batches` and `ema`.
+        epochs: How long; rounded to whole steps, at least one.
+        optimizer: Holds the parameters that move. A parameter group's own "lr_scale" multiplies its learning rate.
+        lr: Peak learning rate of this phase.
+        schedule: Its course.
+        generator: The attack's randomness.
+        phase: The name under which progress is shown and history is written.
+        ema: Updated after each step.
+        progress: Where to show it.
+        on_epoch: Called with each epoch's record, to which it may add.
+        autocast: Run forward passes in bfloat16.
+
+    Returns:
+        One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s.
+
+    Raises:
+        TrainingError: The loss became infinite or NaN.
+    """
+    progress = progress or Progress(enabled=False)
+    steps = max(1, round(epochs * len(batches)))
+    history: list[dict[str, Any]] = []
+    was_training = model.training
+    device_type = batches.images.pixels.device.type
+    precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
+    model.train()
+    meter, done = _Meter(), 0
+    with progress.phase(phase, steps) as bar:
+        for x, y in _stream(batches, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
+            optimizer.zero_grad(set_to_none=True)
+            with precision:
+                step = objective.loss(model, x, y, threat, generator=generator)
+            torch.autograd.backward(step.loss)
+            if recipe.clip_norm is not None:
+                moving = [p for group in optimizer.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(moving, recipe.clip_norm)
+            optimizer.step()
+            if ema is not None:
+                ema.update_parameters(model)
+            _note(meter, model, step.loss, step.logits, step.clean_logits, x, y, look=done % CLEAN_EVERY == 0)
+            done += 1
+            bar.advance(meter.read() if device_type == "cpu" or done % CLEAN_EVERY == 0 else {})
+            if done % len(batches) == 0 or done == steps:
+                record: dict[str, Any] = {"phase": phase, "epoch": math.ceil(done / len(batches)), "steps": done}
+                record |= {"lr": optimizer.param_groups[0]["lr"], **meter.read()}
+                if not math.isfinite(record["loss"]):
+                    model.train(was_training)
+                    raise TrainingError(
+                        f"the loss of phase {phase!r} is {record['loss']} after {done} steps; "
+                        f"lower the learning rate (lr={lr:g}) or set clip_norm=1.0"
+                    )
+                if on_epoch is not None:
+                    on_epoch(record)
+                    model.train()
+                history.append(record)
+                if done < steps:
+                    meter = _Meter()
+    model.train(was_training)
+    return history
+
+
+def _stream(batches: Batches, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    while steps > 0:
+        for batch in batches:
+            yield batch
+            steps -= 1
+            if steps == 0:
+                return
+
+
+@torch.no_grad()
+def _note(
+    meter: _Meter,
+    model: nn.Module,
+    loss: torch.Tensor,
+    logits: torch.Tensor,
+    clean: torch.Tensor | None,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    look: bool,
+) -> None:
+    meter.loss = meter.loss + loss.detach() * len(y)
+    meter.right = meter.right + (logits.argmax(1) == y).sum()
+    meter.seen += len(y)
+    if clean is None and look:
+        with eval_mode(model):
+            clean = model(x)
+    if clean is not None:
+        meter.clean_right = meter.clean_right + (clean.argmax(1) == y).sum()
+        meter.clean_seen += len(y)
