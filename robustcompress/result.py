@@ -24,6 +24,7 @@ from robustcompress.robust import RobustReport, ThreatModel
 from robustcompress.structure import Edit, StructuralEditor
 
 FORMAT = 1
+MAX_SIDE = 1 << 14
 RESULT, WEIGHTS, HISTORY = "result.json", "model.safetensors", "history.jsonl"
 
 
@@ -235,6 +236,8 @@ def load(
         spec = ModelSpec.from_json(record["model"]) if record["model"] is not None else None
         fresh = _reference(directory, spec, model)
         shape = [int(size) for size in record["data"]["image_shape"]]
+        if len(shape) != 3 or not all(1 <= size <= MAX_SIDE for size in shape):
+            raise ValueError(f"image_shape {shape} is not [channels, height, width]")
         edits = tuple(Edit.from_json(edit) for edit in record["edits"])
         example = torch.zeros(2, *shape)
         with torch.random.fork_rng(devices=[]):
@@ -256,7 +259,7 @@ def load(
             settings=dict(record["settings"]),
             seed=int(record["seed"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
         if isinstance(error, InputError) and "needs its reference model" in str(error):
             raise
         raise ResultError(f"{directory / RESULT} is damaged or was changed by hand: {error}") from error

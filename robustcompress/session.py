@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from robustcompress.budget import Budget, Cost, CostModel, measure
 from robustcompress.data import Batches, DataSplits
@@ -224,6 +224,14 @@ class Session:
             on_epoch=on_epoch,
             autocast=self._autocast,
         )
+
+    def recalibrate(self, *, batches: int = 20) -> None:
+        """Re-estimate batch-norm statistics on clean training images: a cut leaves those of the layers behind it wrong.
+
+        Args:
+            batches: How many batches to average over.
+        """
+        update_bn((x for _, (x, _) in zip(range(batches), self._batches, strict=False)), self.model)
 
     def settle(self) -> None:
         """Give the network its averaged weights, and forget optimizer and average."""

@@ -23,9 +23,9 @@ class Hydra(Strategy):
     statistics keep moving during the search; the same share of every group is kept; robust fine-tuning.
 
     Ours: one score a channel group instead of one a weight, gates at the readers so that a closed gate is exactly a
-    removed channel, physical removal, and Adam for the scores (a channel's gate sums thousands of weight terms, so the
-    paper's learning rate for weights does not carry over). Reconstructed: the split of the epochs, from the paper's
-    100 / 20 / 100.
+    removed channel, physical removal, batch-norm statistics re-estimated where channels close, and Adam for the scores
+    (a channel's gate sums thousands of weight terms, so the paper's learning rate for weights does not carry over).
+    Reconstructed: the split of the epochs, from the paper's 100 / 20 / 100.
 
     Attributes:
         pretrain: Share of the epochs before the search; skipped for a pretrained model.
@@ -39,7 +39,7 @@ class Hydra(Strategy):
     pretrain: float = 0.45
     search: float = 0.10
     score_lr: float = 0.05
-    finetune_lr: float = 0.5
+    finetune_lr: float = 1.0
 
     def __post_init__(self) -> None:
         problems = Problems("hydra cannot run")
@@ -59,6 +59,7 @@ class Hydra(Strategy):
         if self.search:
             scores = self._learn(session, widths, scores)
         prune_to(session, widths, scores)
+        session.recalibrate()
         share = 1 - pretrain - self.search
         session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True)
 
@@ -68,6 +69,7 @@ class Hydra(Strategy):
         start = {name: (6**0.5 * values / values.max()).float() for name, values in norms.items()}
         affine = [p for m in session.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
         with session.editor.gates(start, lambda name, values: top_k_mask(values, widths[name])) as gates:
+            session.recalibrate()
             groups: list[dict[str, Any]] = [{"params": gates.parameters()}, {"params": affine, "lr_scale": 0.02}]
             session.train_only("search", [g for g in groups if g["params"]], share=self.search, lr=self.score_lr)
             learnt = {name: values.detach().cpu() for name, values in gates.scores.items()}

@@ -25,7 +25,7 @@ class Magnitude(Strategy):
     name: ClassVar[str] = "magnitude"
     direction: ClassVar[Direction] = "prune"
     pretrain: float = 0.5
-    finetune_lr: float = 0.5
+    finetune_lr: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.pretrain < 1:
@@ -40,4 +40,5 @@ class Magnitude(Strategy):
             session.train("pretrain", share=pretrain)
             session.settle()
         prune_to(session, uniform_widths(session), group_norms(session.editor))
+        session.recalibrate()
         session.train("finetune", share=1 - pretrain, lr_scale=self.finetune_lr, select=True)

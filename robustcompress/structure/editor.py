@@ -221,7 +221,7 @@ class StructuralEditor:
                 )
             if len(sources) % self.round_to:
                 problems.add(
-                    f"group {name!r} would have {len(sources)} channels, which is no multiple of round_to={self.round_to}"
+                    f"group {name!r} would have {len(sources)} channels, no multiple of round_to={self.round_to}"
                 )
             if init == "clone" and all(s == NEW for s in sources):
                 problems.add(f"group {name!r}: init='clone' needs at least one existing channel to copy")

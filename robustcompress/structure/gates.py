@@ -1,4 +1,4 @@
-"""Learnable gates on channel groups, applied where the channels are read, so that a closed gate *is* a removed channel."""
+"""Learnable gates on channel groups, applied where channels are read, so that a closed gate *is* a removed channel."""
 
 from __future__ import annotations
 

@@ -11,6 +11,9 @@ Kind = Literal["hidden", "residual", "concat", "split", "output", "frozen"]
 NEW = -1
 """The source of a channel that did not exist before."""
 
+MAX_WIDTH = 1 << 20
+"""No group read from a file may have more channels: a damaged record must not exhaust the memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -84,7 +87,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One structural edit, as it is replayed and saved: new channel `i` is old channel `sources[i]`, or fresh where `NEW`.
+    """One structural edit as it is replayed and saved: new channel `i` is old channel `sources[i]`, fresh where `NEW`.
 
     Attributes:
         group: The group's name.
@@ -104,8 +107,16 @@ class Edit:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Edit:
-        """Read what `to_json` wrote."""
-        return cls(str(data["group"]), _unpack(data["sources"]), data.get("init"), bool(data.get("share", False)))
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The record cannot have been written by it, or asks for more channels than any layer has.
+        """
+        init = data.get("init")
+        known = isinstance(data["group"], str) and isinstance(data["sources"], list) and isinstance(init, str | None)
+        if not known:
+            raise ValueError(f"not an edit: {str(data)[:200]}")
+        return cls(data["group"], _unpack(data["sources"]), init, data.get("share", False) is True)
 
 
 def _pack(sources: tuple[int, ...]) -> list[int | list[int]]:
@@ -129,10 +140,11 @@ def _pack(sources: tuple[int, ...]) -> list[int | list[int]]:
 def _unpack(packed: list[int | list[int]]) -> tuple[int, ...]:
     sources: list[int] = []
     for item in packed:
-        if isinstance(item, int):
-            sources.append(item)
-        elif item[0] == NEW:
-            sources.extend([NEW] * item[1])
-        else:
-            sources.extend(range(item[0], item[1] + 1))
+        first, last = (item, item) if isinstance(item, int) else item
+        if type(first) is not int or type(last) is not int or first < NEW or last < NEW:
+            raise ValueError(f"not a channel: {item!r}")
+        count = last if first == NEW and not isinstance(item, int) else last - first + 1
+        if count < 1 or len(sources) + count > MAX_WIDTH:
+            raise ValueError(f"{count} more channels: a group has 1 to {MAX_WIDTH}")
+        sources.extend([NEW] * count if first == NEW else range(first, last + 1))
     return tuple(sources)

@@ -1,7 +1,4 @@
-"""How each kind of layer holds its channels: which tensors, along which dimension, and which attributes count them.
-
-To teach the editor a new layer type, write one `LayerKind` and put it into `KINDS`; nothing else has to change.
-"""
+"""How each kind of layer holds its channels: which tensors, along which dimension, and which attributes count them."""
 
 from __future__ import annotations
 

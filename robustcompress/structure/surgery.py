@@ -141,7 +141,7 @@ def copy_fresh(twin: nn.Module, model: nn.Module, edits: list[TensorEdit]) -> No
 
 @torch.no_grad()
 def migrate_optimizer(optimizer: torch.optim.Optimizer, replaced: list[Replaced]) -> None:
-    """Put the new parameters in the place of the old ones; old moments are kept bit for bit, new channels start at zero.
+    """Put the new parameters in the place of the old; old moments are kept bit for bit, new channels start at zero.
 
     Args:
         optimizer: Any optimizer whose state tensors have the shape of their parameter (SGD, Adam, AdamW...).

@@ -1,0 +1,65 @@
+"""What the README and the docs say is run, and what they claim is in a committed file."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from robustcompress.cli import build_parser
+from robustcompress.strategies import STRATEGIES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks or page.name == "benchmarks.md"
+    monkeypatch.chdir(tmp_path)
+    before = dict(STRATEGIES)
+    try:
+        exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "readme"})
+    finally:
+        STRATEGIES.clear()
+        STRATEGIES.update(before)
+    if page.name == "README.md":
+        assert (tmp_path / "compact" / "model.safetensors").is_file()
+        assert (tmp_path / "compact.onnx").is_file()
+
+
+def test_shell_lines_are_commands_we_have() -> None:
+    lines = [line.strip() for line in README.splitlines() if line.startswith("    robustcompress ")]
+    assert len(lines) >= 4
+    for line in lines:
+        build_parser().parse_args(shlex.split(line)[1:])
+
+
+def test_set_up_commands_stand_as_promised() -> None:
+    commands = [line.strip() for line in README.splitlines() if "python3 -m venv .venv &&" in line]
+    assert commands == [
+        "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/robustcompress quickstart",
+        "python3 -m venv .venv && .venv/bin/pip install '.[test]' && .venv/bin/pytest",
+    ]
+    assert commands[1] in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_quickstart_table_is_the_committed_one() -> None:
+    numbers = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
+    table = README.split("<!-- quickstart:begin -->")[1].split("<!-- quickstart:end -->")[0]
+    for row in numbers["rows"]:
+        line = next(line for line in table.splitlines() if line.startswith(f"| {row['strategy']} "))
+        assert f"{100 * row['autoattack']['accuracy']:.1f}" in line
+        assert f"{100 * row['clean']['accuracy']:.1f}" in line
+        assert f"n={row['autoattack']['n']}" in table or str(row["autoattack"]["n"]) in table
