@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -98,11 +99,11 @@ def compress(
     if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
         problems.add(f"round_to={round_to!r}: must be a positive whole number")
     for attack in attacks:
-        _try(problems, lambda attack=attack: attack_by_name(attack))
+        _try(problems, functools.partial(attack_by_name, attack))
     if out is not None:
         _try(problems, lambda: check_target(Path(out)))
     splits = _try(problems, lambda: load_data(data))
-    reference, spec = _try(problems, lambda: _reference(model)) or (None, None)
+    reference, spec = _try(problems, lambda: _reference(model, seed)) or (None, None)
     problems.raise_if_any()
     assert chosen is not None and splits is not None and target is not None and reference is not None
 
@@ -119,7 +120,6 @@ def compress(
         shown.say(before.note)
     _check_budget(chosen, editor, example, budget, before, step, shown)
 
-    torch.manual_seed(seed)
     goal = Goal(
         data=splits,
         threat=threat,
@@ -134,7 +134,9 @@ def compress(
     )
     untouched = copy.deepcopy(reference).cpu()
     session = Session(reference, editor, example, goal, progress=shown)
-    chosen.run(session)
+    with torch.random.fork_rng():  # dropout and the like draw from the global generator, which is the caller's
+        torch.manual_seed(seed)
+        chosen.run(session)
     session.settle()
     compact = _close(session.model, target)
     _check_outcome(chosen, compact, example, budget, before)
@@ -169,9 +171,11 @@ def _try(problems: Problems, make: Callable[[], Any]) -> Any:
         return None
 
 
-def _reference(model: nn.Module | str) -> tuple[nn.Module, ModelSpec | None]:
+def _reference(model: nn.Module | str, seed: int) -> tuple[nn.Module, ModelSpec | None]:
     if isinstance(model, str):
-        return build_model(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_model(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"model={model!r}: give an nn.Module or the name of one")
     return copy.deepcopy(model), identify(model)

@@ -146,6 +146,7 @@ def test_metadata_reaches_onnxruntime(exported: tuple[nn.Module, ExportReport]) 
     assert stored["robustcompress.layout"] == "NCHW"
     assert stored["robustcompress.normalisation"] == "inside the graph"
     assert json.loads(stored["robustcompress.image_shape"]) == [3, 16, 16]
+    assert stored["robustcompress.version"] == robustcompress.__version__
     assert stored["robustcompress.torch"] == torch.__version__
     threat = json.loads(stored["robustcompress.threat"])
     assert threat.pop("label") == "linf 8/255"

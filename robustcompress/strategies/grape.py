@@ -103,7 +103,7 @@ class Grape(Strategy):
         now = session.editor.widths
         record: dict[str, object] = {"phase": f"grow {event}/{self.events}", "event": "grow"}
         if self.order in ("uniform", "sequential"):
-            wanted = self._scheduled(now, event, target, list(caps))
+            wanted = self._scheduled(now, event, target, list(caps), session.goal.round_to)
         else:
             shares, detail = self._shares(session, list(caps))
             wanted = _spend(session, now, shares, caps, left=self.events - event + 1)
@@ -114,13 +114,15 @@ class Grape(Strategy):
         macs, params = session.cost_model.predict(session.editor.widths)
         session.record(record | {"widths": session.editor.widths, "macs": macs, "params": params})
 
-    def _scheduled(self, now: Widths, event: int, target: Widths, hidden: list[str]) -> Widths:
+    def _scheduled(self, now: Widths, event: int, target: Widths, hidden: list[str], round_to: int) -> Widths:
         """Widths on the way to the uniform network: all groups a step, or a stretch of groups all the way."""
         if self.order == "sequential":
             stretch = range((event - 1) * len(hidden) // self.events, event * len(hidden) // self.events)
             return {hidden[i]: target[hidden[i]] for i in stretch}
         left = self.events - event + 1
-        return {name: now[name] + round((target[name] - now[name]) / left) for name in hidden}
+        if left == 1:
+            return {name: target[name] for name in hidden}
+        return {name: now[name] + (target[name] - now[name]) // left // round_to * round_to for name in hidden}
 
     def _shares(self, session: Session, hidden: list[str]) -> tuple[dict[str, float], dict[str, object]]:
         if self.order == "random":
@@ -150,7 +152,7 @@ def _spend(session: Session, now: Widths, shares: Mapping[str, float], caps: Map
         remainder[name] = channels - whole
     while not session.fits(wanted):  # the price of a channel rises with what reads it; step back where least is lost
         name = min((n for n in shares if wanted[n] > now[n]), key=lambda n: shares[n])
-        wanted[name] -= round_to
+        wanted[name] = max(now[name], wanted[name] - round_to)
     if left == 1:
         order = sorted(shares, key=lambda n: (-remainder[n], n))
         filled = fill_budget(session, wanted, {n: max(caps[n], wanted[n]) for n in shares}, order=order)
