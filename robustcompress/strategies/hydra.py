@@ -38,7 +38,7 @@ class Hydra(Strategy):
     direction: ClassVar[Direction] = "prune"
     pretrain: float = 0.45
     search: float = 0.10
-    score_lr: float = 0.05
+    score_lr: float = 0.02
     finetune_lr: float = 1.0
 
     def __post_init__(self) -> None:
