@@ -1,0 +1,147 @@
+"""From a torch module to an ONNX graph through torch's dynamo exporter, and what that exporter fails to say.
+
+It splits a file in two unless told otherwise, leaves another opset than asked for, and freezes a dynamic batch
+dimension when `forward()` reads it as a number, all without an error; and it writes the source paths of every layer
+into the nodes. Each of these is read back here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from robustcompress.errors import InputError, Problems
+from robustcompress.export.parity import INPUT, OUTPUT
+
+_EXAMPLE_BATCH = 2  # torch.export takes a size of 1 or 0 for a constant
+
+
+def to_proto(
+    model: nn.Module, image_shape: tuple[int, int, int], *, opset: int, batch: Literal["dynamic"] | int
+) -> Any:
+    """Translate a network.
+
+    Args:
+        model: On the CPU, float32, eval mode; its caller owns it.
+        image_shape: (C, H, W).
+        opset: The operator set to write.
+        batch: "dynamic" or a fixed size.
+
+    Returns:
+        An `onnx.ModelProto` without traces of the machine.
+
+    Raises:
+        InputError: The exporter cannot translate the network, or has written something else than was asked for.
+    """
+    example = torch.full((_EXAMPLE_BATCH if batch == "dynamic" else batch, *image_shape), 0.5)
+    dynamic = ({0: torch.export.Dim("batch")},) if batch == "dynamic" else None
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                (example,),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                opset_version=opset,
+                dynamic_shapes=dynamic,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+            assert program is not None
+            proto = program.model_proto
+    except Exception as error:  # the exporter wraps whatever its many parts raise
+        raise InputError(
+            f"torch's ONNX exporter cannot translate {type(model).__name__}: {_reason(error)}; rewrite that part of "
+            "forward() without control flow that depends on values"
+        ) from error
+    strip(proto)
+    return proto
+
+
+def check_proto(proto: Any, image_shape: tuple[int, int, int], *, opset: int, batch: Literal["dynamic"] | int) -> None:
+    """Check that a graph is what was asked for.
+
+    Raises:
+        InputError: Another opset, a frozen or a second dynamic dimension, other names, external data, or a graph that
+            ONNX's own checker refuses.
+    """
+    import onnx
+
+    problems = Problems("the exporter wrote something else than was asked for")
+    found = opset_of(proto)
+    if found != opset:
+        problems.add(f"opset {found} in place of {opset}; ask for opset={found}")
+    names = [[value.name for value in values] for values in (proto.graph.input, proto.graph.output)]
+    if names != [[INPUT], [OUTPUT]]:
+        problems.add(f"inputs and outputs {names} in place of {INPUT!r} and {OUTPUT!r}; the model must map one to one")
+    else:
+        wanted: tuple[str | int, ...] = ("batch" if batch == "dynamic" else batch, *image_shape)
+        shape, logits = (_shape(values[0]) for values in (proto.graph.input, proto.graph.output))
+        if shape[:1] != wanted[:1] or logits[:1] != wanted[:1]:
+            problems.add(
+                f"batch dimension {shape[0]} at the input and {logits[0]} at the output in place of {wanted[0]}; "
+                "forward() must not read the batch size as a number (no int(x.shape[0]), no reshape(2, -1)); "
+                "use torch.flatten(x, 1), or export with a fixed batch=..."
+            )
+        if shape[1:] != wanted[1:]:
+            problems.add(f"images of shape {shape[1:]} in place of {wanted[1:]}")
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+        problems.add("weights in external files, which this export does not write")
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        problems.add(f"ONNX's checker refuses the graph: {str(error).splitlines()[0]}")
+    problems.raise_if_any()
+
+
+def opset_of(proto: Any) -> int:
+    """The version of ONNX's own operator set that a graph uses; 0 where it names none."""
+    return next((int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def strip(proto: Any) -> None:
+    """Remove the exporter's notes from every part of a graph: they hold source paths, and a third of a small file."""
+    parts = [proto, *proto.functions]
+    graphs = [proto.graph]
+    while graphs:
+        graph = graphs.pop()
+        parts += [graph, *graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node]
+        for node in graph.node:
+            graphs += [a.g for a in node.attribute if a.HasField("g")]
+    for function in proto.functions:
+        parts += [*function.node, *function.value_info]
+    for part in parts:
+        del part.metadata_props[:]
+        part.ClearField("doc_string")
+
+
+def _shape(value: Any) -> tuple[str | int, ...]:
+    return tuple(d.dim_param or int(d.dim_value) for d in value.type.tensor_type.shape.dim)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's progress lines, log lines and deprecation warnings: what matters is checked afterwards."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0][:200].rstrip(". ")

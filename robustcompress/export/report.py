@@ -1,0 +1,90 @@
+"""What an export wrote and how closely it was checked: plain data, a table, JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityCheck:
+    """onnxruntime against torch on the same images.
+
+    Attributes:
+        name: Which images: "clean", "adversarial", or "random" where the caller gave none.
+        batch: Images in each call of the file.
+        images: How many different images were compared.
+        max_abs_diff: Largest difference between two logits.
+        scale: Largest absolute logit of the torch model: what the difference is measured against.
+        argmax_agreement: Share of images that get the same class, in [0, 1]. Classes whose torch logits lie within
+            rounding of each other count as the same.
+    """
+
+    name: str
+    batch: int
+    images: int
+    max_abs_diff: float
+    scale: float
+    argmax_agreement: float
+
+    @property
+    def relative_diff(self) -> float:
+        """`max_abs_diff` as a share of `scale`."""
+        return self.max_abs_diff / self.scale
+
+    def to_json(self) -> dict[str, Any]:
+        """The check as plain JSON."""
+        return {**asdict(self), "relative_diff": self.relative_diff}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """One ONNX file, written and verified.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        opset: The operator set that it really has, as read back.
+        batch: "dynamic", or the one batch size that it accepts.
+        parity: What was compared; empty when verification was switched off.
+        metadata: Every key and value stored in the file.
+    """
+
+    path: Path
+    bytes: int
+    opset: int
+    batch: str
+    parity: tuple[ParityCheck, ...]
+    metadata: Mapping[str, str]
+
+    def __str__(self) -> str:
+        head = f"{self.path}  {_size(self.bytes)}, opset {self.opset}, batch {self.batch}"
+        if not self.parity:
+            return f"{head}\nnot verified against torch (verify=False)"
+        lines = [
+            head,
+            f"{'images':<12} {'batch':>5} {'n':>4} {'max |difference|':>17} {'relative':>9} {'same class':>11}",
+        ]
+        lines += [
+            f"{c.name:<12} {c.batch:>5} {c.images:>4} {c.max_abs_diff:>17.2e} {c.relative_diff:>9.1e} "
+            f"{100 * c.argmax_agreement:>9.2f} %"
+            for c in self.parity
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON; the path as a string."""
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "opset": self.opset,
+            "batch": self.batch,
+            "parity": [check.to_json() for check in self.parity],
+            "metadata": dict(self.metadata),
+        }
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
