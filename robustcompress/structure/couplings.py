@@ -196,12 +196,12 @@ def _through(node: Any, slot: int, here: torch.Tensor, inside: tuple[int, ...]) 
     width, out = len(here), outside[_channel_dim(outside)]
     along = kind in ("_ConcatOp", "_SliceOp") and int(node.grad_fn._saved_dim) in (dim, dim - len(inside))
     if kind == "_ConcatOp" and along:
-        functions = node.grad_fn.next_functions[:slot]
-        offset = sum(_sizes(function, number)[dim] for function, number in functions)
-        return here, here + offset
+        offset = _offset(node, slot, dim, out)
+        return None if offset is None else (here, here + offset)
     if kind == "_SliceOp" and along:
         start, step = int(node.grad_fn._saved_start), int(node.grad_fn._saved_step)
-        start = start + width if start < 0 else start
+        start -= (1 << 64) if start >= 1 << 63 else 0  # autograd saves a negative start unsigned
+        start = max(0, start + width) if start < 0 else start
         taken = torch.arange(start, start + out * step, step)
         return taken, torch.arange(out)
     if width == out:
@@ -217,6 +217,15 @@ def _through(node: Any, slot: int, here: torch.Tensor, inside: tuple[int, ...]) 
     if kind == "_ExpandOp" or width == 1:
         return here[:0], here[:0]  # broadcast: not a channel of the result
     return None
+
+
+def _offset(node: Any, slot: int, dim: int, out: int) -> int | None:
+    """Where input number `slot` of a concatenation begins; None when that cannot be told."""
+    sizes = [None if f is None else _sizes(f, number)[dim] for f, number in node.grad_fn.next_functions]
+    if sizes.count(None) == 1:  # a tensor without gradient, such as a buffer, takes what the others leave
+        sizes[sizes.index(None)] = out - sum(size for size in sizes if size is not None)
+    before = sizes[:slot]
+    return None if None in before else sum(size for size in before if size is not None)
 
 
 def _kind(node: Any) -> str:

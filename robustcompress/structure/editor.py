@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -52,12 +53,13 @@ class StructuralEditor:
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.dtype in (torch.float32, torch.float64):
             example = example.detach().to(parameter.device, parameter.dtype)
-        check_supported(model, example)
         self.model = model
         self.round_to = round_to
-        self.layout: Layout = trace(model, example)
-        self._widths = self.layout.widths()
-        self._broken = find_broken(model, self.layout, example)
+        with torch.inference_mode(False):  # inside it, tracing would see no graph
+            check_supported(model, example)
+            self.layout: Layout = trace(model, example)
+            self._widths = self.layout.widths()
+            self._broken = find_broken(model, self.layout, example)
         self._generator = torch.Generator().manual_seed(seed)
         self._edits: list[Edit] = []
         self._followers: list[Twin] = []
@@ -104,7 +106,7 @@ class StructuralEditor:
             InputError: Unknown or frozen group, a source that does not exist, an unknown `init`, or a width that is
                 zero or no multiple of `round_to`. Nothing has changed then.
         """
-        sources = tuple(int(s) for s in sources)
+        sources = _channels(sources)
         self._validate(group, sources, init)
         if init is None and NEW in sources:
             init = "pair"
@@ -114,7 +116,7 @@ class StructuralEditor:
 
     def prune(self, group: str, keep: Iterable[int]) -> Edit:
         """Keep the channels named in `keep`, in ascending order, and drop the others."""
-        return self.resize(group, sorted(set(int(k) for k in keep)))
+        return self.resize(group, sorted(set(_channels(keep))))
 
     def grow(self, group: str, extra: int, *, init: str = "pair") -> Edit:
         """Append `extra` new channels, begun as `init` says."""
@@ -187,6 +189,7 @@ class StructuralEditor:
             editor._carry_out(edit)
         return editor
 
+    @torch.inference_mode(False)
     def _carry_out(self, edit: Edit) -> Edit:
         tensors = plan_edit(self.model, self.layout, self._widths, edit)
         new_widths = {**self._widths, edit.group: len(edit.sources)}
@@ -228,3 +231,12 @@ class StructuralEditor:
         if init is not None and init not in INITS:
             problems.add(f"init={init!r} does not exist{nearest(init, INITS)}")
         problems.raise_if_any()
+
+
+def _channels(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Channel numbers as plain integers; a mask or fractions would silently mean other channels."""
+    listed = numbers.tolist() if isinstance(numbers, torch.Tensor) else list(numbers)
+    for number in listed:
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise InputError(f"{number!r} is no channel number; for a boolean mask pass mask.nonzero().flatten()")
+    return tuple(operator.index(number) for number in listed)

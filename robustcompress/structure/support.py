@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 
 import torch
@@ -29,7 +30,7 @@ def check_supported(model: nn.Module, example: torch.Tensor) -> None:
 
     Args:
         model: The network.
-        example: One input batch; the model is run on it once, in eval mode and without gradients.
+        example: One input batch; copies of the model are run on it, in eval and in training mode.
 
     Raises:
         UnsupportedModelError: Listing each layer with its reason and the remedy.
@@ -72,28 +73,38 @@ def _check_wrapping(model: nn.Module, problems: Problems) -> None:
 
 
 def _check_forward(model: nn.Module, example: torch.Tensor, problems: Problems) -> None:
-    calls: Counter[str] = Counter()
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-        for name, module in model.named_modules()
-        if kind_of(module) is not None
-    ]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = model(example)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        problems.add(f"it does not run on an input of shape {tuple(example.shape)}: {str(error).splitlines()[0][:200]}")
+    calls, output = _calls(model, example, problems, training=False)
+    if output is None:
         return
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(example):
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         problems.add(f"it returns {shape}; it must return logits of shape [batch, classes]")
     for name, count in calls.items():
         if count > 1:
             problems.add(f"{name}: the layer is called {count} times in one forward pass; give each call its own layer")
+    problems.raise_if_any(UnsupportedModelError)
+    trained, _ = _calls(model, torch.cat([example, example]), problems, training=True)
+    for name in trained:
+        if name not in calls:
+            problems.add(f"{name}: the layer is used in training mode only; switch its branch off (aux_logits=False)")
+
+
+@torch.no_grad()
+def _calls(
+    model: nn.Module, example: torch.Tensor, problems: Problems, *, training: bool
+) -> tuple[Counter[str], object | None]:
+    """How often each layer is called in one forward pass of a copy, and what the model returns."""
+    twin = copy.deepcopy(model).train(training)
+    calls: Counter[str] = Counter()
+    for name, module in twin.named_modules():
+        if kind_of(module) is not None:
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return calls, twin(example)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        mode = "in training mode " if training else ""
+        problems.add(
+            f"it does not run {mode}on an input of shape {tuple(example.shape)}: {str(error).splitlines()[0][:200]}"
+        )
+        return calls, None

@@ -65,7 +65,7 @@ def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit:
         if share is not None and axis.side == "in":
             new_widths = {**widths, edit.group: len(edit.sources)}
             owners = layout.owners(axis, edit.group, new_widths)
-            scale = torch.where(owners >= 0, share[owners.clamp_min(0)], torch.ones(()))
+            scale = torch.where(owners >= 0, share[owners.clamp_min(0)], 1.0)
         module = model.get_submodule(axis.module)
         kind = kind_of(module)
         assert kind is not None
@@ -79,7 +79,7 @@ def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit:
 def _sharing(edit: Edit) -> torch.Tensor:
     sources = torch.tensor(edit.sources)
     counts = (sources[:, None] == sources[None, :]).sum(1)
-    return torch.where(sources == NEW, torch.ones(()), 1.0 / counts)
+    return torch.where(sources == NEW, 1.0, 1.0 / counts.double())
 
 
 @torch.no_grad()

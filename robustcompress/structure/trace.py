@@ -40,6 +40,8 @@ def _dependency_graph(twin: nn.Module, example: torch.Tensor) -> Any:
 
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # about plain parameters, whose dimension is checked when the trace is verified
+        # With a gradient the image itself is a node of the graph, so that its share of a concatenation is known.
+        example = example.detach().clone().requires_grad_()
         return torch_pruning.DependencyGraph().build_dependency(twin, example_inputs=example, verbose=False)
 
 
@@ -144,10 +146,10 @@ def _describe(
     reason = ""
     if is_output:
         kind, reason = "output", "holds the model's output"
+    elif name in irregular:
+        kind, reason = "frozen", "its channels pass through an operation in which they cannot be followed"
     elif not readers:
         kind, reason = "frozen", "nothing reads it"
-    elif name in irregular:
-        kind, reason = "frozen", "its channels are read in an order that cannot be resized"
     elif is_split:
         kind = "split"
     elif any(len({s.group for s in segments[a]} - {None}) > 1 for a in (*writers, *readers)):

@@ -8,20 +8,25 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from robustcompress.structure.groups import Edit
+from robustcompress.structure.groups import NEW, Edit
+from robustcompress.structure.initial import fill
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.layout import Layout
-from robustcompress.structure.surgery import apply_gathers
+from robustcompress.structure.surgery import apply_gathers, plan_edit
 
 TOLERANCE = 1e-7
 """Relative difference allowed in double precision; a wrong channel differs by 1e-3 or more."""
+
+GROWTH = 3
+"""Channels by which every group is grown; odd, so that halves taken by a literal or a floor division show."""
 
 
 def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict[str, str]:
     """Name the groups that cannot be resized without changing what the network computes.
 
-    All groups are resized at once on one copy, in double precision, and compared with a copy whose readers ignore the
-    dropped channels. Only when that fails is each group tried alone.
+    On one copy with random weights, in double precision, all groups are pruned at once, and must compute what the copy
+    computes when the readers ignore the dropped channels; then all are grown at once, with new channels that nothing
+    reads, and must compute what the copy computes. Only when that fails is each group tried alone.
 
     Args:
         model: The network; not touched.
@@ -31,47 +36,57 @@ def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict
     Returns:
         For each group that fails, the reason.
     """
-    names = [name for name, group in layout.groups.items() if group.editable and group.width > group.min_width]
+    names = [name for name, group in layout.groups.items() if group.editable]
     twin = _random_twin(model)
-    inputs = torch.rand((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-        next(twin.parameters()).device
-    )
-    if not _difference(twin, layout, inputs, names):
+    inputs = torch.rand((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inputs = inputs.to(next(twin.parameters()).device)
+    if not _complaint(twin, layout, inputs, names):
         return {}
     broken: dict[str, str] = {}
     for name in names:
-        if complaint := _difference(twin, layout, inputs, [name]):
+        if complaint := _complaint(twin, layout, inputs, [name]):
             broken[name] = complaint
     sound = [name for name in names if name not in broken]
-    if complaint := _difference(twin, layout, inputs, sound):
+    if complaint := _complaint(twin, layout, inputs, sound):
         broken.update(dict.fromkeys(sound, f"together with other groups: {complaint}"))
     return broken
 
 
-def _difference(twin: nn.Module, layout: Layout, inputs: torch.Tensor, names: Iterable[str]) -> str:
-    """Complaint about resizing these groups together; empty when the resized network computes the right thing."""
+def _complaint(twin: nn.Module, layout: Layout, inputs: torch.Tensor, names: Iterable[str]) -> str:
+    """What is wrong with resizing these groups together; empty when nothing is."""
     widths = layout.widths()
-    keeps = {name: _keep(widths[name], layout.groups[name].min_width) for name in names}
-    changed = copy.deepcopy(twin)
-    for name, keep in keeps.items():
-        silence_readers(changed, layout, name, keep, widths)
-    with torch.no_grad():
-        wanted = changed(inputs)
-    # Resizing the silenced copy gives the same network as resizing the original, and spares a third copy.
-    for name, keep in keeps.items():
-        apply_gathers(changed, layout, widths, Edit(name, tuple(keep)))
-        widths[name] = len(keep)
-    with torch.no_grad():
-        try:
-            found = changed(inputs)
-        except (RuntimeError, ValueError, IndexError) as error:
-            return f"forward() assumes its width ({str(error).splitlines()[0][:120]})"
+    silenced = copy.deepcopy(twin)
+    edits = []
+    for name in names:
+        keep = _keep(widths[name], layout.groups[name].min_width)
+        silence_readers(silenced, layout, name, keep, widths)
+        edits.append(Edit(name, tuple(keep)))
+    # Pruning the silenced copy gives the same network as pruning the original, and spares a third copy.
+    if complaint := _difference(silenced, layout, inputs, edits):
+        return complaint
+    grown = [Edit(name, (*range(widths[name]), *[NEW] * GROWTH), "zero_out") for name in names]
+    return _difference(copy.deepcopy(twin), layout, inputs, grown)
+
+
+@torch.no_grad()
+def _difference(net: nn.Module, layout: Layout, inputs: torch.Tensor, edits: list[Edit]) -> str:
+    """Carry edits out that should change no output, and complain when they do."""
+    wanted = net(inputs)
+    widths, generator = layout.widths(), torch.Generator().manual_seed(2)
+    for edit in edits:
+        tensors = plan_edit(net, layout, widths, edit)
+        apply_gathers(net, layout, widths, edit)
+        widths[edit.group] = len(edit.sources)
+        fill(net, layout, widths, edit, tensors, generator)
+    try:
+        found = net(inputs)
+    except (RuntimeError, ValueError, IndexError) as error:
+        return f"forward() assumes its width ({str(error).splitlines()[0][:120]})"
     if found.shape != wanted.shape:
         return f"resizing it changes the output's shape from {tuple(wanted.shape)} to {tuple(found.shape)}"
-    scale = float(wanted.abs().max()) + 1e-12
-    difference = float((found - wanted).abs().max()) / scale
-    if difference > TOLERANCE:
-        return f"forward() mixes its channels (relative difference {difference:.1g} when some are removed)"
+    difference = float((found - wanted).abs().max()) / (float(wanted.abs().max()) + 1e-12)
+    if not difference <= TOLERANCE:
+        return f"forward() mixes its channels (relative difference {difference:.1g} when it is resized)"
     return ""
 
 
@@ -98,13 +113,22 @@ def silence_readers(model: nn.Module, layout: Layout, group: str, keep: Iterable
 
 @torch.no_grad()
 def _random_twin(model: nn.Module) -> nn.Module:
-    """A double-precision copy in eval mode whose batch norms shift and scale, so that leaks through them show."""
+    """A double-precision copy in eval mode with random weights and statistics.
+
+    A zero-initialised layer, a dead unit or a fresh batch norm would hide what an edit does wrong until it is trained.
+    """
     twin = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(1)
+    for name, parameter in twin.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("bias"):
+            fan_in = max(1, parameter[0].numel())
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * (2 / fan_in) ** 0.5
+        else:
+            values = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
+        parameter.copy_(values)
     for module in twin.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+            for tensor in (module.running_mean, module.running_var):
                 if tensor is not None:
-                    noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                    tensor.copy_((noise + 0.5).to(tensor.device))
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
     return twin
