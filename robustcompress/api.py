@@ -24,7 +24,7 @@ from robustcompress.session import Goal, Session
 from robustcompress.strategies import Strategy, make_strategy
 from robustcompress.strategies.base import floor_widths
 from robustcompress.structure import StructuralEditor
-from robustcompress.train import Progress, Recipe, describe, resolve_device
+from robustcompress.train import Progress, Recipe, describe, resolve_device, set_memory_format
 
 SMALL_DATA = 10_000
 """Below so many training images the default is a short run."""
@@ -111,7 +111,8 @@ def compress(
     for note in splits.notes:
         shown.say(note)
     example = torch.zeros(2, *splits.image_shape, device=target)
-    reference = reference.to(target).to(memory_format=torch.channels_last)
+    reference = reference.to(target)
+    set_memory_format(reference, torch.contiguous_format)
     editor = StructuralEditor(reference, example, seed=seed)
     _fit_classifier(editor, reference, example, splits, pretrained, shown)
     step = round_to or default_rounding(editor)
@@ -251,7 +252,7 @@ def _check_budget(
 
 def _close(model: nn.Module, device: torch.device) -> nn.Module:
     """A plain module: eval mode, contiguous tensors, gradients cleared, nothing attached."""
-    model = model.to(memory_format=torch.contiguous_format)
+    set_memory_format(model, torch.contiguous_format)
     model.zero_grad(set_to_none=True)
     hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooked, f"hooks left on {hooked}"

@@ -6,6 +6,7 @@ import copy
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -156,7 +157,9 @@ def _single(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, torch.T
 
 def _profile(model: nn.Module, example: torch.Tensor) -> tuple[float, dict[str, float]]:
     """Total MACs, and those of each leaf module by name."""
-    import thop
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it imports distutils
+        import thop
 
     twin, single = _single(model, example)
     with torch.no_grad():

@@ -17,7 +17,17 @@ from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objectives import Objective
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.structure import StructuralEditor
-from robustcompress.train import Progress, Recipe, Schedule, augmentation, averaged, make_optimizer, train
+from robustcompress.train import (
+    Progress,
+    Recipe,
+    Schedule,
+    augmentation,
+    averaged,
+    make_optimizer,
+    safe_memory_format,
+    set_memory_format,
+    train,
+)
 
 SELECTIONS = 8
 """At most so many epochs of a selecting phase are attacked on the validation split."""
@@ -100,7 +110,9 @@ class Session:
             augment=augmentation(goal.recipe, goal.data.name),
             generator=torch.Generator().manual_seed(goal.seed),
             drop_last=True,
+            channels_last=False,  # until `_lay_out` says otherwise
         )
+        self._memory_format = torch.contiguous_format
         self._optimizer: torch.optim.Optimizer | None = None
         self._ema: AveragedModel | None = None
         bf16 = goal.recipe.bf16
@@ -189,6 +201,15 @@ class Session:
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
+    def _lay_out(self) -> None:
+        """Choose the memory format for the widths of the moment."""
+        memory_format = safe_memory_format(self.model, self._device)
+        if memory_format != self._memory_format:
+            self._memory_format = self._batches.memory_format = memory_format
+            set_memory_format(self.model, memory_format)
+            if self._ema is not None:
+                set_memory_format(self._ema, memory_format)
+
     def _loop(
         self,
         phase: str,
@@ -199,6 +220,7 @@ class Session:
         ema: AveragedModel | None,
         selection: _Selection | None,
     ) -> None:
+        self._lay_out()
         macs, params = self.cost_model.predict(self.editor.widths)
 
         def on_epoch(record: dict[str, Any]) -> None:

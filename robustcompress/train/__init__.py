@@ -1,6 +1,6 @@
 """One training loop for every strategy."""
 
-from robustcompress.train.device import describe, resolve_device
+from robustcompress.train.device import describe, resolve_device, safe_memory_format, set_memory_format
 from robustcompress.train.ema import averaged
 from robustcompress.train.loop import TrainingError, make_optimizer, train
 from robustcompress.train.progress import Progress
@@ -19,5 +19,7 @@ __all__ = [
     "lr_factor",
     "make_optimizer",
     "resolve_device",
+    "safe_memory_format",
+    "set_memory_format",
     "train",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from robustcompress.errors import InputError
 
@@ -28,3 +29,29 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU threads"
+
+
+def safe_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Channels-last, unless training in it could crash.
+
+    On x86 CPUs oneDNN's weight gradient of a strided 1x1 convolution writes past its workspace in channels-last when
+    there are fewer input channels than one vector holds (8 floats with AVX2, 16 with AVX-512): memory is corrupted.
+    """
+    if device.type != "cpu":
+        return torch.channels_last
+    vector = 8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1]
+    if any(module.in_channels // module.groups < vector for module in strided):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+@torch.no_grad()
+def set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay out every four-dimensional tensor of a network in this format, in place.
+
+    `Module.to` leaves the strides of 1x1 kernels as they are, which then still count as channels-last.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.dim() == 4:
+            tensor.data = torch.empty_like(tensor, memory_format=memory_format).copy_(tensor)

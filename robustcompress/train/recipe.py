@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from robustcompress.data import Augment
@@ -76,4 +77,4 @@ def augmentation(recipe: Recipe, data_name: str) -> Augment:
     """Resolve "auto" for a data set."""
     if recipe.augment != "auto":
         return recipe.augment
-    return "crop" if data_name in MIRROR_CHANGES_MEANING else "crop-flip"
+    return "crop" if Path(data_name).name.lower() in MIRROR_CHANGES_MEANING else "crop-flip"

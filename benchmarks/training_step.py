@@ -1,0 +1,285 @@
+"""What one step of PGD adversarial training costs, against the bare cost of its passes.
+
+Three loops take turns on the same kind of batch, step by step, so that load and drift hit all of them alike:
+  ours    a step of `robustcompress.train.train` as strategies run it: augmentation (crop and flip, from bytes), PGD in
+          eval mode, loss, backward, SGD with Nesterov momentum, averaged weights, the running metrics, and the clean
+          forward pass that is made every tenth step
+  bare    what no implementation can do without, in plain torch: K times forward + gradient to the images (eval mode),
+          then once forward + backward (train mode) + the optimizer's step; channels_last as ours; no projection, no
+          augmentation, no average, no metrics
+  public  the loop most public code has: NCHW, and `loss.backward()` in the attack, which computes gradients of all
+          weights too and throws them away; otherwise as bare, with projection
+"efficiency" is bare / ours; the aim is at least 0.95. "speed-up" is public / ours. Medians of single steps; those of
+ours that look at the clean images are weighted with their share. Pixels and labels are random bytes. On a machine that
+is shared, `--clock cpu` counts processor time in place of wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import (
+    add_out,
+    make_parser,
+    out_path,
+    positive,
+    provenance,
+    record,
+    summary,
+    table,
+    threads,
+    write_json,
+)
+from robustcompress import Images, Recipe, ThreatModel, build_model, measure
+from robustcompress.data import Batches
+from robustcompress.robust import PGDAT
+from robustcompress.train import averaged, make_optimizer, train
+from robustcompress.train.loop import CLEAN_EVERY
+
+MODULE = "training_step"
+MODELS = ("resnet8", "resnet20", "resnet18@0.25")
+THREAT = ThreatModel("linf", 8 / 255)
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = _parser().parse_args(argv)
+    path = out_path(options, MODULE)
+    if options.quick:
+        options.models, options.batch_size, options.attack_steps, options.steps = ["resnet8"], 8, 2, 3
+    results = []
+    with threads(options.threads):
+        for name in options.models:
+            row = compare(
+                name,
+                batch_size=options.batch_size,
+                attack_steps=options.attack_steps,
+                steps=options.steps,
+                seed=options.seed,
+                clock=options.clock,
+            )
+            results.append(row)
+            print(f"{name}: efficiency {row['efficiency']:.3f}", file=sys.stderr, flush=True)
+    pixels = random_images(options.batch_size, options.seed).pixels
+    data = {"name": "random bytes", "sha256": hashlib.sha256(pixels.numpy().data).hexdigest()}
+    value = record(MODULE, options, argv, results, data=data)
+    write_json(path, value)
+    print(markdown(value))
+    return 0
+
+
+def compare(
+    name: str, *, batch_size: int, attack_steps: int, steps: int, seed: int, clock: str = "wall"
+) -> dict[str, Any]:
+    """Time the three loops on one network, "factory" or "factory@width"."""
+    torch.manual_seed(seed)
+    factory, _, width = name.partition("@")
+    options: dict[str, Any] = {"width": float(width)} if width else {}
+    model, _ = build_model(factory, **options)
+    bare = BareStep(copy.deepcopy(model).to(memory_format=torch.channels_last), attack_steps, batch_size, seed)
+    public = PublicStep(copy.deepcopy(model), attack_steps, batch_size, seed)
+    ours = model.to(memory_format=torch.channels_last)
+    _run(ours, {}, batch_size, attack_steps, 1, seed, clock)
+    bare()
+    public()
+    rivals: dict[str, Callable[[], object]] = {"bare": bare, "public": public}
+    ours_times, others = _run(ours, rivals, batch_size, attack_steps, steps, seed, clock)
+    looking = [t for i, t in enumerate(ours_times) if i % CLEAN_EVERY == 0]
+    plain = [t for i, t in enumerate(ours_times) if i % CLEAN_EVERY] or looking
+    share = 1 / CLEAN_EVERY
+    ours_s = share * statistics.median(looking) + (1 - share) * statistics.median(plain)
+    bare_s, public_s = (statistics.median(others[key]) for key in ("bare", "public"))
+    return {
+        "model": name,
+        "macs": measure_macs(model),
+        "batch_size": batch_size,
+        "attack_steps": attack_steps,
+        "clock": clock,
+        "ours_s": round(ours_s, 7),
+        "bare_s": round(bare_s, 7),
+        "public_s": round(public_s, 7),
+        "efficiency": round(bare_s / ours_s, 4),
+        "speed_up": round(public_s / ours_s, 4),
+        "images_per_s": round(batch_size / ours_s, 2),
+        "times": {"ours": summary(plain), "ours_looking": summary(looking)}
+        | {key: summary(values) for key, values in others.items()},
+    }
+
+
+def measure_macs(model: nn.Module) -> int:
+    return measure(model, torch.zeros(1, 3, 32, 32)).macs
+
+
+def random_images(count: int, seed: int) -> Images:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.randint(10, (count,), generator=generator))
+
+
+class TakingTurns(Batches):
+    """Batches that, before each of them, stop the clock of the training loop and run its rivals."""
+
+    rivals: Mapping[str, Callable[[], object]]
+    clock: Callable[[], float]
+    own: list[float]
+    times: dict[str, list[float]]
+    since: float
+
+    def start(self, rivals: Mapping[str, Callable[[], object]], clock: str) -> None:
+        """Name the rivals and the clock."""
+        self.rivals, self.clock = rivals, CLOCKS[clock]
+        self.own, self.times = [], {name: [] for name in rivals}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches; the loop's own time runs from one request for a batch to the next."""
+        self.since = self.clock()
+        for batch in super().__iter__():
+            yield batch
+            self.own.append(self.clock() - self.since)
+            names = list(self.rivals)
+            for name in names if len(self.own) % 2 else names[::-1]:
+                start = self.clock()
+                self.rivals[name]()
+                self.times[name].append(self.clock() - start)
+            self.since = self.clock()
+
+
+def _run(
+    model: nn.Module,
+    rivals: Mapping[str, Callable[[], object]],
+    batch_size: int,
+    attack_steps: int,
+    steps: int,
+    seed: int,
+    clock: str,
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Train for so many steps, with rivals between them; seconds of each step, and of each rival's."""
+    recipe = Recipe(batch_size=batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    # One batch more than is timed: the clock of a step stops when the next batch is asked for.
+    images = random_images((steps + 1) * batch_size, seed)
+    batches = TakingTurns(images, batch_size, augment="crop-flip", generator=generator)
+    batches.start(rivals, clock)
+    train(
+        model,
+        batches,
+        PGDAT(steps=attack_steps),
+        THREAT,
+        recipe,
+        epochs=1,
+        optimizer=make_optimizer(recipe, list(model.parameters()), lr=0.01),
+        lr=0.01,
+        schedule="constant",
+        generator=torch.Generator().manual_seed(seed),
+        ema=averaged(model, recipe.ema),
+    )
+    return batches.own[:steps], {name: times[:steps] for name, times in batches.times.items()}
+
+
+class BareStep:
+    """The passes of one step and nothing else."""
+
+    def __init__(self, model: nn.Module, attack_steps: int, batch_size: int, seed: int) -> None:
+        images = random_images(batch_size, seed)
+        self.x = images.as_float().to(memory_format=torch.channels_last)
+        self.y = images.labels
+        self.model, self.attack_steps = model, attack_steps
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def __call__(self) -> None:
+        """Make one step."""
+        self.model.eval()
+        for _ in range(self.attack_steps):
+            x = self.x.detach().requires_grad_()
+            torch.autograd.grad(F.cross_entropy(self.model(x), self.y), x)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(F.cross_entropy(self.model(self.x), self.y))
+        self.optimizer.step()
+
+
+class PublicStep:
+    """The same step as most public code writes it."""
+
+    def __init__(self, model: nn.Module, attack_steps: int, batch_size: int, seed: int) -> None:
+        images = random_images(batch_size, seed)
+        self.x, self.y = images.as_float(), images.labels
+        self.model, self.attack_steps = model, attack_steps
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def __call__(self) -> None:
+        """Make one step."""
+        self.model.eval()
+        delta = torch.zeros_like(self.x).uniform_(-THREAT.eps, THREAT.eps).requires_grad_()
+        for _ in range(self.attack_steps):
+            torch.autograd.backward(F.cross_entropy(self.model(torch.clamp(self.x + delta, 0, 1)), self.y))
+            grad = delta.grad
+            assert grad is not None
+            moved = torch.clamp(delta.detach() + THREAT.eps / 4 * grad.sign(), -THREAT.eps, THREAT.eps)
+            delta.data = torch.clamp(moved, -self.x, 1 - self.x)
+            delta.grad = None
+        self.model.train()
+        self.optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(self.model(torch.clamp(self.x + delta.detach(), 0, 1)), self.y))
+        self.optimizer.step()
+
+
+def markdown(value: Mapping[str, Any]) -> str:
+    """The table, and where it comes from."""
+    head = (
+        "model",
+        "MMACs",
+        "batch",
+        "PGD steps",
+        "ours s",
+        "bare s",
+        "public s",
+        "efficiency",
+        "speed-up",
+        "images/s",
+    )
+    rows = [
+        (
+            row["model"],
+            f"{row['macs'] / 1e6:.1f}",
+            str(row["batch_size"]),
+            str(row["attack_steps"]),
+            f"{row['ours_s']:.3f}",
+            f"{row['bare_s']:.3f}",
+            f"{row['public_s']:.3f}",
+            f"{row['efficiency']:.3f}",
+            f"{row['speed_up']:.2f}x",
+            f"{row['images_per_s']:.1f}",
+        )
+        for row in value["results"]
+    ]
+    return f"{table(head, rows)}\n\n{provenance(value)}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(MODULE, __doc__, example="python -m benchmarks.training_step --models resnet8 --steps 20")
+    add_out(parser, MODULE)
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help="factory or factory@width (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=128, help="images a step (default: %(default)s)")
+    parser.add_argument("--attack-steps", type=positive, default=10, help="PGD steps (default: %(default)s)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall or processor time (default: wall)")
+    parser.add_argument("--steps", type=positive, default=20, help="steps timed of each loop (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""The benchmarks run, write what they promise, and the committed tables are those of the committed figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import cifar10_cpu, cifar10_summary, common, latency, report, structure, training_step
+from robustcompress import StructuralEditor, build_model, measure
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = (structure, training_step, latency, cifar10_cpu)
+
+
+def read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+def check_record(value: dict[str, Any], module: str) -> None:
+    assert value["benchmark"] == module and value["quick"] is True
+    assert value["command"].startswith(f"python -m benchmarks.{module} --quick")
+    assert value["hardware"]["cpu"] and value["hardware"]["cores"] >= 1 and value["hardware"]["threads"] == 1
+    assert torch.__version__.startswith(value["versions"]["torch"])
+    assert set(value["code"]) == {"commit", "modified"}
+
+
+def check_anonymous(path: Path, *private: str) -> None:
+    text = path.read_text()
+    for secret in (str(Path.home()) + "/", str(ROOT), *private):
+        assert secret not in text, f"{path.name} tells {secret!r}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.MODULE)
+def test_help_says_what_is_measured(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert str(script.__doc__).splitlines()[0] in said and "example: python -m benchmarks." in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.MODULE)
+def test_quick_runs_never_touch_committed_results(script: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="--out"):
+        script.main(["--quick"])
+
+
+def test_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "structure.json"
+    assert structure.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "structure")
+    check_anonymous(out, str(tmp_path))
+    (row,) = value["results"]
+    assert row["editable"] == row["groups"] - 1 and row["prune"]["n"] == row["grow"]["n"] == row["editable"]
+    assert row["trace"]["median"] > row["graph"]["median"] > 0 and row["forward"]["median"] > 0
+    assert structure.markdown(value) in capsys.readouterr().out
+
+
+def test_training_step(tmp_path: Path) -> None:
+    out = tmp_path / "training_step.json"
+    assert training_step.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "training_step")
+    assert len(value["data"]["sha256"]) == 64
+    (row,) = value["results"]
+    assert row["efficiency"] == pytest.approx(row["bare_s"] / row["ours_s"], rel=1e-3)
+    times = row["times"]
+    assert times["bare"]["n"] == times["public"]["n"] == times["ours"]["n"] + times["ours_looking"]["n"] == 3
+
+
+def test_the_bare_step_makes_the_passes_of_ours_and_no_others() -> None:
+    counts = {"forward": 0, "to_weights": 0}
+    model, _ = build_model("resnet8")
+    model.register_forward_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
+    weight = next(p for p in model.parameters() if p.dim() == 4)
+    weight.register_hook(lambda _: counts.update(to_weights=counts["to_weights"] + 1))
+    training_step.BareStep(model, 3, 4, 0)()
+    assert counts == {"forward": 4, "to_weights": 1}
+    training_step.PublicStep(model, 3, 4, 0)()
+    assert counts == {"forward": 8, "to_weights": 1 + 4}
+
+
+def test_latency(tmp_path: Path) -> None:
+    out = tmp_path / "latency.json"
+    assert latency.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "latency")
+    check_anonymous(out, str(tmp_path))
+    dense, compact, zeros = value["results"]
+    assert dense["macs_ratio"] == 1.0 and compact["macs_ratio"] <= 0.5
+    assert compact["params"] < dense["params"] == zeros["params"]
+    assert zeros["macs_ratio"] == pytest.approx(0.1, abs=0.01)
+    assert set(dense["latency"]) == {"1", "8"}
+
+
+def test_compact_variants_keep_their_fraction_and_rounding() -> None:
+    model, _ = build_model("resnet8")
+    compact = latency.compacted(model, 0.5, 8)
+    example = torch.zeros(1, 3, 32, 32)
+    assert 0.3 < measure(compact, example).macs / measure(model, example).macs <= 0.5
+    convolutions = [m for m in compact.modules() if isinstance(m, nn.Conv2d)]
+    assert all(m.out_channels % 8 == 0 for m in convolutions)
+    assert StructuralEditor(compact, torch.zeros(2, 3, 32, 32)).widths.keys()
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cells") / "private" / "cells"
+    arguments = ["--quick", "--out", str(out), "--seeds", "3", "--strategies", "none", "grape"]
+    assert cifar10_cpu.main(arguments) == 0
+    return out
+
+
+def test_cells_are_complete(cells: Path) -> None:
+    assert sorted(path.name for path in cells.iterdir()) == [
+        "README.md",
+        "grape-s3.json",
+        "none-s3.json",
+        "summary.json",
+    ]
+    for name in ("none", "grape"):
+        value = read(cells / f"{name}-s3.json")
+        check_record(value, "cifar10_cpu")
+        check_anonymous(cells / f"{name}-s3.json", "private")
+        results = value["results"]
+        assert [attack["name"] for attack in results["report"]["attacks"]] == ["clean", "pgd-20", "autoattack"]
+        assert [attack["n"] for attack in results["report"]["attacks"]] == [16, 16, 4]
+        assert results["meets_budget"] and results["training"]["macs"] > 0
+        assert value["seed"] == 3 and len(value["data"]["sha256"]) == 64
+    assert read(cells / "grape-s3.json")["results"]["after"]["macs"] <= results["before"]["macs"] / 2
+    differences = read(cells / "summary.json")["differences_from_none"]
+    assert set(differences) == {"grape-s3"} and set(differences["grape-s3"]) == {"clean", "pgd-20", "autoattack"}
+    said = (cells / "README.md").read_text()
+    assert "JPEG" in said and "not with published CIFAR-10 numbers" in said
+    check_anonymous(cells / "README.md", "private")
+
+
+def test_finished_cells_are_skipped_and_other_settings_refused(
+    cells: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object) -> dict[str, Any]:
+        raise AssertionError("the cell was run again")
+
+    monkeypatch.setattr(cifar10_cpu, "run_cell", never)
+    again = ["--quick", "--out", str(cells), "--seeds", "3", "--strategies", "grape"]
+    before = (cells / "grape-s3.json").read_bytes()
+    assert cifar10_cpu.main(again) == 0
+    assert "grape-s3: there already" in capsys.readouterr().err
+    assert (cells / "grape-s3.json").read_bytes() == before
+    with pytest.raises(SystemExit, match=r"grape-s3: results with other settings"):
+        cifar10_cpu.main([*again, "--lr", "0.2"])
+    with pytest.raises(AssertionError, match="again"):
+        cifar10_cpu.main([*again, "--lr", "0.2", "--overwrite"])
+
+
+def test_cells_of_other_settings_make_no_common_table(cells: Path, tmp_path: Path) -> None:
+    for path in cells.glob("*-s3.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    value = read(tmp_path / "grape-s3.json")
+    value["settings"]["epochs"] = 99
+    (tmp_path / "grape-s3.json").write_text(json.dumps(value))
+    assert cifar10_cpu.main(["--summary-only", "--out", str(tmp_path)]) == 2
+    with pytest.raises(Exception, match="differ in epochs"):
+        cifar10_summary.read_cells(tmp_path)
+
+
+def test_a_directory_of_images_is_named_by_its_last_part(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label in range(3):
+            folder = tmp_path / "secret" / "tiny" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(80 * label, 80 * label + 90, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    out = tmp_path / "out"
+    data = tmp_path / "secret" / "tiny"
+    arguments = ["--quick", f"--data={data}", "--out", str(out), "--seeds", "0", "--strategies", "none"]
+    assert cifar10_cpu.main(arguments) == 0
+    value = read(out / "none-s0.json")
+    assert value["settings"]["data"]["name"] == "tiny" and value["data"]["name"] == "tiny"
+    assert "--data=tiny --out out" in value["command"]
+    for path in out.iterdir():
+        check_anonymous(path, "secret")
+
+
+def test_training_macs_by_hand() -> None:
+    history = [
+        {"phase": "grow 1/1", "epoch": 1, "steps": 5, "macs": 100, "images_per_s": 1.0},
+        {"phase": "grow 1/1", "event": "grow", "scores": {"conv": {}}, "macs": 150.0},
+        {"phase": "tail", "epoch": 1, "steps": 4, "macs": 150, "images_per_s": 1.0, "val_robust": 0.5},
+        {"phase": "tail", "epoch": 2, "steps": 6, "macs": 150, "images_per_s": 1.0},
+    ]
+    # 4 attack steps: 11 passes a step, and a tenth for the clean look; PGD-10 and one pass more is 22.
+    expected = 5 * 8 * 100 * 11.1 + 16 * 100 * 22 + 4 * 8 * 150 * 11.1 + 7 * 150 * 22 + 2 * 8 * 150 * 11.1
+    assert cifar10_cpu.training_macs(history, batch=8, attack_steps=4, probes=7, scored=16) == round(expected)
+
+
+def test_a_killed_write_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "value.json"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        common.write_json(path, {"ratio": float("nan")})
+    assert not path.exists()
+    common.write_json(path, {"ratio": 1.0})
+    assert [entry.name for entry in path.parent.iterdir()] == ["value.json"] and read(path) == {"ratio": 1.0}
+
+
+def test_command_lines_tell_no_place() -> None:
+    words = ["--data", "/home/someone/cifar10", "--out=~/x/y", "--models", "torchvision:resnet18", "data/cifar10"]
+    assert common.command("structure", words) == (
+        "python -m benchmarks.structure --data cifar10 --out=y --models torchvision:resnet18 data/cifar10"
+    )
+
+
+def test_interleaving_gives_every_function_every_place() -> None:
+    order: list[str] = []
+    seconds = common.interleaved({k: lambda k=k: order.append(k) for k in "abc"}, 3)
+    assert {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert sorted("".join(order[3:][i::3]) for i in range(3)) == ["abc", "bca", "cab"]
+
+
+def test_threads_are_restored() -> None:
+    before = torch.get_num_threads()
+    with common.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_runs_as_a_command(tmp_path: Path) -> None:
+    out = tmp_path / "s.json"
+    command = [sys.executable, "-m", "benchmarks.structure", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert read(out)["benchmark"] == "structure" and "| resnet8" in done.stdout
+
+
+def test_tables_are_filled_between_markers() -> None:
+    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
+    assert report.fill(text, "x", r"new \1") == "a\n<!-- x -->\nnew \\1\n<!-- /x -->\nb\n"
+    with pytest.raises(ValueError, match="0 pairs"):
+        report.fill(text, "y", "new")
+
+
+def test_the_report_reads_what_the_scripts_write(tmp_path: Path) -> None:
+    structure.main(["--quick", "--out", str(tmp_path / "structure.json")])
+    text = report.pages(tmp_path)[report.README]
+    assert structure.markdown(read(tmp_path / "structure.json")) in text
+
+
+def test_committed_tables_are_those_of_the_committed_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--check"]) == 0, f"{capsys.readouterr().out}run `python -m benchmarks.report`"
+
+
+@pytest.mark.parametrize("path", sorted(common.RESULTS.rglob("*.json")), ids=lambda p: p.name)
+def test_committed_results_tell_no_place(path: Path) -> None:
+    value = read(path)
+    assert not value.get("quick")
+    check_anonymous(path, socket.gethostname() + "/", "/tmp/", "/home/", "/root/")
+
+
+def test_positive_is_positive() -> None:
+    assert common.positive("3") == 3
+    with pytest.raises(argparse.ArgumentTypeError):
+        common.positive("0")
