@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,17 @@ import torch
 from torch import nn
 
 from robustcompress.budget import Budget, Cost, CostModel, human, measure
-from robustcompress.data import DataSplits, load_data
+from robustcompress.data import DataSplits
 from robustcompress.errors import BudgetError, InputError, Problems, RobustCompressError
-from robustcompress.models import ModelSpec, build_model, identify
-from robustcompress.result import CompressResult, check_target
-from robustcompress.robust import RobustReport, ThreatModel, attack_by_name, evaluate
-from robustcompress.robust.objectives import PGDAT, Objective, objective_from_name
+from robustcompress.resolve import Request, resolve
+from robustcompress.result import CompressResult
+from robustcompress.robust import RobustReport, ThreatModel, evaluate
+from robustcompress.robust.objectives import Objective
 from robustcompress.session import Goal, Session
-from robustcompress.strategies import Strategy, make_strategy
+from robustcompress.strategies import Strategy
 from robustcompress.strategies.base import floor_widths
 from robustcompress.structure import StructuralEditor
-from robustcompress.train import Progress, Recipe, describe, resolve_device, set_memory_format
+from robustcompress.train import Progress, Recipe, describe, set_memory_format
 
 SMALL_DATA = 10_000
 """Below so many training images the default is a short run."""
@@ -84,51 +83,45 @@ def compress(
         UnsupportedModelError: The network holds layers that cannot be edited.
         BudgetError: No widths meet the budget, or the model already does.
     """
-    problems = Problems("compress() cannot start")
-    chosen = _try(problems, lambda: make_strategy(strategy))
-    budget = _try(problems, lambda: Budget(macs=budget) if isinstance(budget, int | float) else budget) or Budget(
-        macs=1
+    request = resolve(
+        model=model,
+        strategy=strategy,
+        data=data,
+        budget=budget,
+        threat=threat,
+        objective=objective,
+        epochs=epochs,
+        recipe=recipe,
+        round_to=round_to,
+        attacks=attacks,
+        test_images=test_images,
+        seed=seed,
+        device=device,
+        out=out,
     )
-    threat = (
-        _try(problems, lambda: ThreatModel(eps=threat) if isinstance(threat, int | float) else threat) or ThreatModel()
-    )
-    loss = _try(problems, lambda: objective_from_name(objective) if isinstance(objective, str) else objective)
-    target = _try(problems, lambda: resolve_device(device))
-    if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < 1e6):
-        problems.add(f"epochs={epochs!r}: must be a positive number")
-    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
-        problems.add(f"round_to={round_to!r}: must be a positive whole number")
-    for attack in attacks:
-        _try(problems, functools.partial(attack_by_name, attack))
-    if out is not None:
-        _try(problems, lambda: check_target(Path(out)))
-    splits = _try(problems, lambda: load_data(data))
-    reference, spec = _try(problems, lambda: _reference(model, seed)) or (None, None)
-    problems.raise_if_any()
-    assert chosen is not None and splits is not None and target is not None and reference is not None
-
+    splits, chosen = request.data, request.strategy
     shown = Progress(progress, title=chosen.name)
     for note in splits.notes:
         shown.say(note)
-    example = torch.zeros(2, *splits.image_shape, device=target)
-    reference = reference.to(target)
+    reference = request.model
     set_memory_format(reference, torch.contiguous_format)
+    example = torch.zeros(2, *splits.image_shape, device=request.device)
     editor = StructuralEditor(reference, example, seed=seed)
     _fit_classifier(editor, reference, example, splits, pretrained, shown)
-    step = round_to or default_rounding(editor)
+    step = request.round_to or default_rounding(editor)
     before = measure(reference, example)
     if before.note:
         shown.say(before.note)
-    _check_budget(chosen, editor, example, budget, before, step, shown)
+    _check_budget(chosen, editor, example, request.budget, before, step, shown)
 
     goal = Goal(
         data=splits,
-        threat=threat,
-        objective=loss or PGDAT(),
-        budget=budget,
+        threat=request.threat,
+        objective=request.objective,
+        budget=request.budget,
         reference=before,
-        epochs=epochs if epochs is not None else (10 if len(splits.train) < SMALL_DATA else 30),
-        recipe=recipe or Recipe(),
+        epochs=request.epochs or (10 if len(splits.train) < SMALL_DATA else 30),
+        recipe=request.recipe,
         seed=seed,
         pretrained=pretrained,
         round_to=step,
@@ -139,47 +132,40 @@ def compress(
         torch.manual_seed(seed)
         chosen.run(session)
     session.settle()
-    compact = _close(session.model, target)
-    _check_outcome(chosen, compact, example, budget, before)
-    report = _evaluate(compact, splits, threat, attacks, test_images, target, seed, shown)
+    compact = _close(session.model)
+    _check_outcome(chosen, compact, example, request.budget, before)
+    report = _evaluate(compact, request, shown)
     cpu_example = torch.zeros(1, *splits.image_shape)
     result = CompressResult(
         model=compact.cpu(),
-        spec=spec,
+        spec=request.spec,
         strategy=chosen.to_json(),
         edits=editor.edits,
         before=measure(untouched, cpu_example, latency=True),
         after=measure(compact, cpu_example, latency=True),
-        budget=budget.to_json(),
+        budget=request.budget.to_json(),
         history=tuple(session.history),
         report=report,
-        threat=threat,
+        threat=request.threat,
         data=_describe_data(splits),
-        settings=_settings(goal, target),
+        settings=_settings(goal, request.device),
         seed=seed,
     )
-    if out is not None:
-        result.save(out)
+    if request.out is not None:
+        _save(result, request.out, shown)
     return result
 
 
-def _try(problems: Problems, make: Callable[[], Any]) -> Any:
-    """Run `make`; note what it complains about and go on, so that all complaints are heard at once."""
-    try:
-        return make()
-    except RobustCompressError as error:
-        problems.add(str(error))
-        return None
-
-
-def _reference(model: nn.Module | str, seed: int) -> tuple[nn.Module, ModelSpec | None]:
-    if isinstance(model, str):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return build_model(model)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model={model!r}: give an nn.Module or the name of one")
-    return copy.deepcopy(model), identify(model)
+def _save(result: CompressResult, out: Path, progress: Progress) -> None:
+    """Save; if the place was taken during the training, save beside it: hours of work are not thrown away."""
+    target = out
+    for number in range(2, 100):
+        if not target.exists():
+            break
+        target = out.with_name(f"{out.name}-{number}")
+    if target != out:
+        progress.say(f"{out} came to be during the training; the result is saved to {target}")
+    result.save(target)
 
 
 def _fit_classifier(
@@ -250,13 +236,13 @@ def _check_budget(
     problems.raise_if_any(BudgetError)
 
 
-def _close(model: nn.Module, device: torch.device) -> nn.Module:
+def _close(model: nn.Module) -> nn.Module:
     """A plain module: eval mode, contiguous tensors, gradients cleared, nothing attached."""
     set_memory_format(model, torch.contiguous_format)
     model.zero_grad(set_to_none=True)
     hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooked, f"hooks left on {hooked}"
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _check_outcome(
@@ -271,20 +257,17 @@ def _check_outcome(
         raise RobustCompressError(f"{strategy.name} ended with weights that are not finite; lower the learning rate")
 
 
-def _evaluate(
-    model: nn.Module,
-    data: DataSplits,
-    threat: ThreatModel,
-    attacks: Sequence[str],
-    test_images: int | None,
-    device: torch.device,
-    seed: int,
-    progress: Progress,
-) -> RobustReport | None:
-    if not attacks or len(data.test) == 0:
+def _evaluate(model: nn.Module, request: Request, progress: Progress) -> RobustReport | None:
+    if not request.attacks or len(request.data.test) == 0:
         return None
     report = evaluate(
-        model, data.test, threat, attacks=tuple(attacks), device=device, seed=seed, max_images=test_images
+        model,
+        request.data.test,
+        request.threat,
+        attacks=request.attacks,
+        device=request.device,
+        seed=request.seed,
+        max_images=request.test_images,
     )
     for warning in report.warnings:
         progress.say(f"warning: {warning}")

@@ -157,12 +157,11 @@ def _single(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, torch.T
 
 def _profile(model: nn.Module, example: torch.Tensor) -> tuple[float, dict[str, float]]:
     """Total MACs, and those of each leaf module by name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it imports distutils
+    twin, single = _single(model, example)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # it imports distutils, and calls its own rule for PReLU deprecated
         import thop
 
-    twin, single = _single(model, example)
-    with torch.no_grad():
         macs, _, tree = thop.profile(twin, inputs=(single,), verbose=False, ret_layer_info=True)
     return float(macs), dict(_leaves(tree, ""))
 
@@ -188,8 +187,9 @@ class CostModel:
     """Predicts the cost of any widths without building the network.
 
     Every layer's share is thop's own count of the reference, scaled by the widths it reads and writes, so that the
-    prediction is exact for convolutions, linear layers and batch norms, and differs only where thop counts a layer
-    that holds no channels of its own (a pooling behind a residual join).
+    prediction is exact for convolutions, linear layers and batch norms. What thop counts for layers that hold no
+    channels of their own (pooling) is bounded from above: it stays where groups shrink, and grows with the group that
+    grows most. So a network that is predicted to keep a budget keeps it.
 
     Args:
         editor: The editor of the model as it is now.
@@ -219,6 +219,7 @@ class CostModel:
             if others:
                 written = tuple(axis for axis in axes if axis.side != "in")
                 self._layers.append((written, 0.0, others))
+        self._unowned = self._macs - sum(per_layer.get(name, 0.0) for name in by_module)
         for axis in self._layout.axes:
             if axis.side == "param":
                 self._layers.append(((axis,), 0.0, editor.model.get_parameter(axis.module).numel()))
@@ -226,7 +227,8 @@ class CostModel:
     def predict(self, widths: Mapping[str, int]) -> tuple[float, float]:
         """MACs and parameters of the network with these group widths."""
         widths = {**self._start, **widths}
-        macs, params = self._macs, float(self._params)
+        most = max((widths[name] / width for name, width in self._start.items()), default=1.0)
+        macs, params = self._macs + self._unowned * max(0.0, most - 1), float(self._params)
         for axes, layer_macs, layer_params in self._layers:
             scale = 1.0
             for axis in axes:

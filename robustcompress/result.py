@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import html
 import json
@@ -17,14 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustcompress.budget import Cost, human
+from robustcompress.budget import Budget, Cost, human
 from robustcompress.errors import InputError, ResultError
 from robustcompress.models import ModelSpec
 from robustcompress.robust import RobustReport, ThreatModel
 from robustcompress.structure import Edit, StructuralEditor
 
 FORMAT = 1
-MAX_SIDE = 1 << 14
+MAX_PIXELS = 1 << 24
+"""An image read from a file may not be larger: a damaged record must not exhaust the memory."""
+
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError)
+"""What a record that nobody wrote can provoke; RecursionError is a RuntimeError."""
+
 RESULT, WEIGHTS, HISTORY = "result.json", "model.safetensors", "history.jsonl"
 
 
@@ -94,7 +98,7 @@ class CompressResult:
 
         Args:
             directory: Must not exist, unless `overwrite`; its parent must.
-            overwrite: Replace a result that is there. Anything else is never replaced.
+            overwrite: Replace a result that is there. A directory that holds anything else is never replaced.
 
         Returns:
             The directory.
@@ -207,6 +211,12 @@ def check_target(directory: Path, *, overwrite: bool = False) -> None:
         raise InputError(f"{directory}: there is no directory {parent}; create it first")
     if directory.exists() and not (overwrite and (directory / RESULT).is_file()):
         raise InputError(f"{directory} exists; choose another directory, or remove it first")
+    if directory.exists():
+        others = sorted({path.name for path in directory.iterdir()} - {RESULT, WEIGHTS, HISTORY})
+        if others:
+            raise InputError(
+                f"{directory} also holds {', '.join(others[:5])}: move that away, or choose another directory"
+            )
     try:
         with tempfile.TemporaryDirectory(dir=parent):
             pass
@@ -232,37 +242,60 @@ def load(
     """
     directory = Path(directory)
     record = _read(directory)
+    history = _history(directory)
     try:
         spec = ModelSpec.from_json(record["model"]) if record["model"] is not None else None
-        fresh = _reference(directory, spec, model)
-        shape = [int(size) for size in record["data"]["image_shape"]]
-        if len(shape) != 3 or not all(1 <= size <= MAX_SIDE for size in shape):
-            raise ValueError(f"image_shape {shape} is not [channels, height, width]")
         edits = tuple(Edit.from_json(edit) for edit in record["edits"])
-        example = torch.zeros(2, *shape)
-        with torch.random.fork_rng(devices=[]):
-            StructuralEditor.replay(fresh, example, edits)
-        _load_weights(directory, fresh)
-        report = RobustReport.from_json(record["report"]) if record["report"] is not None else None
-        return CompressResult(
-            model=fresh.eval(),
-            spec=spec,
-            strategy=dict(record["strategy"]),
-            edits=edits,
-            before=Cost(**record["before"]),
-            after=Cost(**record["after"]),
-            budget=dict(record["budget"]),
-            history=tuple(_history(directory)),
-            report=report,
-            threat=ThreatModel.from_json(record["threat"]),
-            data=dict(record["data"]),
-            settings=dict(record["settings"]),
-            seed=int(record["seed"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
-        if isinstance(error, InputError) and "needs its reference model" in str(error):
-            raise
+        parts: dict[str, Any] = {
+            "spec": spec,
+            "strategy": _checked_strategy(record["strategy"]),
+            "edits": edits,
+            "before": _checked_cost(record["before"]),
+            "after": _checked_cost(record["after"]),
+            "budget": Budget(**record["budget"]).to_json(),
+            "report": RobustReport.from_json(record["report"]) if record["report"] is not None else None,
+            "threat": ThreatModel.from_json(record["threat"]),
+            "data": _checked_data(record["data"]),
+            "settings": dict(record["settings"]),
+            "seed": int(record["seed"]),
+        }
+    except (*DAMAGE, ResultError) as error:
         raise ResultError(f"{directory / RESULT} is damaged or was changed by hand: {error}") from error
+    fresh = _reference(directory, spec, model)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            StructuralEditor.replay(fresh, torch.zeros(2, *parts["data"]["image_shape"]), edits)
+    except DAMAGE as error:
+        raise ResultError(f"the edits in {directory / RESULT} do not fit the reference model: {error}") from error
+    _load_weights(directory, fresh)
+    return CompressResult(model=fresh.eval(), history=tuple(history), **parts)
+
+
+def _checked_cost(record: Any) -> Cost:
+    cost = Cost(**record)
+    counts = (cost.macs, cost.params, cost.size)
+    timed = cost.latency_ms is None or (type(cost.latency_ms) in (int, float) and cost.latency_ms >= 0)
+    if not all(type(n) is int and n > 0 for n in counts) or not timed or not isinstance(cost.note, str):
+        raise ValueError(f"not a cost: {str(record)[:200]}")
+    return cost
+
+
+def _checked_strategy(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        raise ValueError(f"not a strategy: {str(record)[:200]}")
+    return dict(record)
+
+
+def _checked_data(record: Any) -> dict[str, Any]:
+    texts = [record["name"], record["sha256"], *record["classes"]]
+    shape = record["image_shape"]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(record["classes"], list):
+        raise ValueError("data names and classes must be text")
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"image_shape {shape!r} is not [channels, height, width]")
+    if math.prod(shape) > MAX_PIXELS:
+        raise ValueError(f"image_shape {shape} is larger than any image this package trains on")
+    return dict(record)
 
 
 def _read(directory: Path) -> dict[str, Any]:
@@ -271,7 +304,7 @@ def _read(directory: Path) -> dict[str, Any]:
         raise ResultError(f"{directory} holds no result: there is no {RESULT}; was it written by `compress --out`?")
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultError(f"{path} cannot be read: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("format"), int):
         raise ResultError(f"{path} is not a robustcompress result")
@@ -308,7 +341,10 @@ def _reference(
                 f"{directory} needs its reference model {spec.name!r}, which would import code: if you trust it, "
                 f"pass load(..., model={spec.name!r})"
             )
-        return spec.build().cpu()
+        try:
+            return spec.build().cpu()
+        except DAMAGE as error:
+            raise ResultError(f"the reference model in {directory / RESULT} cannot be built: {error}") from error
 
 
 def _load_weights(directory: Path, model: nn.Module) -> None:
@@ -325,9 +361,16 @@ def _load_weights(directory: Path, model: nn.Module) -> None:
 
 
 def _history(directory: Path) -> list[dict[str, Any]]:
-    with contextlib.suppress(FileNotFoundError):
-        return [json.loads(line) for line in (directory / HISTORY).read_text().splitlines() if line.strip()]
-    return []
+    path = directory / HISTORY
+    if not path.is_file():
+        return []
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultError(f"{path} is damaged: {error}; without that file the result still loads") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise ResultError(f"{path} is damaged: a line is no JSON object; without that file the result still loads")
+    return records
 
 
 def _sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -312,7 +313,8 @@ class _Selection:
 
     def __init__(self, session: Session, share: float) -> None:
         self._session = session
-        self._epochs = max(1, round(share * session.goal.epochs))
+        steps = max(1, round(share * session.goal.epochs * len(session._batches)))
+        self._epochs = math.ceil(steps / len(session._batches))
         self._best: tuple[float, float] = (-1.0, -1.0)
         self._state: dict[str, torch.Tensor] | None = None
 

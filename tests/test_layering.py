@@ -22,6 +22,7 @@ LAYERS = [
     {"session", "terminal"},
     {"strategies", "result"},
     {"export", "plots"},
+    {"resolve"},
     {"api"},
     {"quickstart"},
     {"commands"},

@@ -72,6 +72,8 @@ def load_data(
     problems = Problems("cannot load the data")
     _check_options(problems, image_size, train_limit, test_limit, val_fraction)
     if isinstance(source, DataSplits):
+        parts = [("train", source.train), ("val", source.val), ("test", source.test)]
+        check_labels([(n, p.labels) for n, p in parts if len(p) or n == "train"], source.classes, problems)
         problems.raise_if_any()
         return _limited(source, image_size, train_limit, test_limit, seed)
     size = image_size if _is_int(image_size) else None

@@ -59,7 +59,7 @@ class ModelSpec:
     @property
     def imports_code(self) -> bool:
         """Whether `build` imports a module that this package does not know (`package.module:factory`)."""
-        return self.name.partition(":")[0] not in (OURS, TORCHVISION) and ":" in self.name
+        return ":" in self.name and _split(self.name)[0] not in (OURS, TORCHVISION)
 
     def build(self) -> nn.Module:
         """Return a new model with fresh weights.
@@ -120,7 +120,7 @@ def build_model(name: str, *, num_classes: int | None = None, **kwargs: Any) -> 
     Raises:
         InputError: No such model or argument; the nearest name is offered.
     """
-    origin, _, bare = name.rpartition(":")
+    origin, bare = _split(name)
     if not origin:
         origin = OURS if name in BUILT_IN else TORCHVISION
         if origin == TORCHVISION and name not in list_torchvision_models():
@@ -152,6 +152,16 @@ def build_model(name: str, *, num_classes: int | None = None, **kwargs: Any) -> 
         if not takes_any and "num_classes" not in parameters:
             kwargs.pop("num_classes", None)
         return _call(factory, name, kwargs), ModelSpec(name, kwargs)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Where a model comes from, and its name there; one reading for building and for judging what building imports."""
+    if name.count(":") > 1:
+        raise InputError(
+            f"model {name!r} has more than one colon; write 'torchvision:NAME' or 'package.module:factory'"
+        )
+    origin, _, bare = name.rpartition(":")
+    return origin, bare
 
 
 def _built_in_spec(model: nn.Module) -> ModelSpec:

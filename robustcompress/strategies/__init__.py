@@ -38,7 +38,7 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     """
     if isinstance(strategy, Strategy):
         return strategy
-    if strategy not in STRATEGIES:
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise InputError(f"strategy {strategy!r} does not exist{nearest(str(strategy), STRATEGIES)}")
     kind = STRATEGIES[strategy]
     known: list[str] = [field.name for field in fields(kind)] if is_dataclass(kind) else []

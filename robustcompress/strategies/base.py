@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from robustcompress.errors import Problems
 from robustcompress.session import Session
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.kinds import slots_of
@@ -39,6 +40,16 @@ class Strategy(ABC):
         """The strategy's name and options as plain JSON."""
         options: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
         return {"name": self.name, **options}
+
+
+def check_numbers(problems: Problems, strategy: Strategy, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Note options that are no number in their range; a range of two whole numbers wants a whole number."""
+    for name, (low, high) in ranges.items():
+        value, whole = getattr(strategy, name), isinstance(low, int)
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high:
+            kind = "whole number" if whole else "number"
+            problems.add(f"{name}={value!r}: must be a {kind} in [{low:g}, {high:g}]")
 
 
 def floor_widths(editor: StructuralEditor, round_to: int) -> Widths:

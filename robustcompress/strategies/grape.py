@@ -14,6 +14,7 @@ from robustcompress.strategies.base import (
     Direction,
     Strategy,
     Widths,
+    check_numbers,
     fill_budget,
     floor_widths,
     group_norms,
@@ -22,6 +23,7 @@ from robustcompress.strategies.base import (
     uniform_widths,
 )
 from robustcompress.strategies.utilization import Utilization, measure_utilization
+from robustcompress.structure.initial import INITS
 
 Order = Literal["guided", "sequential", "uniform", "random"]
 
@@ -66,13 +68,20 @@ class Grape(Strategy):
         problems = Problems("grape cannot run")
         if self.order not in get_args(Order):
             problems.add(f"order={self.order!r} does not exist{nearest(str(self.order), get_args(Order))}")
-        for name, low, high in (("seed", 0.05, 1.0), ("grow_until", 0.05, 0.95), ("cap", 0.1, 8.0), ("beta", 0.0, 8.0)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                problems.add(f"{name}={value!r}: must be in [{low:g}, {high:g}]")
-        for name in ("events", "score_batches"):
-            if getattr(self, name) < 1:
-                problems.add(f"{name}={getattr(self, name)!r}: must be at least 1")
+        if self.init not in INITS:
+            problems.add(f"init={self.init!r} does not exist{nearest(str(self.init), INITS)}")
+        check_numbers(
+            problems,
+            self,
+            {
+                "seed": (0.05, 1.0),
+                "grow_until": (0.05, 0.95),
+                "cap": (0.1, 8.0),
+                "beta": (0.0, 8.0),
+                "events": (1, 1000),
+                "score_batches": (1, 1000),
+            },
+        )
         problems.raise_if_any()
 
     def largest(self, widths: Widths) -> Widths:

@@ -10,7 +10,14 @@ from torch import nn
 
 from robustcompress.errors import Problems
 from robustcompress.session import Session
-from robustcompress.strategies.base import Direction, Strategy, group_norms, prune_to, uniform_widths
+from robustcompress.strategies.base import (
+    Direction,
+    Strategy,
+    check_numbers,
+    group_norms,
+    prune_to,
+    uniform_widths,
+)
 from robustcompress.structure.gates import top_k_mask
 
 
@@ -43,10 +50,10 @@ class Hydra(Strategy):
 
     def __post_init__(self) -> None:
         problems = Problems("hydra cannot run")
-        if not (self.pretrain >= 0 and self.search >= 0 and self.pretrain + self.search < 1):
-            problems.add(f"pretrain={self.pretrain!r} and search={self.search!r} must leave some epochs to fine-tune")
-        if not self.score_lr > 0:
-            problems.add(f"score_lr={self.score_lr!r} must be positive")
+        ranges = {"pretrain": (0.0, 0.99), "search": (0.0, 0.99), "score_lr": (1e-9, 10.0), "finetune_lr": (1e-9, 10.0)}
+        check_numbers(problems, self, ranges)
+        if not problems.items and self.pretrain + self.search >= 1:
+            problems.add(f"pretrain={self.pretrain!r} and search={self.search!r} leave no epochs to fine-tune")
         problems.raise_if_any()
 
     def run(self, session: Session) -> None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from robustcompress.errors import InputError
+from robustcompress.errors import Problems
 from robustcompress.session import Session
-from robustcompress.strategies.base import Direction, Strategy, group_norms, prune_to, uniform_widths
+from robustcompress.strategies.base import (
+    Direction,
+    Strategy,
+    check_numbers,
+    group_norms,
+    prune_to,
+    uniform_widths,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +35,9 @@ class Magnitude(Strategy):
     finetune_lr: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.pretrain < 1:
-            raise InputError(
-                f"magnitude: pretrain={self.pretrain!r} must be in [0, 1), so that something is left to repair"
-            )
+        problems = Problems("magnitude cannot run")
+        check_numbers(problems, self, {"pretrain": (0.0, 0.99), "finetune_lr": (1e-9, 10.0)})
+        problems.raise_if_any()
 
     def run(self, session: Session) -> None:
         """Pretrain, cut, fine-tune."""

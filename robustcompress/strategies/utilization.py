@@ -79,8 +79,10 @@ class _Taps:
         self._net, self._handles = net, list[torch.utils.hooks.RemovableHandle]()
         layout, widths = session.editor.layout, session.editor.widths
         self._axes = {name: layout.groups[name].readers[0] for name in groups}
+        # Sorted by channel: behind a flatten each channel has several positions, which are samples of one activation.
         self._positions = {
-            name: (layout.owners(axis, name, widths) >= 0).nonzero().flatten() for name, axis in self._axes.items()
+            name: torch.argsort(owners, stable=True)[int((owners < 0).sum()) :].view(widths[name], -1)
+            for name, owners in ((name, layout.owners(axis, name, widths)) for name, axis in self._axes.items())
         }
 
     def __enter__(self) -> _Taps:
@@ -102,7 +104,7 @@ class _Taps:
         kind = kind_of(self._net.get_submodule(self._axes[name].module))
         assert kind is not None
         flat = values.movedim(kind.channel_dim, -1).flatten(0, -2)
-        return flat[:, self._positions[name].to(flat.device)]
+        return flat[:, self._positions[name].to(flat.device)].movedim(1, -1).flatten(0, 1)  # [N, C, copies] to rows
 
 
 def _covariance(activations: torch.Tensor) -> torch.Tensor:

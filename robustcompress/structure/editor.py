@@ -53,6 +53,8 @@ class StructuralEditor:
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.dtype in (torch.float32, torch.float64):
             example = example.detach().to(parameter.device, parameter.dtype)
+            # torch-pruning needs a batch of at least two: with one image, squeezed dimensions look alike.
+            example = torch.cat([example, example]) if example.dim() > 0 and len(example) == 1 else example
         self.model = model
         self.round_to = round_to
         with torch.inference_mode(False):  # inside it, tracing would see no graph

@@ -18,8 +18,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type == "meta":
+            raise InputError("device='meta' holds no values; try 'auto'")
         torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device={str(device)!r} cannot be used ({str(error).splitlines()[0]}); try 'auto'") from error
     return resolved
 

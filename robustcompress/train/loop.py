@@ -86,7 +86,7 @@ def train(
     """Train for a number of epochs, which may be a fraction.
 
     Args:
-        model: The network, on its device; left in train mode's statistics but returned in the mode it came in.
+        model: The network, on its device; returned in the mode it came in, also after an error.
         batches: Training images; their `epoch` counts on.
         objective: What a step minimises.
         threat: What the adversary may do.
@@ -111,12 +111,10 @@ def train(
     progress = progress or Progress(enabled=False)
     steps = max(1, round(epochs * len(batches)))
     history: list[dict[str, Any]] = []
-    was_training = model.training
     device_type = batches.images.pixels.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
-    model.train()
     meter, done = _Meter(), 0
-    with progress.phase(phase, steps) as bar:
+    with _training(model), progress.phase(phase, steps) as bar:
         for x, y in _stream(batches, steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
@@ -137,19 +135,28 @@ def train(
                 record: dict[str, Any] = {"phase": phase, "epoch": math.ceil(done / len(batches)), "steps": done}
                 record |= {"lr": optimizer.param_groups[0]["lr"], **meter.read()}
                 if not math.isfinite(record["loss"]):
-                    model.train(was_training)
                     raise TrainingError(
                         f"the loss of phase {phase!r} is {record['loss']} after {done} steps; "
                         f"lower the learning rate (lr={lr:g}) or set clip_norm=1.0"
                     )
                 if on_epoch is not None:
                     on_epoch(record)
-                    model.train()
                 history.append(record)
                 if done < steps:
                     meter = _Meter()
-    model.train(was_training)
     return history
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Put the model in training mode, and give each of its modules back its own flag afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _stream(batches: Batches, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -50,19 +50,23 @@ class Recipe:
         augments = ("auto", *get_args(Augment))
         if self.augment not in augments:
             problems.add(f"augment={self.augment!r} does not exist{nearest(str(self.augment), augments)}")
-        for name, low, high in (
-            ("lr", 0, 10),
-            ("momentum", -1e-9, 1),
-            ("weight_decay", -1e-9, 1),
-            ("batch_size", 1, 1e6),
-            ("ema", -1e-9, 1),
-            ("val_images", 0, 1e9),
+        for name, whole, low, high in (
+            ("lr", False, 1e-9, 10),
+            ("momentum", False, 0, 0.9999),
+            ("weight_decay", False, 0, 1),
+            ("batch_size", True, 1, 1_000_000),
+            ("ema", False, 0, 0.999999),
+            ("val_images", True, 0, 1_000_000_000),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-                problems.add(f"{name}={value!r}: must be a number above {max(low, 0):g} and below {high:g}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            problems.add(f"clip_norm={self.clip_norm!r}: must be positive, or None")
+            number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                kind = "whole number" if whole else "number"
+                problems.add(f"{name}={value!r}: must be a {kind} from {low:g} to {high:g}")
+        if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
+            problems.add(f"clip_norm={self.clip_norm!r}: must be a positive number, or None")
+        if self.bf16 not in (True, False, "auto"):
+            problems.add(f"bf16={self.bf16!r}: must be True, False or 'auto'")
         problems.raise_if_any()
 
     def to_json(self) -> dict[str, Any]:

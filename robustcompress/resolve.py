@@ -1,0 +1,214 @@
+"""What compress() was asked for, checked: every complaint is heard before any work starts, and all at once."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustcompress.budget import Budget
+from robustcompress.data import DataSplits, load_data
+from robustcompress.errors import InputError, Problems, RobustCompressError
+from robustcompress.models import ModelSpec, build_model, identify
+from robustcompress.result import check_target
+from robustcompress.robust import ThreatModel, attack_by_name
+from robustcompress.robust.attacks import AttackSpec
+from robustcompress.robust.autoattack import check_autoattack
+from robustcompress.robust.objectives import PGDAT, Objective, objective_from_name
+from robustcompress.robust.sanity import check_images
+from robustcompress.strategies import Strategy, make_strategy
+from robustcompress.train import Recipe, resolve_device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A call of compress() in which everything is of the right kind.
+
+    Attributes:
+        model: A copy of the reference, float32, on the device, without hooks.
+        spec: What builds the reference again; None when that is not known.
+        strategy: How to compress.
+        data: What to train and test on.
+        budget: What the result may cost.
+        threat: What it must withstand.
+        objective: The loss.
+        epochs: Passes over the training images; None for the default.
+        recipe: Training settings.
+        round_to: Multiple of which widths are; None for the default.
+        attacks: What the report measures.
+        test_images: How many test images are attacked; None for all.
+        seed: Seeds everything.
+        device: Where to train.
+        out: Where to save; None for nowhere.
+    """
+
+    model: nn.Module
+    spec: ModelSpec | None
+    strategy: Strategy
+    data: DataSplits
+    budget: Budget
+    threat: ThreatModel
+    objective: Objective
+    epochs: float | None
+    recipe: Recipe
+    round_to: int | None
+    attacks: tuple[AttackSpec, ...]
+    test_images: int | None
+    seed: int
+    device: torch.device
+    out: Path | None
+
+
+def resolve(
+    *,
+    model: Any,
+    strategy: Any,
+    data: Any,
+    budget: Any,
+    threat: Any,
+    objective: Any,
+    epochs: Any,
+    recipe: Any,
+    round_to: Any,
+    attacks: Any,
+    test_images: Any,
+    seed: Any,
+    device: Any,
+    out: Any,
+) -> Request:
+    """Turn the arguments of compress() into a `Request`.
+
+    Raises:
+        InputError: Naming every argument that cannot work, with its remedy.
+    """
+    problems = Problems("compress() cannot start")
+    _check_whole(problems, "seed", seed, least=0)
+    for name, value in (("round_to", round_to), ("test_images", test_images)):
+        if value is not None:
+            _check_whole(problems, name, value, least=1)
+    if epochs is not None and not (_is_number(epochs) and 0 < epochs < 1e6):
+        problems.add(f"epochs={epochs!r}: must be a positive number")
+    if not isinstance(recipe, Recipe | None):
+        problems.add(f"recipe={recipe!r}: give a Recipe, such as Recipe(lr=0.05)")
+    chosen = _try(problems, lambda: make_strategy(strategy))
+    limits = _try(problems, lambda: _budget(budget))
+    adversary = _try(problems, lambda: _threat(threat))
+    loss = _try(problems, lambda: _objective(objective))
+    specs = _attacks(problems, attacks)
+    target = _try(problems, lambda: resolve_device(device))
+    if out is not None:
+        _try(problems, lambda: check_target(Path(out)))
+    splits = _try(problems, lambda: load_data(data))
+    if isinstance(splits, DataSplits) and adversary is not None and len(splits.test):
+        check_images(splits.test.pixels, splits.test.labels, adversary, problems)
+        if any(spec.kind == "autoattack" for spec in specs):
+            for item in check_autoattack(adversary, splits.image_shape[1:]).items:
+                problems.add(item)
+    reference, spec = _try(problems, lambda: _reference(model, seed)) or (None, None)
+    problems.raise_if_any()
+    assert reference is not None
+    return Request(
+        model=reference.to(target),
+        spec=spec,
+        strategy=chosen,
+        data=splits,
+        budget=limits,
+        threat=adversary,
+        objective=loss,
+        epochs=epochs,
+        recipe=recipe or Recipe(),
+        round_to=round_to,
+        attacks=specs,
+        test_images=test_images,
+        seed=seed,
+        device=target,
+        out=Path(out) if out is not None else None,
+    )
+
+
+def _try(problems: Problems, make: Callable[[], Any]) -> Any:
+    """Run `make`; note what it complains about and go on, so that all complaints are heard at once."""
+    try:
+        return make()
+    except RobustCompressError as error:
+        problems.add(str(error))
+        return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_whole(problems: Problems, name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "positive whole number" if least else "whole number, at least 0"
+        problems.add(f"{name}={value!r}: must be a {kind}")
+
+
+def _budget(budget: object) -> Budget:
+    if isinstance(budget, Budget):
+        return budget
+    if isinstance(budget, int | float) and not isinstance(budget, bool):
+        return Budget(macs=budget)
+    raise InputError(
+        f"budget={budget!r}: give a Budget, or a number: the fraction of the multiply-adds that may be left"
+    )
+
+
+def _threat(threat: object) -> ThreatModel:
+    if isinstance(threat, ThreatModel):
+        return threat
+    if isinstance(threat, int | float) and not isinstance(threat, bool):
+        return ThreatModel(eps=threat)
+    raise InputError(f"threat={threat!r}: give a ThreatModel, such as ThreatModel('linf', 8/255), or an linf radius")
+
+
+def _objective(objective: object) -> Objective:
+    if objective is None:
+        return PGDAT()
+    if isinstance(objective, str):
+        return objective_from_name(objective)
+    if isinstance(objective, Objective):
+        return objective
+    raise InputError(f"objective={objective!r}: give an Objective, or the name of one, such as 'pgd-at'")
+
+
+def _attacks(problems: Problems, attacks: object) -> tuple[AttackSpec, ...]:
+    if isinstance(attacks, str | AttackSpec):
+        attacks = (attacks,)
+    if not isinstance(attacks, list | tuple | set | frozenset):
+        problems.add(f"attacks={attacks!r}: give names, such as ('clean', 'pgd-20'), or () for no report")
+        return ()
+    read = [a if isinstance(a, AttackSpec) else _try(problems, functools.partial(attack_by_name, a)) for a in attacks]
+    return tuple(spec for spec in read if spec is not None)
+
+
+def _reference(model: object, seed: int) -> tuple[nn.Module, ModelSpec | None]:
+    """A copy of the model to work on, or one made anew, and how to make it again."""
+    spec: ModelSpec | None
+    if isinstance(model, str):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed if isinstance(seed, int) else 0)
+            twin, spec = build_model(model)
+    elif isinstance(model, nn.Module):
+        twin, spec = copy.deepcopy(model), identify(model)
+    else:
+        raise InputError(f"model={model!r}: give an nn.Module or the name of one")
+    parameters = list(twin.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        raise InputError("every parameter of the model is frozen: call model.requires_grad_(True), or thaw some layers")
+    if any(p.dtype == torch.float64 for p in parameters):
+        twin = twin.float()
+    for module in twin.modules():  # a caller's hooks see the caller's model, not the copy
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()
+    for parameter in parameters:
+        parameter.grad = None
+    return twin, spec

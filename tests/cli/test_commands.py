@@ -1,0 +1,210 @@
+"""Every command through `main`, with settings as small as they go."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import robustcompress as rc
+from robustcompress.cli import main
+from robustcompress.commands import COMMANDS
+from tests.cli.conftest import SMALL, Run
+
+ATTACK = ["--data", "digits", "--test-limit", "40", "--attacks", "clean,pgd-2"]
+
+
+@pytest.mark.parametrize("command", [None, *(command.NAME for command in COMMANDS)])
+def test_help_holds_an_example_and_the_exit_codes(run: Run, command: str | None) -> None:
+    ran = run(*([command] if command else []), "--help")
+    assert ran.code == 0
+    assert re.search(rf"examples:\n  robustcompress {command or ''}", ran.out)
+    assert "exit codes:" in ran.out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.NAME)
+def test_the_examples_of_help_are_accepted(command: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustcompress.cli import build_parser
+
+    lines = [line.split("#")[0].split() for line in command.EXAMPLES.splitlines()[1:]]  # type: ignore[attr-defined]
+    assert lines
+    for line in lines:
+        assert line[0] == "robustcompress"
+        assert build_parser().parse_args(line[1:]).command is command
+
+
+def test_compress_saves_what_it_says(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "result"
+    options = ["--strategy", "grape", "--option", "order=uniform", "--option", "events=2", "--max-macs", "2e6"]
+    ran = run("compress", "resnet8", *SMALL, *options, "--seed", "3", "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    document, result = ran.document, rc.load(out)
+    assert document["meets_budget"] and result.after.macs == document["after"]["macs"] <= 2e6
+    assert document["budget"] == {"max_macs": 2e6} and document["out"] == str(out)
+    assert result.strategy["order"] == "uniform" and result.strategy["events"] == 2
+    assert result.threat == rc.ThreatModel("linf", 0.1) and result.seed == 3
+    assert result.settings["epochs"] == 0.4 and result.settings["objective"]["steps"] == 1
+    assert [attack["name"] for attack in document["report"]["attacks"]] == ["clean", "pgd-2"]
+    assert "grape" in ran.err  # progress goes to standard error
+
+
+def test_compress_without_out_says_that_nothing_is_saved(run: Run, tmp_path: Path) -> None:
+    ran = run("compress", "resnet8", *SMALL, "--strategy", "none", "--quiet")
+    assert ran.code == 0 and "nothing was saved" in ran.out and ran.err == ""
+
+
+def test_the_seed_decides_the_first_weights(run: Run) -> None:
+    def losses(seed: int) -> list[str]:
+        torch.rand(seed + 1)  # whatever was drawn before must not matter
+        ran = run("compress", "resnet8", *SMALL, "--strategy", "none", "--seed", seed)
+        return re.findall(r"loss \d+\.\d+", ran.err)
+
+    first = losses(0)
+    assert first and losses(0) == first != losses(1)
+
+
+def test_a_factory_of_ones_own_is_remembered_but_not_imported(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_models.py").write_text(
+        "import robustcompress.models as m\n"
+        "def net(depth=8, width=1.0):\n"
+        "    return m.resnet8(num_classes=10, stem_stride=2, width=width)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    weights = rc.build_model("resnet8", stem_stride=2)[0].state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "w.safetensors")
+    small = [*SMALL[2:], "--model-arg", "width=1.0", "--pretrained-weights", "w.safetensors"]
+    ran = run("compress", "my_models:net", *small, "--strategy", "magnitude", "--out", "result", "--json", "--quiet")
+    assert ran.code == 0, ran.err
+    assert ran.document["model"] == {"name": "my_models:net", "kwargs": {"width": 1.0}}
+    assert ran.document["settings"]["pretrained"] is True
+    sys.modules.pop("my_models", None)
+    refused = run("evaluate", "result", *ATTACK)
+    assert refused.code == 2 and "--model" in refused.err and "my_models" not in sys.modules
+    trusted = run("evaluate", "result", *ATTACK, "--model", "my_models:net", "--json")
+    assert trusted.code == 0, trusted.err
+
+
+def test_evaluate_repeats_and_replaces_the_report(run: Run, grape: Path) -> None:
+    before = rc.load(grape)
+    ran = run("evaluate", grape, "--attacks", "clean,pgd-3", "--images", "50", "--save", "--json")
+    assert ran.code == 0, ran.err
+    after = rc.load(grape)
+    assert after.report is not None and ran.document["report"] == after.report.to_json() and ran.document["saved"]
+    assert [result.name for result in after.report.attacks] == ["clean", "pgd-3"] and after.report.n == 50
+    assert after.after == before.after and after.edits == before.edits
+    assert {path.name for path in grape.iterdir()} == {"result.json", "model.safetensors", "history.jsonl"}
+
+
+def test_evaluate_compares_on_the_same_images(run: Run, saved: Path) -> None:
+    ran = run("evaluate", saved / "grape", "--compare", saved / "none", *ATTACK, "--json")
+    assert ran.code == 0, ran.err
+    document = ran.document
+    a, b = document["report"], document["compared_with"]["report"]
+    assert a["images_sha256"] == b["images_sha256"]
+    for index, name in enumerate(("clean", "pgd-2")):
+        wanted = a["attacks"][index]["accuracy"] - b["attacks"][index]["accuracy"]
+        assert document["differences"][name]["difference"] == pytest.approx(wanted)
+    words = run("evaluate", saved / "grape", "--compare", saved / "none", *ATTACK)
+    assert "difference" in words.out and "minus" in words.out
+
+
+def test_autoattack_goes_on_from_its_cache(run: Run, grape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import robustcompress.robust.chunks as chunks
+
+    calls: list[int] = []
+
+    def quick(judge, clean, which, num_classes, config):  # type: ignore[no-untyped-def]
+        from robustcompress.robust import AttackResult
+
+        calls.append(len(clean))
+        suite = chunks.suite_for(num_classes, config)
+        broken = dict.fromkeys(suite.attacks, 0)
+        return AttackResult(name="autoattack", correct=clean, seconds=1.0, suite=suite.name, broken_by=broken)
+
+    monkeypatch.setattr(chunks, "_attack_chunk", quick)
+    command = ["evaluate", grape, "--data", "digits", "--attacks", "clean,autoattack", "--autoattack-images", "70"]
+    first = run(*command, "--json")
+    assert first.code == 0, first.err
+    assert calls == [64, 6] and any((grape / ".autoattack").iterdir())
+    assert run(*command, "--json").document["report"]["robust_accuracy"] == first.document["report"]["robust_accuracy"]
+    assert calls == [64, 6]
+
+
+def test_export_compares_on_test_images(run: Run, grape: Path) -> None:
+    ran = run("export", "--onnx", grape, "--json")
+    assert ran.code == 0, ran.err
+    assert (grape / "model.onnx").stat().st_size == ran.document["bytes"]
+    assert {check["name"] for check in ran.document["parity"]} == {"clean", "adversarial"}
+    again = run("export", "--onnx", grape)
+    assert again.code == 2 and "--overwrite" in again.err
+
+
+def test_export_says_when_it_compared_on_random_images(run: Run, grape: Path) -> None:
+    path = grape / "result.json"
+    record = json.loads(path.read_text())
+    record["data"]["name"] = "photos"
+    path.write_text(json.dumps(record))
+    ran = run("export", "--onnx", grape, "-o", grape / "x.onnx")
+    assert ran.code == 0 and "random images" in ran.out and "--data photos" in ran.out
+    needed = run("evaluate", grape)
+    assert needed.code == 2 and "--data photos" in needed.err
+
+
+def test_inspect_counts_what_a_channel_costs(run: Run) -> None:
+    ran = run("inspect", "resnet8", "--model-arg", "stem_stride=2", "--json")
+    assert ran.code == 0, ran.err
+    groups = {group["name"]: group for group in ran.document["groups"]}
+    # One channel of the first block's inner convolution: 16*9 weights in, 16*9 out, and 2 of the batch norm.
+    assert groups["layers.0.0.conv1"]["params_per_channel"] == 16 * 9 + 16 * 9 + 2
+    assert not groups["fc"]["editable"] and groups["fc"]["reason"]
+    assert ran.document["cost"]["params"] == 78042
+    words = run("inspect", "resnet8", "--model-arg", "stem_stride=2")
+    assert "layers.0.0.conv1" in words.out and "groups can be edited" in words.out
+
+
+def test_inspect_reads_a_saved_result(run: Run, saved: Path) -> None:
+    ran = run("inspect", saved / "grape", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["cost"]["macs"] == rc.load(saved / "grape").after.macs
+
+
+@pytest.mark.parametrize("what", [None, "models", "strategies", "data", "attacks", "objectives"])
+def test_list_names_what_exists(run: Run, what: str | None) -> None:
+    words = [what] if what else []
+    document = run("list", *words, "--json").document
+    assert list(document) == (words or ["models", "strategies", "data", "attacks", "objectives"])
+    text = run("list", *words).out
+    for entries in document.values():
+        for entry in entries:
+            assert entry["name"] in text and entry["summary"]
+    if what == "strategies":
+        assert {entry["name"] for entry in document[what]} == set(rc.STRATEGIES)
+    if what == "models":
+        assert set(rc.list_models()) < {entry["name"] for entry in document[what]}
+    if what == "attacks":
+        from robustcompress.robust import attack_by_name, objective_from_name
+
+        assert [attack_by_name(entry["name"]).name for entry in document[what]] == [e["name"] for e in document[what]]
+        objectives = run("list", "objectives", "--json").document["objectives"]
+        assert all(objective_from_name(entry["name"]).to_json() for entry in objectives)
+
+
+def test_the_module_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "robustcompress", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.strip() == f"robustcompress {rc.__version__}"
+
+
+def test_main_reads_the_process_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["robustcompress", "list", "data", "--json"])
+    assert main() == 0
+    assert "digits" in capsys.readouterr().out
