@@ -22,6 +22,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     latency.MODULE: latency.markdown,
 }
 CELLS = "cifar10_cpu"
+QUICKSTART = "quickstart"
+FRONT_PAGE = ROOT / "README.md"
 NOT_RUN = "*Not run yet.*"
 
 
@@ -49,10 +51,38 @@ def pages(results: Path) -> dict[Path, str]:
         found[module] = markdown(read_json(path)) if path.exists() else NOT_RUN
     for module, content in found.items():
         text = fill(text, module, content)
-    wanted = {README: text}
+    path = results / f"{QUICKSTART}.json"
+    table = quickstart_table(read_json(path)) if path.exists() else NOT_RUN
+    wanted = {README: text, FRONT_PAGE: fill(FRONT_PAGE.read_text(), QUICKSTART, table)}
     if cells:
         wanted[results / CELLS / "README.md"] = cifar10_summary.readme(cells)
     return wanted
+
+
+def quickstart_table(document: Mapping[str, Any]) -> str:
+    """What `robustcompress quickstart` printed, from the JSON it left."""
+    networks = document["networks"]
+    n = networks["none"]["accuracies"]["autoattack"]["n"]
+    lines = [
+        f"| | MACs | parameters | clean % | PGD-20 % | AutoAttack % (95 %, n={n}) | onnxruntime ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, network in networks.items():
+        found = {key: 100 * value["accuracy"] for key, value in network["accuracies"].items()}
+        robust, after = network["accuracies"]["autoattack"], network["after"]
+        lines.append(
+            f"| {name} | {after['macs'] / 1e6:.2f} M | {after['params'] / 1e3:.1f} k | {found['clean']:.1f} | "
+            f"{found['pgd-20']:.1f} | {found['autoattack']:.1f} ({100 * robust['low']:.0f} to "
+            f"{100 * robust['high']:.0f}) | {network['onnxruntime']['ms_per_image']:.2f} |"
+        )
+    hardware, test = document["hardware"], document["data"]["test"]
+    lines += [
+        "",
+        f"{test} test images of scikit-learn's digits, linf {document['threat']['eps']:g}, seed {document['seed']}, "
+        f"{document['seconds']:.0f} s on {hardware['torch_threads']} threads ({hardware['cpu']}). Small data and one "
+        "seed: a difference within the intervals means nothing.",
+    ]
+    return "\n".join(lines)
 
 
 def fill(text: str, name: str, content: str) -> str:

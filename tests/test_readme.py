@@ -57,9 +57,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_quickstart_table_is_the_committed_one() -> None:
     numbers = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
-    table = README.split("<!-- quickstart:begin -->")[1].split("<!-- quickstart:end -->")[0]
-    for row in numbers["rows"]:
-        line = next(line for line in table.splitlines() if line.startswith(f"| {row['strategy']} "))
-        assert f"{100 * row['autoattack']['accuracy']:.1f}" in line
-        assert f"{100 * row['clean']['accuracy']:.1f}" in line
-        assert f"n={row['autoattack']['n']}" in table or str(row["autoattack"]["n"]) in table
+    table = README.split("<!-- quickstart -->")[1].split("<!-- /quickstart -->")[0]
+    for name, network in numbers["networks"].items():
+        line = next(line for line in table.splitlines() if line.startswith(f"| {name} "))
+        for attack in ("clean", "pgd-20", "autoattack"):
+            assert f"{100 * network['accuracies'][attack]['accuracy']:.1f}" in line
+        assert f"n={network['accuracies']['autoattack']['n']}" in table
