@@ -1,0 +1,116 @@
+"""The command line: which command, how its answer is printed, and what each failure exits with."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from robustcompress import __version__
+from robustcompress.commands import COMMANDS
+from robustcompress.errors import BudgetError, InputError, ParityError, ResultError, RobustCompressError
+from robustcompress.terminal import Output
+
+OK, FAILED, BAD_INPUT, OVER_BUDGET, NO_PARITY, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    something failed that should not have
+  2    bad input: an argument, a file, a model or a saved result cannot be used
+  3    the budget cannot be reached, was missed, or the model already meets it
+  4    the exported file does not compute what the model computes
+  130  interrupted"""
+
+EXAMPLES = """\
+examples:
+  robustcompress quickstart
+  robustcompress compress resnet20 --strategy grape --data cifar10 --root data --macs 0.5 --out runs/grape
+  robustcompress evaluate runs/grape --attacks clean,pgd-20,autoattack
+  robustcompress export --onnx runs/grape"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command; each sets `command` to the module that carries it out."""
+    parser = argparse.ArgumentParser(
+        prog="robustcompress",
+        description="Compact, adversarially robust vision models: grow or prune under one budget, verify, export.",
+        epilog=f"{EXAMPLES}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"robustcompress {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.NAME,
+            help=command.SUMMARY,
+            description=command.DESCRIPTION,
+            epilog=f"{command.EXAMPLES}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_arguments(sub)
+        sub.add_argument(
+            "--json", action="store_true", help="print one JSON document on standard output and nothing else there"
+        )
+        sub.set_defaults(command=command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out one command.
+
+    Args:
+        argv: The arguments after the program's name; those of the process where None.
+
+    Returns:
+        The exit code, as `--help` lists them.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed its help, or what is wrong
+        return int(stop.code or OK)
+    try:
+        # Libraries that print while they work must not spoil the one document on standard output.
+        with contextlib.redirect_stdout(sys.stderr):
+            output: Output = arguments.command.run(arguments)
+        _print(output, as_json=arguments.json)
+    except (RobustCompressError, OSError) as error:
+        code, message = _explain(error)
+        print(f"error: {message}", file=sys.stderr)
+        if arguments.json:
+            kind = type(error).__name__
+            print(json.dumps({"error": {"kind": kind, "message": message}, "exit_code": code}, indent=1))
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return OK
+
+
+def _print(output: Output, *, as_json: bool) -> None:
+    try:
+        if as_json:
+            print(json.dumps(output.document, indent=1, allow_nan=False))
+        else:
+            output.show()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, for example `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explain(error: RobustCompressError | OSError) -> tuple[int, str]:
+    """Return exit code and message; errors that no user caused are raised again, with their traceback."""
+    if isinstance(error, OSError):
+        if error.filename is None:  # not about a path that anybody named
+            raise error
+        return BAD_INPUT, f"{error.filename}: {error.strerror}"
+    # BudgetError is an InputError too, so it is asked for first.
+    for kind, code in ((BudgetError, OVER_BUDGET), (ParityError, NO_PARITY), ((InputError, ResultError), BAD_INPUT)):
+        if isinstance(error, kind):
+            return code, str(error)
+    return FAILED, str(error)

@@ -1,0 +1,13 @@
+"""One module a command.
+
+Each has NAME, SUMMARY, DESCRIPTION, EXAMPLES, `add_arguments(parser)` and `run(arguments) -> Output`: it answers with a
+value, and the frame in `cli.py` prints it.
+"""
+
+from __future__ import annotations
+
+from robustcompress.commands import catalogue, compress, evaluate, export, inspect, quickstart
+
+COMMANDS = (quickstart, compress, evaluate, export, inspect, catalogue)
+
+__all__ = ["COMMANDS"]

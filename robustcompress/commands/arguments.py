@@ -1,0 +1,162 @@
+"""Arguments that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from robustcompress.data import DataSplits, load_data
+from robustcompress.errors import InputError, Problems, RobustCompressError
+from robustcompress.result import CompressResult, load
+
+
+def fraction(text: str) -> float:
+    """Read "8/255", "0.03" or "1e-2".
+
+    Raises:
+        argparse.ArgumentTypeError: It is none of these.
+    """
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; write 8/255 or 0.03") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read a list of names with commas in between."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def count_or_all(text: str) -> int | None:
+    """Read a number of images; "all" is None.
+
+    Raises:
+        argparse.ArgumentTypeError: It is neither.
+    """
+    if text == "all":
+        return None
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a positive number of images, or 'all'")
+    return count
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """Read `name=value`; the value is a Python literal where it is one, else text.
+
+    Raises:
+        argparse.ArgumentTypeError: There is no `=`.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r}: write name=value, such as width=0.5")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Add what says where the images come from; `default` says in words what is used when nothing is named."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        metavar="NAME|DIR",
+        help=f"a data set's name (`robustcompress list data`) or a directory of images (default: {default})",
+    )
+    group.add_argument("--root", type=Path, metavar="DIR", help="where a named data set's files are (default: data)")
+    group.add_argument("--download", action="store_true", help="fetch a named data set that is not there")
+    group.add_argument("--image-size", type=int, metavar="N", help="scale the images to N x N pixels")
+    group.add_argument("--train-limit", type=int, metavar="N", help="use N training images, stratified")
+    group.add_argument("--test-limit", type=int, metavar="N", help="use N test images, stratified")
+
+
+def data_from(arguments: argparse.Namespace, *, name: str | None, seed: int = 0) -> DataSplits:
+    """Load what the data arguments say; `name` stands for `--data`, None for the embedded digits."""
+    return load_data(
+        name,
+        root=arguments.root,
+        download=arguments.download,
+        image_size=arguments.image_size,
+        train_limit=arguments.train_limit,
+        test_limit=arguments.test_limit,
+        seed=seed,
+    )
+
+
+def data_of(result: CompressResult, arguments: argparse.Namespace) -> DataSplits | None:
+    """Load the images that a result is to be judged on: those named, else the embedded digits if it is about them.
+
+    Returns:
+        The splits; None where nothing was named and the result's own data cannot be had without a path.
+
+    Raises:
+        InputError: The images do not fit the result: other classes or another size.
+    """
+    name = arguments.data
+    if name is None:
+        if result.data["name"] != "digits":
+            return None
+        name = "digits"
+    data = data_from(arguments, name=name, seed=result.seed)  # the same limits then choose the same images
+    problems = Problems(f"{data.name} does not fit this result")
+    if data.classes != result.classes:
+        problems.add(
+            f"the model tells {_few(result.classes)} apart, the images are of {_few(data.classes)}; "
+            "name the data that it was trained on"
+        )
+    if data.image_shape != result.image_shape:
+        height, width = result.image_shape[1:]
+        problems.add(
+            f"the images are {data.image_shape[1]}x{data.image_shape[2]}, the model was trained on {height}x{width}; "
+            f"pass --image-size {height}"
+        )
+    problems.raise_if_any()
+    return data
+
+
+def _few(classes: Sequence[str]) -> str:
+    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
+
+
+def add_result_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the directory of a saved result, and how to name a factory of one's own that it began with."""
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="a result that `robustcompress compress --out` left"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="the factory of the reference, for results of your own models: code is imported only when named here",
+    )
+
+
+def result_from(arguments: argparse.Namespace) -> CompressResult:
+    """Load the result that the arguments name.
+
+    Raises:
+        InputError: It began with a factory of the user's own, and `--model` does not name it.
+        ResultError: There is none, or it is damaged.
+    """
+    try:
+        return load(arguments.directory, model=arguments.model)
+    except InputError as error:
+        if arguments.model is None and "needs its reference model" in str(error):
+            raise InputError(f"{arguments.directory}: pass --model MODULE:FACTORY, if you trust its code") from error
+        raise
+
+
+def attempt(problems: Problems, make: Callable[[], Any]) -> Any:
+    """Return what `make` makes; or note what it complains about and return None, so that all complaints are heard."""
+    try:
+        return make()
+    except RobustCompressError as error:
+        problems.add(str(error))
+        return None

@@ -1,0 +1,112 @@
+"""`robustcompress list`: every name that the other commands take."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from robustcompress.data import NAMES
+from robustcompress.models.registry import BUILT_IN, list_torchvision_models
+from robustcompress.robust.objectives import FGSMRS, PGDAT, TRADES, Natural
+from robustcompress.strategies import STRATEGIES
+from robustcompress.terminal import Output, table
+
+NAME = "list"
+SUMMARY = "list models, strategies, data sets, attacks and objectives"
+DESCRIPTION = "List every name that the other commands take, with one line each."
+EXAMPLES = """\
+examples:
+  robustcompress list
+  robustcompress list strategies
+  robustcompress list models --json"""
+
+ATTACKS = {
+    "clean": "no attack",
+    "fgsm": "one step along the sign of the gradient (Goodfellow et al. 2015)",
+    "pgd-20": "20 projected steps from a random start (Madry et al. 2018); any number of steps",
+    "pgd-10x5": "the same with 5 restarts",
+    "pgd-20-margin": "the same on the margin between logits; also -kl",
+    "autoattack": "APGD-CE, APGD-T, FAB-T and Square in turn (Croce and Hein 2020): robust accuracy proper, and slow",
+}
+DATA = {
+    "digits": "scikit-learn's handwritten digits, 1,797 real images, embedded: nothing to fetch",
+    "cifar10": "60,000 photos in 10 classes, 32x32",
+    "cifar100": "60,000 photos in 100 classes, 32x32",
+    "svhn": "99,289 house numbers, 32x32",
+    "mnist": "70,000 handwritten digits, 28x28, shown as 32x32",
+    "fashion_mnist": "70,000 pieces of clothing, 28x28, shown as 32x32",
+}
+DIRECTORY = "or a directory: train/ and test/ with a folder a class, or a folder a class directly"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument("what", nargs="?", choices=tuple(LISTS), help="one of these alone (default: all)")
+
+
+def run(arguments: argparse.Namespace) -> Output:
+    """List what was asked for."""
+    chosen = [arguments.what] if arguments.what else list(LISTS)
+    found = {what: LISTS[what]() for what in chosen}
+    parts: list[Any] = []
+    for what, entries in found.items():
+        rows = [(str(entry["name"]), _line(entry)) for entry in entries]
+        parts.append(table(what, (what, "what it is"), rows, left=(what, "what it is")))
+    return Output(document=found, parts=tuple(parts))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in entry.get("options", {}).items())
+    return str(entry["summary"]) + (f"\noptions: {options}" if options else "")
+
+
+def _models() -> list[dict[str, Any]]:
+    entries = [{"name": name, "summary": _summary(factory)} for name, factory in BUILT_IN.items()]
+    entries += [
+        {"name": f"torchvision:{name}", "summary": "torchvision's, with fresh weights"}
+        for name in list_torchvision_models()
+    ]
+    return [*entries, {"name": "package.module:factory", "summary": "a function of yours that returns an nn.Module"}]
+
+
+def _strategies() -> list[dict[str, Any]]:
+    return [
+        {"name": name, "summary": _summary(kind), "direction": kind.direction, "options": _options(kind)}
+        for name, kind in STRATEGIES.items()
+    ]
+
+
+def _objectives() -> list[dict[str, Any]]:
+    kinds = (PGDAT, TRADES, FGSMRS, Natural)
+    return [{"name": kind.name, "summary": _summary(kind), "options": _options(kind)} for kind in kinds]
+
+
+def _data() -> list[dict[str, Any]]:
+    entries = [{"name": name, "summary": DATA[name]} for name in NAMES]
+    return [*entries, {"name": "DIR", "summary": DIRECTORY}]
+
+
+def _attacks() -> list[dict[str, Any]]:
+    return [{"name": name, "summary": summary} for name, summary in ATTACKS.items()]
+
+
+def _summary(thing: object) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+def _options(kind: type) -> dict[str, Any]:
+    if not is_dataclass(kind):
+        return {}
+    return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+
+
+LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "models": _models,
+    "strategies": _strategies,
+    "data": _data,
+    "attacks": _attacks,
+    "objectives": _objectives,
+}

@@ -1,0 +1,171 @@
+"""`robustcompress compress`: a compact robust model from a reference, under a budget."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from robustcompress.api import compress
+from robustcompress.budget import Budget
+from robustcompress.commands.arguments import (
+    add_data_arguments,
+    assignment,
+    attempt,
+    count_or_all,
+    data_from,
+    fraction,
+    names,
+)
+from robustcompress.errors import InputError, Problems
+from robustcompress.models import build_model
+from robustcompress.result import check_target
+from robustcompress.robust import ThreatModel, attack_by_name
+from robustcompress.robust.objectives import objective_from_name
+from robustcompress.strategies import make_strategy
+from robustcompress.terminal import Output
+from robustcompress.train import Recipe, resolve_device
+
+NAME = "compress"
+SUMMARY = "make a compact, robust model"
+DESCRIPTION = """\
+Make a compact network that withstands attacks.
+
+MODEL is a built-in model (`robustcompress list models`), a torchvision classifier (torchvision:resnet18),
+or package.module:factory, a function of yours that returns an nn.Module; it maps images in [0, 1] to logits."""
+EXAMPLES = """\
+examples:
+  robustcompress compress resnet8 --model-arg stem_stride=2 --epochs 5 --out runs/digits
+  robustcompress compress resnet20 --data cifar10 --root data --strategy hydra --macs 0.5 --out runs/hydra
+  robustcompress compress resnet18 --data photos --image-size 32 --max-params 1000000 --epochs 20 --out runs/photos
+  robustcompress compress resnet8 --strategy grape --option order=random --option events=6 --eps 0.1
+  robustcompress compress my_models:small_net --eps 0.5 --norm l2 --objective trades --attack-steps 7 --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument("model", metavar="MODEL", help="the reference model")
+    parser.add_argument(
+        "--model-arg", type=assignment, action="append", default=[], metavar="K=V", help="an argument of its factory"
+    )
+    parser.add_argument(
+        "--pretrained-weights",
+        type=Path,
+        metavar="FILE",
+        help="safetensors with the reference's robust weights: pruning strategies skip their pretraining",
+    )
+    parser.add_argument("--strategy", default="grape", help="`robustcompress list strategies` (default: %(default)s)")
+    parser.add_argument(
+        "--option", type=assignment, action="append", default=[], metavar="K=V", help="an option of the strategy"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="save the result here; must not exist")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seeds everything (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    budget = parser.add_argument_group("budget", "every limit given must hold; half the multiply-adds where none is")
+    budget.add_argument("--macs", type=float, metavar="F", help="multiply-adds, as a fraction of the reference")
+    budget.add_argument("--params", type=float, metavar="F", help="parameters, as a fraction of the reference")
+    budget.add_argument("--max-macs", type=float, metavar="N", help="multiply-adds for one image")
+    budget.add_argument("--max-params", type=float, metavar="N", help="parameters")
+    budget.add_argument("--round-to", type=int, metavar="N", help="widths become multiples of N (default: by size)")
+    threat = parser.add_argument_group("threat")
+    threat.add_argument("--eps", type=fraction, default=8 / 255, help="radius, such as 8/255 or 0.1 (default: 8/255)")
+    threat.add_argument("--norm", default="linf", help="linf or l2 (default: %(default)s)")
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--objective", default="pgd-at", help="`robustcompress list objectives` (default: %(default)s)"
+    )
+    training.add_argument("--attack-steps", type=int, metavar="K", help="steps of the objective's attack")
+    training.add_argument(
+        "--epochs", type=float, metavar="F", help="passes over the training images (default: 10 or 30)"
+    )
+    training.add_argument("--lr", type=float, default=Recipe().lr, metavar="F", help="peak (default: %(default)s)")
+    training.add_argument(
+        "--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="images a step (default: %(default)s)"
+    )
+    add_data_arguments(parser, default="the embedded handwritten digits")
+    report = parser.add_argument_group("report")
+    report.add_argument(
+        "--attacks",
+        type=names,
+        default=("clean", "fgsm", "pgd-20"),
+        metavar="A,B",
+        help="what the report measures; add autoattack for robust accuracy proper (default: clean,fgsm,pgd-20)",
+    )
+    report.add_argument(
+        "--test-images",
+        type=count_or_all,
+        default=1000,
+        metavar="N",
+        help="attack N test images, or all (default: 1000)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> Output:
+    """Check everything, compress, save."""
+    problems = Problems("compress cannot start")
+    strategy = attempt(problems, lambda: make_strategy(arguments.strategy, **dict(arguments.option)))
+    threat = attempt(problems, lambda: ThreatModel(arguments.norm, arguments.eps))
+    budget = attempt(problems, lambda: _budget(arguments))
+    objective = attempt(problems, lambda: objective_from_name(arguments.objective, steps=arguments.attack_steps))
+    recipe = attempt(problems, lambda: Recipe(lr=arguments.lr, batch_size=arguments.batch_size))
+    attempt(problems, lambda: resolve_device(arguments.device))
+    for attack in arguments.attacks:
+        attempt(problems, lambda attack=attack: attack_by_name(attack))  # type: ignore[misc]
+    if arguments.out is not None:
+        attempt(problems, lambda: check_target(arguments.out))
+    torch.manual_seed(arguments.seed)  # the reference's first weights belong to the seed
+    built = attempt(problems, lambda: build_model(arguments.model, **dict(arguments.model_arg)))
+    if built is not None and arguments.pretrained_weights is not None:
+        attempt(problems, lambda: _load_weights(built[0], arguments.pretrained_weights))
+    data = attempt(problems, lambda: data_from(arguments, name=arguments.data, seed=arguments.seed))
+    problems.raise_if_any()
+    model, spec = built
+    result = compress(
+        model,
+        strategy,
+        data=data,
+        budget=budget,
+        threat=threat,
+        objective=objective,
+        epochs=arguments.epochs,
+        pretrained=arguments.pretrained_weights is not None,
+        recipe=recipe,
+        round_to=arguments.round_to,
+        attacks=arguments.attacks,
+        test_images=arguments.test_images,
+        seed=arguments.seed,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    result = replace(result, spec=spec)  # a factory of the user's own is known here, though not from the model alone
+    saved = "nothing was saved: pass --out DIR to keep the model"
+    if arguments.out is not None:
+        result.save(arguments.out)
+        saved = f"saved to {arguments.out}; next: robustcompress export --onnx {arguments.out}"
+    document = result.to_json() | {
+        "meets_budget": result.meets_budget,
+        "out": str(arguments.out) if arguments.out is not None else None,
+    }
+    return Output(document=document, parts=(str(result), "", saved))
+
+
+def _budget(arguments: argparse.Namespace) -> Budget:
+    limits = {name: getattr(arguments, name) for name in ("macs", "params", "max_macs", "max_params")}
+    return Budget(**limits) if any(limit is not None for limit in limits.values()) else Budget(macs=0.5)
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"--pretrained-weights {path} cannot be used ({reason}); it must be a safetensors file of this very model"
+        ) from error

@@ -1,0 +1,179 @@
+"""`robustcompress evaluate`: how robust a saved model is, and whether another one differs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from robustcompress.commands.arguments import (
+    add_data_arguments,
+    add_result_argument,
+    count_or_all,
+    data_of,
+    fraction,
+    names,
+    result_from,
+)
+from robustcompress.data import DataSplits
+from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.result import RESULT, CompressResult, load
+from robustcompress.robust import PairedTest, RobustReport, ThreatModel, attack_by_name, compare, evaluate
+from robustcompress.terminal import Output, evaluation_bar, say
+
+NAME = "evaluate"
+SUMMARY = "attack a saved model, or compare two"
+DESCRIPTION = """\
+Measure the accuracy of a saved model without and with an adversary, on the test images.
+
+AutoAttack is costly: it judges --autoattack-images of them, in chunks that are kept in DIR/.autoattack, so that a
+stopped evaluation goes on where it was when the same command is given again."""
+EXAMPLES = """\
+examples:
+  robustcompress evaluate runs/digits
+  robustcompress evaluate runs/digits --attacks clean,pgd-20 --images 100
+  robustcompress evaluate runs/hydra --data cifar10 --root data --autoattack-images all --save
+  robustcompress evaluate runs/grape --compare runs/none --time-limit 300 --json"""
+
+AUTOATTACK_IMAGES = 100
+CACHE = ".autoattack"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    add_result_argument(parser)
+    parser.add_argument(
+        "--attacks",
+        type=names,
+        default=("clean", "fgsm", "pgd-20", "autoattack"),
+        metavar="A,B",
+        help="`robustcompress list attacks` (default: clean,fgsm,pgd-20,autoattack)",
+    )
+    parser.add_argument(
+        "--images", type=count_or_all, default=None, metavar="N", help="judge N test images, or all (default: all)"
+    )
+    parser.add_argument(
+        "--autoattack-images",
+        type=count_or_all,
+        default=AUTOATTACK_IMAGES,
+        metavar="N",
+        help="judge N of those with AutoAttack, or all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--time-limit", type=float, metavar="S", help="start no chunk of AutoAttack that would not end in S seconds"
+    )
+    parser.add_argument("--eps", type=fraction, help="another radius than the model was trained for, such as 4/255")
+    parser.add_argument("--norm", help="another norm: linf or l2")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="evaluate this result too, and test the difference")
+    parser.add_argument("--save", action="store_true", help="replace the report in DIR by this one")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the attacks (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add_data_arguments(parser, default="the embedded digits, for a result that was trained on them")
+
+
+def run(arguments: argparse.Namespace) -> Output:
+    """Evaluate one result, or two on the same images."""
+    result = result_from(arguments)
+    other = None if arguments.compare is None else load(arguments.compare, model=arguments.model)
+    threat = _checked(arguments, result)
+    data = data_of(result, arguments)
+    if data is None:
+        name = result.data["name"]
+        raise InputError(
+            f"{arguments.directory} was trained on {name!r}: pass --data {name} (and --root), or a directory"
+        )
+    report = _evaluate(arguments, result, arguments.directory, data, threat)
+    document: dict[str, Any] = {"result": str(arguments.directory), "report": report.to_json(), "saved": False}
+    parts = [f"{arguments.directory}: {report}"]
+    if arguments.save:
+        replace_report(arguments.directory, report)
+        document["saved"] = True
+        parts += ["", f"saved in {arguments.directory / RESULT}"]
+    if other is not None:
+        data_of(other, arguments)
+        second = _evaluate(arguments, other, arguments.compare, data, threat)
+        tests = differences(report, second)
+        document["compared_with"] = {"result": str(arguments.compare), "report": second.to_json()}
+        document["differences"] = {name: asdict(test) for name, test in tests.items()}
+        parts += ["", f"{arguments.compare}: {second}", "", f"{arguments.directory} minus {arguments.compare}:"]
+        parts += [f"  {name:<12} {test}" for name, test in tests.items()]
+    return Output(document=document, parts=tuple(parts))
+
+
+def differences(a: RobustReport, b: RobustReport) -> dict[str, PairedTest]:
+    """Test, for every attack that both reports ran, whether the two models differ on the same images."""
+    shared = [result.name for result in a.attacks if result.name in {other.name for other in b.attacks}]
+    return {name: compare(a, b, attack=name) for name in shared}
+
+
+def replace_report(directory: Path, report: RobustReport) -> None:
+    """Put another report into a saved result, which is whole at every moment."""
+    path = directory / RESULT
+    record = json.loads(path.read_text()) | {"report": report.to_json()}
+    draft = path.with_name(f".{RESULT}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _checked(arguments: argparse.Namespace, result: CompressResult) -> ThreatModel:
+    problems = Problems("evaluate cannot start")
+    threat = result.threat
+    try:
+        threat = ThreatModel(arguments.norm or threat.norm, threat.eps if arguments.eps is None else arguments.eps)
+    except InputError as error:
+        problems.add(str(error))
+    if arguments.norm is not None and arguments.norm != result.threat.norm and arguments.eps is None:
+        problems.add(f"--norm {arguments.norm}: an eps of {result.threat.norm} means nothing there; give --eps as well")
+    if arguments.save and threat != result.threat:
+        problems.add(
+            f"--save: the result is about {result.threat.label()}, this report would be about {threat.label()}; "
+            "leave --save out"
+        )
+    for attack in arguments.attacks:
+        try:
+            attack_by_name(attack)
+        except InputError as error:
+            problems.add(str(error))
+    if not arguments.attacks:
+        problems.add(f"--attacks is empty{nearest('', ('clean', 'fgsm', 'pgd-20', 'autoattack'))}")
+    problems.raise_if_any()
+    return threat
+
+
+def _evaluate(
+    arguments: argparse.Namespace, result: CompressResult, directory: Path, data: DataSplits, threat: ThreatModel
+) -> RobustReport:
+    autoattack = "autoattack" in arguments.attacks
+    with evaluation_bar(directory.name) as progress:
+        return evaluate(
+            result.model,
+            data.test,
+            threat,
+            attacks=arguments.attacks,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            seed=arguments.seed,
+            max_images=arguments.images,
+            autoattack_images=arguments.autoattack_images if autoattack else None,
+            time_limit_s=arguments.time_limit,
+            progress=progress,
+            resume_dir=_cache(directory) if autoattack else None,
+        )
+
+
+def _cache(directory: Path) -> Path | None:
+    """Where finished chunks are kept; nowhere for a result that may be read and not written."""
+    cache = directory / CACHE
+    try:
+        cache.mkdir(exist_ok=True)
+    except OSError as error:
+        say(f"finished chunks are not kept: {cache} cannot be made ({error.strerror})")
+        return None
+    return cache
