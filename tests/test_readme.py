@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,10 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert blocks or page.name == "benchmarks.md"
     monkeypatch.chdir(tmp_path)
-    before = dict(STRATEGIES)
+    before, module = dict(STRATEGIES), types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # dataclasses look their module up
     try:
-        exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "readme"})
+        exec(compile("\n".join(blocks), str(page), "exec"), module.__dict__)
     finally:
         STRATEGIES.clear()
         STRATEGIES.update(before)
