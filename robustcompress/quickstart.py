@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,14 @@ from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, ParityError
 from robustcompress.export import ExportReport, export_onnx, load_session
 from robustcompress.export.parity import INPUT, OUTPUT
-from robustcompress.machine import fastest_threads, hardware, threads, versions
+from robustcompress.machine import hardware, versions
 from robustcompress.models import resnet8
 from robustcompress.plots import plot_results
-from robustcompress.result import CompressResult
+from robustcompress.result import CompressResult, load
 from robustcompress.robust import AutoAttackConfig, PairedTest, RobustReport, ThreatModel, compare, evaluate
 from robustcompress.robust.objectives import PGDAT
-from robustcompress.terminal import Output, evaluation_bar, say, table
-from robustcompress.train import Recipe
+from robustcompress.terminal import Output, say, table
+from robustcompress.train.progress import console
 
 STRATEGIES = ("none", "hydra", "grape")
 ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
@@ -115,24 +117,29 @@ def quickstart(out: str | Path, plan: Plan = FULL, *, seed: int = 0) -> Output:
     began = time.perf_counter()
     out = Path(out)
     draft = _draft(out)
+    threads = torch.get_num_threads()
+    # The batches are too small for more threads to pay, and where other programs run too, threads spin for each other
+    # a hundred times as long. It also makes the numbers the same whatever the number of cores.
+    torch.set_num_threads(1)
     try:
         data = load_data("digits")
         say(f"data: {'; '.join(data.notes)}")
         say(f"threat: {THREAT.label()}, since ink on paper hardly feels the 8/255 that is usual for photos")
         data = replace(data, notes=())
-        used = _threads(data, plan)
-        results, seconds = {}, {}
-        with threads(used["training"]):
+        results: dict[str, CompressResult] = {}
+        seconds: dict[str, float] = {}
+        with _Judges(draft, plan, seed) as judges:
             for name in STRATEGIES:
                 at = time.perf_counter()
                 results[name] = _train(name, data, plan, seed)
                 seconds[name] = time.perf_counter() - at
-        with threads(used["attacks"]):
-            reports = _judge(results, data, plan, seed, began)
+                results[name].save(draft / name)
+                judges.begin(name)  # a trained network is attacked while the next one trains
+            reports = judges.reports(began, len(data.test))
         results = {name: replace(result, report=reports[name]) for name, result in results.items()}
         exports = {}
         for name, result in results.items():
-            result.save(draft / name)
+            result.save(draft / name, overwrite=True)
             exports[name] = export_onnx(
                 result, draft / f"{name}.onnx", sample=data.test.first(14).as_float(), threat=THREAT
             )
@@ -156,12 +163,13 @@ def quickstart(out: str | Path, plan: Plan = FULL, *, seed: int = 0) -> Output:
             },
             "differences": {name: asdict(test) for name, test in tests.items()},
             "versions": versions(),
-            "hardware": hardware() | {"threads": used},
+            "hardware": hardware() | {"torch_threads": 1},
             "seconds": time.perf_counter() - began,
         }
         (draft / "quickstart.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         draft.replace(out)
     finally:
+        torch.set_num_threads(threads)
         shutil.rmtree(draft, ignore_errors=True)
     return Output(document=document, parts=(_table(document), *_lines(out, document, tests, plan)))
 
@@ -180,13 +188,6 @@ def _draft(out: Path) -> Path:
         ) from error
     draft.chmod(0o755)
     return draft
-
-
-def _threads(data: DataSplits, plan: Plan) -> dict[str, int]:
-    """How many threads are fastest here, now, for batches as large as training's and as small as AutoAttack's."""
-    model, images = _reference(data, 0), data.train.as_float()
-    sizes = {"training": Recipe().batch_size, "attacks": plan.autoattack_images}
-    return {what: fastest_threads(model, images[:size]) for what, size in sizes.items()}
 
 
 def _reference(data: DataSplits, seed: int) -> nn.Module:
@@ -210,42 +211,77 @@ def _train(strategy: str, data: DataSplits, plan: Plan, seed: int) -> CompressRe
     )
 
 
-def _judge(
-    results: Mapping[str, CompressResult], data: DataSplits, plan: Plan, seed: int, began: float
-) -> dict[str, RobustReport]:
-    """Attack all networks on the same images; AutoAttack on as many as the time allows, a round at a time."""
-    reports: dict[str, RobustReport] = {}
-    with tempfile.TemporaryDirectory() as kept:  # chunks of earlier rounds are taken from here
+class _Judges:
+    """Attacks the networks in two processes beside the training: AutoAttack on a few images keeps one core busy.
 
-        def judge(name: str, attacks: tuple[str, ...], images: int) -> RobustReport:
-            with evaluation_bar(name) as progress:
-                return evaluate(
-                    results[name].model,
-                    data.test,
-                    THREAT,
-                    attacks=attacks,
-                    autoattack_images=images,
-                    autoattack_config=plan.autoattack,
-                    device="cpu",
-                    seed=seed,
-                    progress=progress,
-                    resume_dir=kept,
-                )
+    All networks are judged on the same images, as many as the time allows, a round at a time.
+    """
 
-        images = 0
-        while images < len(data.test):
-            at = time.perf_counter()
-            attacks = ATTACKS if images == 0 else ("clean", "autoattack")
-            images += plan.autoattack_images
-            for name in results:
-                report = judge(name, attacks, images)
-                known = reports.get(name, report)
-                others = tuple(attack for attack in known.attacks if attack.name != "autoattack")
-                reports[name] = replace(known, attacks=(*others, report.result("autoattack")))
+    def __init__(self, directory: Path, plan: Plan, seed: int) -> None:
+        self._directory, self._plan, self._seed = directory, plan, seed
+        self._kept = tempfile.mkdtemp()  # chunks of earlier rounds are taken from here
+        self._pool = ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn"))
+        self._running: dict[str, Future[dict[str, Any]]] = {}
+
+    def __enter__(self) -> _Judges:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        shutil.rmtree(self._kept, ignore_errors=True)
+
+    def begin(self, name: str, *, images: int | None = None, attacks: tuple[str, ...] = ATTACKS) -> None:
+        """Attack a saved network, as soon as a process is free."""
+        images = images or self._plan.autoattack_images
+        self._running[name] = self._pool.submit(
+            _judge, str(self._directory / name), attacks, images, self._plan.autoattack, self._seed, self._kept
+        )
+
+    def reports(self, began: float, most: int) -> dict[str, RobustReport]:
+        """Wait for all networks; begin further rounds while one more should end in time."""
+        found = self._collect()
+        images, at = self._plan.autoattack_images, time.perf_counter()
+        spent = max(report.result("autoattack").seconds for report in found.values()) * len(found) / 2
+        while images < most and at - began + spent < self._plan.total_s:
+            images += self._plan.autoattack_images
+            for name in found:
+                self.begin(name, images=images, attacks=("clean", "autoattack"))
+            for name, report in self._collect().items():
+                others = tuple(attack for attack in found[name].attacks if attack.name != "autoattack")
+                found[name] = replace(found[name], attacks=(*others, report.result("autoattack")))
             now = time.perf_counter()
-            if now - began + (now - at) > plan.total_s:
-                break
-    return reports
+            spent, at = now - at, now
+        return found
+
+    def _collect(self) -> dict[str, RobustReport]:
+        found = {}
+        with console().status("AutoAttack, in two processes ..."):
+            for name, running in self._running.items():
+                found[name] = RobustReport.from_json(running.result())
+                robust = found[name].result("autoattack")
+                say(
+                    f"{name}: AutoAttack left {100 * robust.accuracy:.1f} % of {robust.n} images, {robust.seconds:.0f} s"
+                )
+        return found
+
+
+def _judge(
+    directory: str, attacks: tuple[str, ...], images: int, config: AutoAttackConfig, seed: int, kept: str
+) -> dict[str, Any]:
+    """What a judging process does: load the network, attack it, and give the report as plain JSON."""
+    torch.set_num_threads(1)
+    report = evaluate(
+        load(directory).model,
+        load_data("digits").test,
+        THREAT,
+        attacks=attacks,
+        autoattack_images=images,
+        autoattack_config=config,
+        device="cpu",
+        seed=seed,
+        resume_dir=Path(kept),
+    )
+    return report.to_json()
 
 
 def _serve(directory: Path, results: Mapping[str, CompressResult], data: DataSplits, plan: Plan) -> dict[str, Served]:

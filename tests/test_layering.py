@@ -19,7 +19,7 @@ LAYERS = [
     {"structure", "robust", "data", "models"},
     {"budget"},
     {"train"},
-    {"session", "terminal"},
+    {"session", "terminal", "machine"},
     {"strategies", "result"},
     {"export", "plots"},
     {"resolve"},

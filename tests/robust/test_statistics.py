@@ -125,7 +125,7 @@ def test_paired_test_refuses(a, b, message):
         paired_test(a, b)
 
 
-def report(correct, *, suite="standard", threat=ThreatModel(), sha="a"):  # noqa: B008
+def report(correct, *, suite="standard", threat=ThreatModel(), sha="a"):
     clean = AttackResult(name="clean", correct=torch.ones(20, dtype=torch.bool), seconds=0.0)
     attacked = AttackResult(name="autoattack", correct=correct, seconds=0.0, suite=suite)
     return RobustReport(
