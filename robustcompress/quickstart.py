@@ -259,9 +259,8 @@ class _Judges:
             for name, running in self._running.items():
                 found[name] = RobustReport.from_json(running.result())
                 robust = found[name].result("autoattack")
-                say(
-                    f"{name}: AutoAttack left {100 * robust.accuracy:.1f} % of {robust.n} images, {robust.seconds:.0f} s"
-                )
+                left = f"{100 * robust.accuracy:.1f} % of {robust.n} images"
+                say(f"{name}: AutoAttack left {left}, {robust.seconds:.0f} s")
         return found
 
 
