@@ -79,7 +79,7 @@ def quickstart_table(document: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{test} test images of scikit-learn's digits, linf {document['threat']['eps']:g}, seed {document['seed']}, "
-        f"{document['seconds']:.0f} s on {hardware['torch_threads']} threads ({hardware['cpu']}). Small data and one "
+        f"{document['seconds']:.0f} s in all on {hardware['cores']} cores ({hardware['cpu']}). Small data and one "
         "seed: a difference within the intervals means nothing.",
     ]
     return "\n".join(lines)

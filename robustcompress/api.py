@@ -15,6 +15,7 @@ from torch import nn
 from robustcompress.budget import Budget, Cost, CostModel, human, measure
 from robustcompress.data import DataSplits
 from robustcompress.errors import BudgetError, InputError, Problems, RobustCompressError
+from robustcompress.models import ModelSpec
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
 from robustcompress.robust import RobustReport, ThreatModel, evaluate
@@ -30,7 +31,7 @@ SMALL_DATA = 10_000
 
 
 def compress(
-    model: nn.Module | str,
+    model: nn.Module | ModelSpec | str,
     strategy: str | Strategy = "grape",
     *,
     data: Any = None,
@@ -54,8 +55,8 @@ def compress(
 
     Args:
         model: The reference: any network the editor supports, which maps images in [0, 1] to logits; it is copied and
-            never touched. Or a name: a built-in ("resnet18"), "torchvision:resnet18", "package.module:factory". A
-            classifier whose size differs from the data's classes is replaced.
+            never touched. Or a name: a built-in ("resnet18"), "torchvision:resnet18", "package.module:factory"; or a
+            `ModelSpec`, a name with arguments. A classifier whose size differs from the data's classes is replaced.
         strategy: "grape", "hydra", "magnitude", "none", or a strategy with options, such as `Grape(order="random")`.
         data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,
             a DataLoader, or what `load_data` returns.

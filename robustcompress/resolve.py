@@ -197,6 +197,10 @@ def _reference(model: object, seed: int) -> tuple[nn.Module, ModelSpec | None]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed if isinstance(seed, int) else 0)
             twin, spec = build_model(model)
+    elif isinstance(model, ModelSpec):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed if isinstance(seed, int) else 0)
+            twin, spec = model.build(), model
     elif isinstance(model, nn.Module):
         twin, spec = copy.deepcopy(model), identify(model)
     else:

@@ -112,9 +112,7 @@ class CompressResult:
         try:
             temporary.chmod(0o755)
             self._write(temporary)
-            if directory.exists():
-                shutil.rmtree(directory)
-            temporary.replace(directory)
+            _put_in_place(temporary, directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return directory
@@ -202,6 +200,22 @@ class CompressResult:
         title = html.escape(f"{self.strategy['name']} on {self.data['name']}")
         report = self.report._repr_html_() if self.report is not None else ""
         return f"<h4>{title}</h4><table>{head}{body}</table>{report}"
+
+
+def _put_in_place(new: Path, directory: Path) -> None:
+    """Rename `new` to `directory`; a result that is there is set aside first, and deleted only when its heir stands."""
+    if not directory.exists():
+        new.replace(directory)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent)) / directory.name
+    directory.replace(aside)
+    try:
+        new.replace(directory)
+    except OSError:
+        aside.replace(directory)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
 
 
 def check_target(directory: Path, *, overwrite: bool = False) -> None:

@@ -376,3 +376,10 @@ def test_every_net_of_the_suite_is_built_alike_each_time() -> None:
     makers: Iterator[Callable[..., nn.Module]] = iter(NETS.values())
     assert all(callable(maker) for maker in makers)
     assert same(state(build("joined")), state(build("joined")))
+
+
+def test_a_model_may_be_named_with_its_arguments(tmp_path: Path) -> None:
+    spec = rc.ModelSpec("robustcompress:resnet8", {"num_classes": 10, "width": 0.25, "stem_stride": 2})
+    result = quick(spec, out=tmp_path / "out")
+    assert result.spec == spec
+    assert same(state(rc.load(tmp_path / "out").model), state(result.model))

@@ -474,3 +474,22 @@ def test_whether_the_budget_is_met(
 ) -> None:
     changed = dataclasses.replace(result, strategy={"name": strategy}, budget=budget)
     assert changed.meets_budget is meets
+
+
+def test_a_failing_rename_leaves_the_old_result(
+    result: rc.CompressResult, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.startswith(f".{copy.name}-") and target == copy:
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    before = rc.load(copy).seed
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        dataclasses.replace(result, seed=before + 1).save(copy, overwrite=True)
+    monkeypatch.undo()
+    assert rc.load(copy).seed == before
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
