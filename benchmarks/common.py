@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -18,27 +17,16 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from robustcompress import machine
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FORMAT = 1
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "torch-pruning",
-    "thop",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "pyautoattack",
-    "numpy",
-)
-
 _ABSOLUTE = re.compile(r"^(/|~|\.\./|[A-Za-z]:[\\/])")
 
 
@@ -147,7 +135,7 @@ def record(
         "seed": options.seed,
         "data": dict(data) if data is not None else None,
         "hardware": hardware(options.threads),
-        "versions": versions(),
+        "versions": machine.versions(),
         "code": commit(),
         "results": results,
     }
@@ -166,32 +154,7 @@ def _anonymous(word: str) -> str:
 def hardware(threads: int) -> dict[str, Any]:
     """Processor, cores, threads used, and how busy the machine was: a load beyond the threads means shared cores."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "system": f"{platform.system()} {platform.machine()}",
-        "load_at_the_end": load,
-    }
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of those it stands on."""
-    from robustcompress import __version__
-
-    found = {"python": platform.python_version(), "robustcompress": __version__}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return machine.hardware() | {"threads": threads, "load_at_the_end": load}
 
 
 def commit() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from robustcompress.models import ModelSpec
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
 from robustcompress.robust import RobustReport, ThreatModel, evaluate
+from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
 from robustcompress.session import Goal, Session
 from robustcompress.strategies import Strategy
@@ -177,10 +178,8 @@ def _fit_classifier(
     pretrained: bool,
     progress: Progress,
 ) -> None:
-    was_training = model.training
-    with torch.no_grad():
-        outputs = model.eval()(example).shape[1]
-    model.train(was_training)
+    with eval_mode(model), torch.no_grad():
+        outputs = model(example).shape[1]
     if outputs == data.num_classes:
         return
     if pretrained:

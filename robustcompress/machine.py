@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "pyautoattack", "torch-pruning", "thop", "numpy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "torch-pruning",
+    "thop",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "pyautoattack",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, of Python and of what the numbers depend on."""
+    """Versions of Python, of this package and of those it stands on."""
     from robustcompress import __version__
 
-    return {
-        "robustcompress": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-    }
+    found = {"python": platform.python_version(), "robustcompress": __version__}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def hardware() -> dict[str, Any]:
@@ -30,5 +41,5 @@ def hardware() -> dict[str, Any]:
     return {
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "system": platform.system(),
+        "system": f"{platform.system()} {platform.machine()}",
     }

@@ -83,7 +83,7 @@ def _check_forward(model: nn.Module, example: torch.Tensor, problems: Problems) 
         if count > 1:
             problems.add(f"{name}: the layer is called {count} times in one forward pass; give each call its own layer")
     problems.raise_if_any(UnsupportedModelError)
-    trained, _ = _calls(model, torch.cat([example, example]), problems, training=True)
+    trained, _ = _calls(model, example, problems, training=True)
     for name in trained:
         if name not in calls:
             problems.add(f"{name}: the layer is used in training mode only; switch its branch off (aux_logits=False)")
