@@ -166,6 +166,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Let passes in train mode use batch statistics, and give every buffer (running statistics) its value back."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttackSpec:
     """One attack of an evaluation, as its name says it.

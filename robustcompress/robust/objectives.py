@@ -9,7 +9,6 @@ Two habits of the field are kept, and both can matter more than the loss itself:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -20,58 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustcompress.errors import InputError, Problems, nearest
-from robustcompress.robust.attacks import eval_mode, pgd
+from robustcompress.robust.attacks import eval_mode, kept_buffers, pgd
+from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.threat import ThreatModel
 
+__all__ = [
+    "FGSMRS",
+    "PGDAT",
+    "TRADES",
+    "AttackMode",
+    "Natural",
+    "Objective",
+    "ObjectiveStep",
+    "objective_from_json",
+    "objective_from_name",
+]
+
 AttackMode = Literal["eval", "train"]
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectiveStep:
-    """What one evaluation of an objective gives.
-
-    Attributes:
-        loss: Scalar with its graph; call `backward()` on it.
-        logits: Detached logits on the attacked images, [N, K], from the pass that the loss is made of.
-        x_adv: The attacked images, detached, [N, C, H, W].
-        clean_logits: Detached logits on the clean images, where the objective computes them anyway; else
-            None.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    x_adv: Tensor
-    clean_logits: Tensor | None = None
-
-
-class Objective(ABC):
-    """A loss over one batch. Abstract: the concrete ones are final, frozen dataclasses of their options."""
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def loss(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat: ThreatModel,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> ObjectiveStep:
-        """Attack the batch, then compute the loss in the mode the model is in.
-
-        Args:
-            model: Maps images to logits. Its mode is as before afterwards; `.grad` is not touched.
-            x: Images within `threat.bounds`, [N, C, H, W].
-            y: Labels, int64 [N].
-            threat: What the adversary may do.
-            generator: Source of the attack's randomness; torch's global one where None.
-        """
-
-    @abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """Return the name and the options as plain data, for `objective_from_json`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +52,7 @@ class Natural(Objective):
     def __post_init__(self) -> None:
         _check(self)
 
-    def loss(
+    def attack(
         self,
         model: nn.Module,
         x: Tensor,
@@ -96,11 +60,15 @@ class Natural(Objective):
         threat: ThreatModel,
         *,
         generator: torch.Generator | None = None,
-    ) -> ObjectiveStep:
-        """See `Objective.loss`; the threat is not used, and `x_adv` is `x`."""
-        logits = model(x)
+    ) -> Tensor:
+        """See `Objective.attack`; the threat is not used, and the images come back as they are."""
+        return x
+
+    def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
+        """See `Objective.loss_on`."""
+        logits = model(x_adv)
         loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-        return ObjectiveStep(loss, logits.detach(), x, logits.detach())
+        return ObjectiveStep(loss, logits.detach(), x_adv, logits.detach())
 
     def to_json(self) -> dict[str, Any]:
         """See `Objective.to_json`."""
@@ -129,7 +97,7 @@ class PGDAT(Objective):
     def __post_init__(self) -> None:
         _check(self)
 
-    def loss(
+    def attack(
         self,
         model: nn.Module,
         x: Tensor,
@@ -137,10 +105,13 @@ class PGDAT(Objective):
         threat: ThreatModel,
         *,
         generator: torch.Generator | None = None,
-    ) -> ObjectiveStep:
-        """See `Objective.loss`."""
+    ) -> Tensor:
+        """See `Objective.attack`."""
         with _attacking(model, self.attack_mode):
-            x_adv = pgd(model, x, y, threat, steps=self.steps, step_size=self.step_size, generator=generator)
+            return pgd(model, x, y, threat, steps=self.steps, step_size=self.step_size, generator=generator)
+
+    def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
+        """See `Objective.loss_on`."""
         return _adversarial_step(model, x_adv, y, self.label_smoothing)
 
     def to_json(self) -> dict[str, Any]:
@@ -169,7 +140,7 @@ class FGSMRS(Objective):
     def __post_init__(self) -> None:
         _check(self)
 
-    def loss(
+    def attack(
         self,
         model: nn.Module,
         x: Tensor,
@@ -177,11 +148,14 @@ class FGSMRS(Objective):
         threat: ThreatModel,
         *,
         generator: torch.Generator | None = None,
-    ) -> ObjectiveStep:
-        """See `Objective.loss`."""
+    ) -> Tensor:
+        """See `Objective.attack`."""
         step_size = self.step_scale * threat.eps
         with _attacking(model, self.attack_mode):
-            x_adv = pgd(model, x, y, threat, steps=1, step_size=step_size, generator=generator)
+            return pgd(model, x, y, threat, steps=1, step_size=step_size, generator=generator)
+
+    def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
+        """See `Objective.loss_on`."""
         return _adversarial_step(model, x_adv, y, self.label_smoothing)
 
     def to_json(self) -> dict[str, Any]:
@@ -215,7 +189,7 @@ class TRADES(Objective):
     def __post_init__(self) -> None:
         _check(self)
 
-    def loss(
+    def attack(
         self,
         model: nn.Module,
         x: Tensor,
@@ -223,10 +197,10 @@ class TRADES(Objective):
         threat: ThreatModel,
         *,
         generator: torch.Generator | None = None,
-    ) -> ObjectiveStep:
-        """See `Objective.loss`."""
+    ) -> Tensor:
+        """See `Objective.attack`."""
         with _attacking(model, self.attack_mode):
-            x_adv = pgd(
+            return pgd(
                 model,
                 x,
                 y,
@@ -236,6 +210,9 @@ class TRADES(Objective):
                 loss="kl",
                 start=x.detach() + 0.001 * _gaussian(x, generator),
             )
+
+    def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
+        """See `Objective.loss_on`."""
         clean = model(x)
         attacked = model(x_adv)
         divergence = F.kl_div(attacked.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
@@ -302,13 +279,8 @@ def _attacking(model: nn.Module, mode: AttackMode) -> Iterator[None]:
         with eval_mode(model):
             yield
         return
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
+    with kept_buffers(model):
         yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
 
 
 def _check(objective: Natural | PGDAT | FGSMRS | TRADES) -> None:

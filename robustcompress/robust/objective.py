@@ -1,0 +1,118 @@
+"""What an objective is: an attack on a batch, then a loss on what it found."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robustcompress.errors import InputError
+from robustcompress.robust.threat import ThreatModel
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveStep:
+    """What one evaluation of an objective gives.
+
+    Attributes:
+        loss: Scalar with its graph; call `backward()` on it.
+        logits: Detached logits on the attacked images, [N, K], from the pass that the loss is made of.
+        x_adv: The attacked images, detached, [N, C, H, W].
+        clean_logits: Detached logits on the clean images, where the objective computes them anyway; else
+            None.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    x_adv: Tensor
+    clean_logits: Tensor | None = None
+
+
+_WHOLE = "objective {0!r} cannot be split: define attack() and loss_on() for it, or leave out AWP and S2AP"
+
+
+class Objective(ABC):
+    """A loss over one batch. Abstract: the concrete ones are final, frozen dataclasses of their options.
+
+    An objective defines `attack` and `loss_on`.
+    """
+
+    name: ClassVar[str]
+
+    def attack(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Find the images that the loss is computed on.
+
+        Args:
+            model: Maps images to logits. Its mode and its running statistics are as before afterwards; `.grad` is not
+                touched.
+            x: Images within `threat.bounds`, [N, C, H, W].
+            y: Labels, int64 [N].
+            threat: What the adversary may do.
+            generator: Source of the attack's randomness; torch's global one where None.
+
+        Returns:
+            Attacked images, detached, [N, C, H, W].
+
+        Raises:
+            InputError: This objective defines `loss` as a whole, so that its parts cannot be had.
+        """
+        raise InputError(_WHOLE.format(self.name))
+
+    def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
+        """Compute the loss on images that were attacked before, in the mode the model is in.
+
+        Running statistics move as they do in `loss`. May be called several times for one attack, with other weights.
+
+        Args:
+            model: Maps images to logits.
+            x: The clean images, [N, C, H, W].
+            x_adv: What `attack` returned for them.
+            y: Labels, int64 [N].
+
+        Raises:
+            InputError: As `attack`.
+        """
+        raise InputError(_WHOLE.format(self.name))
+
+    def loss(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> ObjectiveStep:
+        """Attack the batch, then compute the loss in the mode the model is in: `loss_on` after `attack`.
+
+        An objective that overrides this alone trains as well, but not with an ascent (AWP, S2AP): that needs the parts.
+
+        Args:
+            model: Maps images to logits. Its mode is as before afterwards; `.grad` is not touched.
+            x: Images within `threat.bounds`, [N, C, H, W].
+            y: Labels, int64 [N].
+            threat: What the adversary may do.
+            generator: Source of the attack's randomness; torch's global one where None.
+        """
+        return self.loss_on(model, x, self.attack(model, x, y, threat, generator=generator), y)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether `attack` and `loss_on` are defined, and not only `loss`."""
+        kind = type(self)
+        return kind.attack is not Objective.attack and kind.loss_on is not Objective.loss_on
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return the name and the options as plain data, for `objective_from_json`."""
