@@ -19,6 +19,7 @@ from robustcompress.robust.objectives import Objective
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
+    Ascent,
     Progress,
     Recipe,
     Schedule,
@@ -28,6 +29,7 @@ from robustcompress.train import (
     safe_memory_format,
     set_memory_format,
     train,
+    weight_ascent,
 )
 
 SELECTIONS = 8
@@ -93,6 +95,8 @@ class Session:
         progress: Progress | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
+        if goal.recipe.awp:
+            goal.objective.require_parts()
         self.model = model
         self.editor = editor
         self.goal = goal
@@ -116,6 +120,7 @@ class Session:
         self._memory_format = torch.contiguous_format
         self._optimizer: torch.optim.Optimizer | None = None
         self._ema: AveragedModel | None = None
+        self._spent = 0.0  # share of the run's epochs that phases have had so far
         bf16 = goal.recipe.bf16
         self._autocast = bf16 is True or (
             bf16 == "auto" and self._device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -148,6 +153,7 @@ class Session:
         schedule: Schedule = "one-cycle",
         lr_scale: float = 1.0,
         select: bool = False,
+        awp: float | None = None,
     ) -> None:
         """Train all weights for a share of the run's epochs.
 
@@ -159,6 +165,7 @@ class Session:
             schedule: The learning rate's course over this phase.
             lr_scale: Factor on the recipe's learning rate.
             select: Keep the epoch whose averaged weights withstand PGD-10 best on the validation split.
+            awp: Radius of adversarial weight perturbation in this phase; None for the recipe's.
         """
         recipe = self.goal.recipe
         if self._optimizer is None:
@@ -169,7 +176,9 @@ class Session:
             self._ema = averaged(self.model, recipe.ema)
             self.editor.follow(self._ema)
         selection = _Selection(self, share) if select else None
-        self._loop(phase, share, self._optimizer, recipe.lr * lr_scale, schedule, self._ema, selection)
+        begins = (recipe.awp_warmup - self._spent) / share if share else 0.0
+        ascent = weight_ascent(self._optimizer, recipe.awp if awp is None else awp, begins=begins)
+        self._loop(phase, share, self._optimizer, recipe.lr * lr_scale, schedule, self._ema, selection, ascent)
         if selection is not None:
             selection.restore()
 
@@ -181,6 +190,7 @@ class Session:
         share: float,
         lr: float,
         schedule: Schedule = "cosine",
+        ascent: Ascent | None = None,
     ) -> None:
         """Train only these parameters (scores, batch-norm affines) with Adam; all others are frozen meanwhile.
 
@@ -190,6 +200,7 @@ class Session:
             share: Share of all epochs.
             lr: Peak learning rate.
             schedule: Its course.
+            ascent: Compute gradients one ascent above, from its beginning on; the recipe's `awp` is for weights alone.
         """
         moving = {id(p) for group in parameter_groups for p in group["params"]}
         frozen = [p for p in self.model.parameters() if id(p) not in moving and p.requires_grad]
@@ -197,7 +208,7 @@ class Session:
             parameter.requires_grad_(False)
         try:
             optimizer = torch.optim.Adam([dict(group) for group in parameter_groups], lr=lr)
-            self._loop(phase, share, optimizer, lr, schedule, None, None)
+            self._loop(phase, share, optimizer, lr, schedule, None, None, ascent)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -220,7 +231,9 @@ class Session:
         schedule: Schedule,
         ema: AveragedModel | None,
         selection: _Selection | None,
+        ascent: Ascent | None,
     ) -> None:
+        self._spent += share
         self._lay_out()
         macs, params = self.cost_model.predict(self.editor.widths)
 
@@ -246,6 +259,7 @@ class Session:
             progress=self.progress,
             on_epoch=on_epoch,
             autocast=self._autocast,
+            ascent=ascent,
         )
 
     def recalibrate(self, *, batches: int = 20) -> None:

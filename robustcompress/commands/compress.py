@@ -86,6 +86,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="images a step (default: %(default)s)"
     )
+    training.add_argument(
+        "--awp",
+        type=float,
+        default=Recipe().awp,
+        metavar="GAMMA",
+        help="radius of adversarial weight perturbation, such as 0.005; 0 is off (default: %(default)g)",
+    )
+    training.add_argument(
+        "--awp-warmup",
+        type=float,
+        default=Recipe().awp_warmup,
+        metavar="F",
+        help="share of the epochs before it begins (default: %(default)g)",
+    )
     add_data_arguments(parser, default="the embedded handwritten digits")
     report = parser.add_argument_group("report")
     report.add_argument(
@@ -111,7 +125,7 @@ def run(arguments: argparse.Namespace) -> Output:
     threat = attempt(problems, lambda: ThreatModel(arguments.norm, arguments.eps))
     budget = attempt(problems, lambda: _budget(arguments))
     objective = attempt(problems, lambda: objective_from_name(arguments.objective, steps=arguments.attack_steps))
-    recipe = attempt(problems, lambda: Recipe(lr=arguments.lr, batch_size=arguments.batch_size))
+    recipe = attempt(problems, lambda: _recipe(arguments))
     attempt(problems, lambda: resolve_device(arguments.device))
     for attack in arguments.attacks:
         attempt(problems, lambda attack=attack: attack_by_name(attack))  # type: ignore[misc]
@@ -156,6 +170,10 @@ def run(arguments: argparse.Namespace) -> Output:
 def _budget(arguments: argparse.Namespace) -> Budget:
     limits = {name: getattr(arguments, name) for name in ("macs", "params", "max_macs", "max_params")}
     return Budget(**limits) if any(limit is not None for limit in limits.values()) else Budget(macs=0.5)
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    return Recipe(lr=arguments.lr, batch_size=arguments.batch_size, awp=arguments.awp, awp_warmup=arguments.awp_warmup)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

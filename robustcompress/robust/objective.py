@@ -107,11 +107,11 @@ class Objective(ABC):
         """
         return self.loss_on(model, x, self.attack(model, x, y, threat, generator=generator), y)
 
-    @property
-    def has_parts(self) -> bool:
-        """Whether `attack` and `loss_on` are defined, and not only `loss`."""
+    def require_parts(self) -> None:
+        """Raise InputError unless `attack` and `loss_on` are defined: to be told before any training."""
         kind = type(self)
-        return kind.attack is not Objective.attack and kind.loss_on is not Objective.loss_on
+        if kind.attack is Objective.attack or kind.loss_on is Objective.loss_on:
+            raise InputError(_WHOLE.format(self.name))
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One training loop for every strategy."""
 
+from robustcompress.train.ascent import Ascent, weight_ascent
 from robustcompress.train.device import describe, resolve_device, safe_memory_format, set_memory_format
 from robustcompress.train.ema import averaged
 from robustcompress.train.loop import TrainingError, make_optimizer, train
@@ -9,6 +10,7 @@ from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor
 
 __all__ = [
     "SCHEDULES",
+    "Ascent",
     "Progress",
     "Recipe",
     "Schedule",
@@ -22,4 +24,5 @@ __all__ = [
     "safe_memory_format",
     "set_memory_format",
     "train",
+    "weight_ascent",
 ]

@@ -18,6 +18,7 @@ from robustcompress.errors import RobustCompressError
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
 from robustcompress.robust.threat import ThreatModel
+from robustcompress.train.ascent import Ascent, forward_backward
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe
 from robustcompress.train.schedules import Schedule, lr_factor
@@ -82,6 +83,7 @@ def train(
     progress: Progress | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     autocast: bool = False,
+    ascent: Ascent | None = None,
 ) -> list[dict[str, Any]]:
     """Train for a number of epochs, which may be a fraction.
 
@@ -101,15 +103,23 @@ def train(
         progress: Where to show it.
         on_epoch: Called with each epoch's record, to which it may add.
         autocast: Run forward passes in bfloat16.
+        ascent: Compute gradients one ascent above the parameters, from its beginning on; loss and accuracies of the
+            records are then those found there.
 
     Returns:
-        One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s.
+        One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s, and what
+        `ascent` tells of itself.
 
     Raises:
+        InputError: There is an ascent, and the objective has no parts to use it with.
         TrainingError: The loss became infinite or NaN.
     """
     progress = progress or Progress(enabled=False)
     steps = max(1, round(epochs * len(batches)))
+    ascends_from = steps
+    if ascent is not None:
+        objective.require_parts()
+        ascends_from = round(ascent.begins * steps)
     history: list[dict[str, Any]] = []
     device_type = batches.images.pixels.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
@@ -119,9 +129,16 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
             optimizer.zero_grad(set_to_none=True)
-            with precision:
-                step = objective.loss(model, x, y, threat, generator=generator)
-            torch.autograd.backward(step.loss)
+            step = forward_backward(
+                model,
+                x,
+                y,
+                objective,
+                threat,
+                generator=generator,
+                precision=precision,
+                ascent=ascent if done >= ascends_from else None,
+            )
             if recipe.clip_norm is not None:
                 moving = [p for group in optimizer.param_groups for p in group["params"]]
                 nn.utils.clip_grad_norm_(moving, recipe.clip_norm)
@@ -134,6 +151,8 @@ def train(
             if done % len(batches) == 0 or done == steps:
                 record: dict[str, Any] = {"phase": phase, "epoch": math.ceil(done / len(batches)), "steps": done}
                 record |= {"lr": optimizer.param_groups[0]["lr"], **meter.read()}
+                if ascent is not None:
+                    record |= ascent.read()
                 if not math.isfinite(record["loss"]):
                     raise TrainingError(
                         f"the loss of phase {phase!r} is {record['loss']} after {done} steps; "

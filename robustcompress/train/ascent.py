@@ -1,0 +1,172 @@
+"""One step up in parameter space, the descent from there, and exactly back: what AWP and S2AP share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robustcompress.errors import InputError
+from robustcompress.robust.attacks import kept_buffers
+from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.threat import ThreatModel
+
+_TINY = 1e-20
+
+
+class Ascent:
+    """Climbs the loss by one normalised step in some parameters: `max L(p + v)` with `||v|| <= gamma ||p||` for each.
+
+    Adversarial weight perturbation (Wu et al., NeurIPS 2020, with its one ascent step), here over any tensors.
+    Each tensor is a ball of its own. The gradient is that of the caller's loss at the parameters themselves, in the
+    mode of the model; running statistics, `.grad` and random generators of attacks are not touched by it. Ours: no
+    proxy network (so a structural edit needs nothing), and the parameters come back from a copy, bit for bit, before
+    the optimizer steps (the paper's code steps first and then subtracts, so its weight decay sees the moved weights).
+
+    Args:
+        parameters: Leaf tensors to move.
+        gamma: Radius relative to each tensor's norm, in (0, 1].
+        begins: Share of the phase's steps that pass before the first ascent, clipped to [0, 1].
+
+    Attributes:
+        label: The key under which `read` gives the radius.
+
+    Raises:
+        InputError: The radius is out of range.
+    """
+
+    label: ClassVar[str] = "awp"
+
+    def __init__(self, parameters: Sequence[nn.Parameter], gamma: float, *, begins: float = 0.0) -> None:
+        check_gamma(gamma)
+        self.parameters = list(parameters)
+        self.gamma = gamma
+        self.begins = min(1.0, max(0.0, begins))
+        self._before: Tensor | float = 0.0
+        self._after: Tensor | float = 0.0
+        self._count = 0
+
+    @contextmanager
+    def raised(self, model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[None]:
+        """Move the parameters up; on exit give them the bits they had, also after an error.
+
+        Args:
+            model: Its buffers keep their values through the pass of `loss` here.
+            loss: Computes the scalar loss at the parameters as they are when it is called; called once.
+        """
+        with kept_buffers(model), torch.enable_grad():
+            value = loss()
+            gradients = torch.autograd.grad(value, self.parameters, materialize_grads=True)
+        kept = [p.detach().clone() for p in self.parameters]
+        try:
+            with torch.no_grad():
+                steps = [g * (p.norm() / (g.norm() + _TINY)) for p, g in zip(kept, gradients, strict=True)]
+                radius = self.radius(steps)
+                for parameter, step in zip(self.parameters, steps, strict=True):
+                    parameter.add_(step, alpha=radius)
+            torch.clear_autocast_cache()  # an autocast around all this would go on with weights cast before the move
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, bits in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(bits)
+            torch.clear_autocast_cache()
+        self._before = self._before + value.detach()
+        self._count += 1
+
+    def radius(self, steps: Sequence[Tensor]) -> float:
+        """How far to go along `steps`, which are as long as their parameters (or zero, where the gradient is)."""
+        return self.gamma
+
+    def note(self, loss: Tensor) -> None:
+        """Add the loss found above, for `read`."""
+        self._after = self._after + loss.detach()
+
+    def read(self) -> dict[str, Any]:
+        """What was done since the last call: the radius, and the mean loss before and after the ascent.
+
+        Returns:
+            Empty where no ascent was made.
+        """
+        count, before, after = self._count, float(self._before), float(self._after)
+        self._count, self._before, self._after = 0, 0.0, 0.0
+        return {self.label: self.gamma, "loss_before": before / count, "loss_after": after / count} if count else {}
+
+
+def check_gamma(gamma: object, name: str = "gamma") -> None:
+    """Raise InputError unless `gamma` is a radius: a number in (0, 1]."""
+    number = isinstance(gamma, int | float) and not isinstance(gamma, bool) and math.isfinite(gamma)
+    if not number or not 0 < gamma <= 1:  # type: ignore[operator]
+        raise InputError(f"{name}={gamma!r}: must be a number in (0, 1]; adversarial weight perturbation uses 0.005")
+
+
+def weight_ascent(optimizer: torch.optim.Optimizer, gamma: float, *, begins: float = 0.0) -> Ascent | None:
+    """Adversarial weight perturbation of every weight of more than one dimension that the optimizer trains.
+
+    Args:
+        optimizer: Holds the weights.
+        gamma: Radius, as in `Ascent`; 0 switches it off.
+        begins: As in `Ascent`.
+
+    Returns:
+        None where there is nothing to do.
+
+    Raises:
+        InputError: The radius is out of range.
+    """
+    if gamma == 0 and not isinstance(gamma, bool):
+        return None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    made = Ascent([p for p in parameters if p.dim() > 1 and p.requires_grad], gamma, begins=begins)
+    return made if made.parameters else None
+
+
+def forward_backward(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    objective: Objective,
+    threat: ThreatModel,
+    *,
+    generator: torch.Generator,
+    precision: AbstractContextManager[Any],
+    ascent: Ascent | None,
+) -> ObjectiveStep:
+    """Leave the gradient of the objective in `.grad`: at the weights, or above them where there is an ascent.
+
+    The images are attacked once, at the weights themselves; the ascent and the descent see the same images.
+
+    Args:
+        model: The network, in training mode.
+        x: Images, [N, C, H, W].
+        y: Labels, int64 [N].
+        objective: The loss; with an ascent it needs `attack` and `loss_on`.
+        threat: What the adversary may do.
+        generator: The attack's randomness.
+        precision: Context of each forward pass; entered up to three times, one after the other.
+        ascent: Where to compute the gradient; None for where the weights are.
+
+    Returns:
+        The objective's step, from above where there is an ascent.
+    """
+    if ascent is None:
+        with precision:
+            step = objective.loss(model, x, y, threat, generator=generator)
+        torch.autograd.backward(step.loss)
+        return step
+    with precision:
+        x_adv = objective.attack(model, x, y, threat, generator=generator)
+
+    def evaluate() -> ObjectiveStep:
+        with precision:
+            return objective.loss_on(model, x, x_adv, y)
+
+    with ascent.raised(model, lambda: evaluate().loss):
+        step = evaluate()
+        torch.autograd.backward(step.loss)
+    ascent.note(step.loss)
+    return step
