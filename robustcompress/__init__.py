@@ -24,7 +24,17 @@ from robustcompress.export import export_onnx, verify_onnx
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
-from robustcompress.strategies import STRATEGIES, Grape, Hydra, Magnitude, Reference, Strategy, register_strategy
+from robustcompress.strategies import (
+    STRATEGIES,
+    Grape,
+    Hydra,
+    Magnitude,
+    RandomChannels,
+    Reference,
+    Strategy,
+    Uniform,
+    register_strategy,
+)
 from robustcompress.structure import NEW, StructuralEditor
 from robustcompress.train import Recipe
 
@@ -46,6 +56,7 @@ __all__ = [
     "ModelSpec",
     "Normalize",
     "ParityError",
+    "RandomChannels",
     "Recipe",
     "Reference",
     "ResultError",
@@ -54,6 +65,7 @@ __all__ = [
     "Strategy",
     "StructuralEditor",
     "ThreatModel",
+    "Uniform",
     "UnsupportedModelError",
     "__version__",
     "build_model",

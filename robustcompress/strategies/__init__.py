@@ -11,8 +11,12 @@ from robustcompress.strategies.grape import Grape
 from robustcompress.strategies.hydra import Hydra
 from robustcompress.strategies.magnitude import Magnitude
 from robustcompress.strategies.none import Reference
+from robustcompress.strategies.random_channels import RandomChannels
+from robustcompress.strategies.uniform import Uniform
 
-STRATEGIES: dict[str, type[Strategy]] = {kind.name: kind for kind in (Grape, Hydra, Magnitude, Reference)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    kind.name: kind for kind in (Grape, Hydra, Magnitude, RandomChannels, Uniform, Reference)
+}
 
 
 def register_strategy(kind: type[Strategy]) -> type[Strategy]:
@@ -55,8 +59,10 @@ __all__ = [
     "Grape",
     "Hydra",
     "Magnitude",
+    "RandomChannels",
     "Reference",
     "Strategy",
+    "Uniform",
     "make_strategy",
     "register_strategy",
 ]
