@@ -1,0 +1,196 @@
+"""One cell of a grid: run, judged, and written down as one JSON file; or its failure, which is written down too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import FORMAT, commit, hardware, read_json, write_text
+from benchmarks.grid import Cell
+from benchmarks.training_cost import training_cost
+from robustcompress import CompressResult, StructuralEditor, machine
+from robustcompress.data import DataSplits
+from robustcompress.recipe import RunRecipe
+from robustcompress.robust import AutoAttackConfig
+
+FAILED = "failed"
+STATE = ".state"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a worker needs to run a cell; it can be sent to another process.
+
+    Attributes:
+        grid: Name of the grid.
+        cell: The cell.
+        recipe: Its recipe, as plain data.
+        data: Directory of images that stands for the recipe's own; None for that.
+        out: Directory of the results.
+        command: The command line, for the record.
+        device: Where to compute.
+        threads: Torch threads.
+        autoattack: Cuts AutoAttack short for a smoke run; None for the standard suite.
+    """
+
+    grid: str
+    cell: Cell
+    recipe: Mapping[str, Any]
+    data: str | None
+    out: Path
+    command: str
+    device: str = "cpu"
+    threads: int = 1
+    autoattack: AutoAttackConfig | None = None
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Run a cell and write its file; a failure is written to `failed/` and returned with the key "error"."""
+    torch.set_num_threads(job.threads)
+    try:
+        record = measure_cell(job)
+    except Exception as error:  # whatever it was, the other cells shall go on and the table shall say so
+        record = {
+            "format": FORMAT,
+            "name": job.cell.name,
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exc(limit=-3),
+        }
+        write_text(job.out / FAILED / f"{job.cell.name}.json", json.dumps(record, indent=1) + "\n")
+        return record
+    write_text(job.out / f"{job.cell.name}.json", compact_json(record))
+    (job.out / FAILED / f"{job.cell.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(job.out / STATE / job.cell.name, ignore_errors=True)
+    return record
+
+
+_DATA: dict[str, DataSplits] = {}
+"""Loaded once a process: cells of one grid mostly share their images."""
+
+
+def data_of(recipe: RunRecipe, directory: str | None) -> DataSplits:
+    """The images of a recipe; `directory` stands for a source that is not a named data set."""
+    options = dict(recipe.data)
+    if directory is not None and options.get("source") not in (None, "digits"):
+        options["source"] = directory
+    key = json.dumps(options, sort_keys=True)
+    if key not in _DATA:
+        from robustcompress.data import load_data
+
+        _DATA[key] = load_data(options.pop("source", None), **options)
+    return _DATA[key]
+
+
+def describe_data(data: DataSplits) -> dict[str, Any]:
+    """Name, hash and sizes of the images. Of a directory only the last part: where it lies is nobody's business."""
+    sizes = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+    return {"name": Path(data.name).name, "sha256": data.sha256} | sizes
+
+
+def settings_of(recipe: RunRecipe, data: DataSplits) -> dict[str, Any]:
+    """All that a cell's result depends on: two cells with equal settings are the same run."""
+    value = recipe.to_json()
+    value["data"] = describe_data(data)
+    del value["about"]
+    return value
+
+
+def measure_cell(job: Job) -> dict[str, Any]:
+    """Compress, attack the test images, and return the record."""
+    recipe = RunRecipe.from_mapping(job.recipe)
+    data = data_of(recipe, job.data)
+    state = job.out / STATE / job.cell.name
+    state.parent.mkdir(parents=True, exist_ok=True)
+    cuda = torch.device(job.device).type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = recipe.run(data, device=job.device, progress=False)
+    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    report = recipe.judge(
+        result, data, device=job.device, resume_dir=state / "attacks", autoattack_config=job.autoattack
+    )
+    curve = recipe.security_curve(result, data, device=job.device)
+    training = _training(recipe, data, result) | {"seconds": round(seconds, 2)}
+    if cuda:
+        training["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return {
+        "format": FORMAT,
+        "benchmark": "compare",
+        "grid": job.grid,
+        "name": job.cell.name,
+        "arm": job.cell.arm,
+        "labels": dict(job.cell.labels),
+        "account": job.cell.account,
+        "seed": job.cell.seed,
+        "command": job.command,
+        "settings": settings_of(recipe, data),
+        "recipe": recipe.to_json(),
+        "hardware": hardware(job.threads) | ({"gpu": torch.cuda.get_device_name()} if cuda else {}),
+        "versions": machine.versions(),
+        "code": commit(),
+        "results": {
+            "before": result.before.to_json(),
+            "after": result.after.to_json(),
+            "meets_budget": result.meets_budget,
+            "widths": _widths(result),
+            "training": training,
+            "evaluation_seconds": round(time.perf_counter() - start, 2),
+            "report": report.to_json(),
+            "curve": curve,
+            "history": [dict(entry) for entry in result.history],
+        },
+    }
+
+
+def _widths(result: CompressResult) -> dict[str, int]:
+    editor = StructuralEditor(result.model, torch.zeros(2, *result.image_shape))
+    return {group.name: group.width for group in editor.editable}
+
+
+def _training(recipe: RunRecipe, data: DataSplits, result: CompressResult) -> dict[str, Any]:
+    batch = min(recipe.training.batch_size, len(data.train))
+    return training_cost(
+        result.history,
+        batch=batch,
+        objective=recipe.objective.to_json(),
+        probes=min(recipe.training.val_images, len(data.val)),
+        scored=result.strategy.get("score_batches", 0) * batch,
+    )
+
+
+def compact_json(record: Mapping[str, Any]) -> str:
+    """JSON with one line for every key of the first two levels: short, and still fit for a diff."""
+
+    def line(key: str, value: object, indent: str) -> str:
+        return f"{indent}{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
+
+    lines = []
+    for key, value in record.items():
+        if key == "results":
+            inner = ",\n".join(line(k, v, "  ") for k, v in value.items())
+            lines.append(f' "results": {{\n{inner}\n }}')
+        else:
+            lines.append(line(key, value, " "))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read_cells(out: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Records of the finished cells among `names`, by name."""
+    return {name: read_json(out / f"{name}.json") for name in names if (out / f"{name}.json").is_file()}
+
+
+def read_failures(out: Path, names: Iterable[str]) -> dict[str, str]:
+    """What went wrong, by cell."""
+    paths = {name: out / FAILED / f"{name}.json" for name in names}
+    return {name: str(json.loads(path.read_text())["error"]) for name, path in paths.items() if path.is_file()}
+

@@ -1,0 +1,256 @@
+"""The tables of a grid, from the cells that are there. No figure is made here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cells import read_cells, read_failures
+from benchmarks.common import provenance, table
+from benchmarks.grid import EPOCHS, MACS, Grid
+from benchmarks.intervals import Estimate, estimate
+from robustcompress.budget import human
+from robustcompress.errors import InputError
+from robustcompress.robust import RobustReport, ThreatModel
+from robustcompress.robust.report import AttackResult
+
+Record = Mapping[str, Any]
+ROBUST = "autoattack"
+
+PREAMBLE = (
+    "Robust accuracy means AutoAttack (standard) at the stated radius; PGD-20 is a progress meter. Means over the seeds; in "
+    "brackets the 95 % interval over seeds and test images together (`benchmarks/intervals.py`). Differences are in points, "
+    "paired by seed and image; **bold** where the interval leaves out zero. Nothing is corrected for the number of "
+    "comparisons: of twenty rows, one is bold by chance."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Cells that differ in nothing but the seed.
+
+    Attributes:
+        arm: The strategy or control.
+        labels: Its place on the axes.
+        account: Equal epochs, or equal training compute.
+        cells: By seed.
+    """
+
+    arm: str
+    labels: Mapping[str, str]
+    account: str
+    cells: Mapping[int, Record]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that are finished."""
+        return sorted(self.cells)
+
+    def flags(self, attack: str) -> list[torch.Tensor]:
+        """Which images each seed gets right, bool `[N]` each; of images that all seeds judged."""
+        found = [flags_of(self.cells[seed], attack) for seed in self.seeds]
+        n = min(len(f) for f in found)
+        return [f[:n] for f in found]
+
+    def accuracy(self, attack: str) -> Estimate:
+        """Mean over the seeds."""
+        return estimate(self.flags(attack))
+
+    def against(self, other: Row, attack: str) -> Estimate | None:
+        """The difference from another row, by the seeds that both have; None where they share none."""
+        seeds = [seed for seed in self.seeds if seed in other.cells]
+        if not seeds:
+            return None
+        differences = []
+        for seed in seeds:
+            mine, theirs = self.cells[seed], other.cells[seed]
+            if report_of(mine).images_sha256 != report_of(theirs).images_sha256:
+                raise InputError(f"{mine['name']} and {theirs['name']} were judged on different images")
+            a, b = flags_of(mine, attack), flags_of(theirs, attack)
+            n = min(len(a), len(b))
+            differences.append(a[:n].double() - b[:n].double())
+        return estimate(differences)
+
+    def mean(self, *keys: str) -> float:
+        """Mean of a number in the results."""
+        values = []
+        for cell in self.cells.values():
+            value: Any = cell["results"]
+            for key in keys:
+                value = value[key]
+            values.append(float(value))
+        return statistics.fmean(values)
+
+
+_REPORTS: dict[int, RobustReport] = {}
+
+
+def report_of(cell: Record) -> RobustReport:
+    """The report of a cell, parsed once."""
+    key = id(cell)
+    if key not in _REPORTS:
+        _REPORTS[key] = RobustReport.from_json(cell["results"]["report"])
+    return _REPORTS[key]
+
+
+def flags_of(cell: Record, attack: str) -> torch.Tensor:
+    """Which images a cell gets right under an attack, bool `[N]`."""
+    result: AttackResult = report_of(cell).result(attack)
+    return result.correct
+
+
+def attacks_of(cells: Iterable[Record]) -> list[str]:
+    """Names of the attacks, as the first cell has them."""
+    return [result.name for result in report_of(next(iter(cells))).attacks]
+
+
+def rows_of(grid: Grid, cells: Mapping[str, Record]) -> list[Row]:
+    """Finished cells, gathered over the seeds, in the order of the grid."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for cell in grid.cells:
+        if cell.name in cells:
+            key = (cell.account, tuple(cell.labels.items()), cell.arm)
+            row = found.setdefault(key, Row(cell.arm, cell.labels, cell.account, {}))
+            row.cells[cell.seed] = cells[cell.name]  # type: ignore[index]
+    return list(found.values())
+
+
+def find(rows: Sequence[Row], arm: str, labels: Mapping[str, str], account: str) -> Row | None:
+    """The row of an arm at the same place; of an arm without a budget, the one it has."""
+    for wanted in ((arm, account), (arm, EPOCHS)):
+        for row in rows:
+            if (row.arm, row.account) == wanted and all(labels.get(k) == v for k, v in row.labels.items()):
+                return row
+    return None
+
+
+def summarise(grid: Grid, out: Path) -> str:
+    """Everything about a grid, as Markdown."""
+    names = [cell.name for cell in grid.cells]
+    cells, failures = read_cells(out, names), read_failures(out, names)
+    if not cells:
+        return "*Not run yet.*"
+    rows = rows_of(grid, cells)
+    parts = [setting(grid, next(iter(cells.values()))), PREAMBLE]
+    for account in (EPOCHS, MACS):
+        for labels in _places(rows, account):
+            parts.append(_section(grid, rows, labels, account))
+    parts.append(_state(grid, cells, failures))
+    parts.append(_provenance(list(cells.values())))
+    return "\n\n".join(part for part in parts if part)
+
+
+def setting(grid: Grid, cell: Record) -> str:
+    """What all cells share."""
+    s, report = cell["settings"], report_of(cell)
+    data, model, before = s["data"], s["model"], cell["results"]["before"]
+    arguments = ", ".join(f"{key}={value}" for key, value in model["kwargs"].items() if key != "num_classes")
+    judged = [f"AutoAttack ({r.suite}) on the first {r.n}" for r in report.attacks if r.name == ROBUST]
+    objective = s["objective"]
+    return (
+        f"{model['name'].partition(':')[2] or model['name']} ({arguments or 'as it is'}; {human(before['macs'])} MACs, "
+        f"{human(before['params'])} parameters); {data['name']}: {data['train']} training, {data['val']} validation, "
+        f"{data['test']} test images (sha256 {data['sha256'][:12]}); {ThreatModel.from_json(s['threat']).label()}; "
+        f"{objective['name']}{' with %d steps' % objective['steps'] if 'steps' in objective else ''}; {s['epochs']:g} "
+        f"epochs of batch {s['training']['batch_size']}, peak learning rate {s['training']['lr']:g}, averaged weights for "
+        f"every arm; clean and PGD-20 on {report.n} test images" + "".join(f", {text}" for text in judged) + "."
+    )
+
+
+def _places(rows: Sequence[Row], account: str) -> list[dict[str, str]]:
+    """The points of the axes that have rows of their own."""
+    found: list[dict[str, str]] = []
+    for row in rows:
+        if row.account == account and "budget" in row.labels and dict(row.labels) not in found:
+            found.append(dict(row.labels))
+    return found
+
+
+def _section(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str], account: str) -> str:
+    mine = [r for r in rows if r.account == account and dict(r.labels) == dict(labels)]
+    free = [r for r in rows if "budget" not in r.labels and all(labels.get(k) == v for k, v in r.labels.items())]
+    names = {
+        "budget": lambda v: f"at most {v} of the reference's MACs",
+    }
+    place = ", ".join(names.get(k, lambda v, k=k: f"{k} {v}")(v) for k, v in labels.items())  # type: ignore[misc]
+    note = (
+        "Every arm trains for the same number of epochs; what that cost is in the last columns."
+        if account == EPOCHS
+        else "Epochs are chosen so that every arm spends the multiply-adds that the reference spends on its training."
+    )
+    return f"### {place[:1].upper() + place[1:]}, {account}\n\n{note}\n\n{_table(grid, [*free, *mine], rows, labels, account)}"
+
+
+def _table(
+    grid: Grid, mine: Sequence[Row], rows: Sequence[Row], labels: Mapping[str, str], account: str
+) -> str:
+    attacks = attacks_of(mine[0].cells.values())
+    baselines = {name: find(rows, name, labels, account) for name in grid.baselines}
+    head = ["arm", "seeds", "MACs", "params", *(f"{attack} %" for attack in attacks)]
+    judged = ROBUST if ROBUST in attacks else attacks[-1]
+    compared = [a for a in ("pgd-20", judged) if a in attacks]
+    head += [f"{attack} - {name}" for name in baselines for attack in compared]
+    head += ["training MACs", "seconds"]
+    whole = find(rows, grid.baselines[0], labels, account) if grid.baselines else None
+    lines = []
+    for row in mine:
+        line = [row.arm, str(len(row.cells))]
+        line += [f"{row.mean('after', key) / row.mean('before', key):.2f}" for key in ("macs", "params")]
+        line += [row.accuracy(attack).points(signed=False) for attack in attacks]
+        for other in baselines.values():
+            for attack in compared:
+                found = None if other is None or other is row else row.against(other, attack)
+                text = "" if found is None else found.points(signed=True)
+                line.append(f"**{text}**" if found is not None and found.significant else text)
+        cost = row.mean("training", "macs")
+        line.append(f"{cost / whole.mean('training', 'macs'):.2f}x" if whole else human(cost))
+        line.append(f"{row.mean('training', 'seconds'):.0f}")
+        lines.append(line)
+    return table(head, lines)
+
+
+def _state(grid: Grid, cells: Mapping[str, Record], failures: Mapping[str, str]) -> str:
+    """Cells without a figure, and figures to be read with care."""
+    missing = [cell.name for cell in grid.cells if cell.name not in cells and cell.name not in failures]
+    lines = [f"{len(cells)} of {len(grid.cells)} cells are finished."]
+    if missing:
+        lines.append(f"Not run: {', '.join(missing)}.")
+    lines += [f"Failed: {name}: {error}." for name, error in failures.items() if name not in cells]
+    lines += [f"Over its budget: {name}." for name, cell in cells.items() if not cell["results"]["meets_budget"]]
+    warnings: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        for warning in report_of(cell).warnings:
+            warnings.setdefault(warning, []).append(name)
+    lines += [f"Warned of in {len(found)} cells ({found[0]}, ...): {text}" for text, found in warnings.items()]
+    return "\n".join(lines)
+
+
+def _provenance(cells: Sequence[Record]) -> str:
+    commits = sorted({(cell["code"]["commit"] or "unknown")[:10] for cell in cells})
+    first = provenance(cells[0])
+    return first if len(commits) == 1 else f"{first} (first cell; all: {', '.join(commits)})"
+
+
+def cell_table(grid: Grid, out: Path) -> str:
+    """One line a cell, for the page beside the results."""
+    cells = read_cells(out, [cell.name for cell in grid.cells])
+    if not cells:
+        return ""
+    attacks = attacks_of(cells.values())
+    head = ["cell", "MMACs", "k params", "epochs", *(f"{attack} %" for attack in attacks), "images/s", "seconds"]
+    lines = []
+    for name, cell in cells.items():
+        results, report = cell["results"], report_of(cell)
+        line = [name, f"{results['after']['macs'] / 1e6:.2f}", f"{results['after']['params'] / 1e3:.1f}"]
+        line.append(f"{cell['settings']['epochs']:g}")
+        for attack in attacks:
+            found = report.result(attack)
+            line.append(f"{100 * found.accuracy:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]")
+        line += [f"{results['training'][key]:.0f}" for key in ("images_per_s", "seconds")]
+        lines.append(line)
+    return "Every cell, with the 95 % interval over its test images (Wilson):\n\n" + table(head, lines)

@@ -1,0 +1,74 @@
+"""What several seeds on the same test images say about a difference, and how sure one may be.
+
+Two things vary: training (the seeds) and the choice of test images. The interval covers both, conservatively:
+half-width = sqrt((t x s / sqrt(k))^2 + (1.96 x e)^2), where s is the standard deviation over the k seeds, t Student's
+quantile with k - 1 degrees of freedom, and e the standard error over the images of the flags averaged over the seeds. (The
+spread over seeds holds a part of the images' noise already, so the interval is rather too wide than too narrow.)
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""0.975 quantiles of Student's t by degrees of freedom."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over seeds and images.
+
+    Attributes:
+        mean: In [-1, 1].
+        low: Lower end of the 95 % interval; -inf for a single seed, which says nothing about training.
+        high: Upper end.
+        seeds: How many.
+        images: How many images each seed was judged on.
+        values: The mean of each seed.
+    """
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    images: int
+    values: tuple[float, ...]
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    def points(self, *, signed: bool) -> str:
+        """In per cent or points, with the interval: "-1.2 [-3.0, +0.6]"."""
+        form = "{:+.1f}" if signed else "{:.1f}"
+        mean = form.format(100 * self.mean)
+        if not math.isfinite(self.low):
+            return mean
+        return f"{mean} [{form.format(100 * self.low)}, {form.format(100 * self.high)}]"
+
+
+def estimate(per_seed: Sequence[torch.Tensor]) -> Estimate:
+    """Mean and interval of values given by seed and image.
+
+    Args:
+        per_seed: For every seed `[N]` numbers, of the same images in the same order: flags, or differences of flags.
+    """
+    values = torch.stack([v.double() for v in per_seed])
+    seeds, images = values.shape
+    means = values.mean(1).tolist()
+    mean = statistics.fmean(means)
+    if seeds < 2:
+        half = math.inf
+    else:
+        training = STUDENT.get(seeds - 1, 2.2) * statistics.stdev(means) / math.sqrt(seeds)
+        sampling = 1.96 * float(values.mean(0).std()) / math.sqrt(images) if images > 1 else math.inf
+        half = math.hypot(training, sampling)
+    return Estimate(
+        mean=mean, low=mean - half, high=mean + half, seeds=seeds, images=images, values=tuple(means)
+    )

@@ -1,0 +1,83 @@
+"""What a run's training cost, in multiply-adds: the common coin for strategies whose networks change size on the way.
+
+A forward pass costs the network's MACs at that moment; the gradient to the images costs as much again, and so does the
+gradient to the weights. With K attack steps an image of a training step therefore costs
+
+    pgd-at   2 K + 3        fgsm-rs   2 + 3        trades   1 + 2 K + 6        natural   3
+
+times the MACs; AWP and S2AP add one forward and backward pass (3) while they are on, and the clean look every tenth
+step adds 1/10. PGD-10 on the validation split, where the best epoch is chosen, and on the images that grape scores is
+counted too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robustcompress.train.loop import CLEAN_EVERY
+
+PROBE_STEPS = 10
+"""PGD steps that `Session.validate` and `Session.attacked` take."""
+ASCENTS = ("awp", "ascent_gamma")
+"""Keys of a record that say that each of its steps climbed in parameter space first."""
+
+
+def passes(objective: Mapping[str, Any]) -> float:
+    """Passes that one image of a training step costs, each as much as a forward pass.
+
+    Args:
+        objective: What `Objective.to_json` wrote.
+    """
+    steps = int(objective.get("steps", 0))
+    return {
+        "natural": 3.0,
+        "fgsm-rs": 2 + 3 + 1 / CLEAN_EVERY,
+        "pgd-at": 2 * steps + 3 + 1 / CLEAN_EVERY,
+        "trades": 1 + 2 * steps + 6,
+    }[objective["name"]]
+
+
+def training_cost(
+    history: Sequence[Mapping[str, Any]],
+    *,
+    batch: int,
+    objective: Mapping[str, Any],
+    probes: int,
+    scored: int,
+) -> dict[str, Any]:
+    """Images trained on, how many a second (attacks included, validation not), and multiply-adds of the whole run.
+
+    Args:
+        history: The run's records.
+        batch: Images a training step.
+        objective: What `Objective.to_json` wrote.
+        probes: Validation images that a selecting epoch attacks with PGD-10, at two forward passes more.
+        scored: Training images that a scoring growth event attacks with PGD-10, at one forward and one gradient more.
+    """
+    images = seconds = total = macs = 0.0
+    each = passes(objective)
+    steps_of = {id(entry): steps for entry, steps in epochs_of(history)}
+    for entry in history:
+        if id(entry) in steps_of:
+            trained = steps_of[id(entry)] * batch
+            images += trained
+            seconds += trained / entry["images_per_s"]
+            macs = entry["macs"]
+            total += trained * macs * (each + (3 if any(entry.get(key) for key in ASCENTS) else 0))
+        if "val_robust" in entry:
+            total += probes * macs * (2 * PROBE_STEPS + 2)
+        if entry.get("scores"):  # made before the network grew, so at the MACs of the epoch before
+            total += scored * macs * (2 * PROBE_STEPS + 2)
+    return {"images": int(images), "images_per_s": round(images / seconds, 2), "macs": round(total)}
+
+
+def epochs_of(history: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:
+    """The records of epochs with the steps of each; the history counts them from the start of a phase."""
+    found, phase, before = [], None, 0
+    for entry in history:
+        if "steps" in entry:
+            before = before if entry["phase"] == phase else 0
+            found.append((entry, entry["steps"] - before))
+            phase, before = entry["phase"], entry["steps"]
+    return found
