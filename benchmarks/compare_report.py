@@ -21,6 +21,7 @@ from robustcompress.robust.report import AttackResult
 
 Record = Mapping[str, Any]
 ROBUST = "autoattack"
+NOT_RUN = "*Not run yet.*"
 
 PREAMBLE = (
     "Robust accuracy means AutoAttack (standard) at the stated radius; PGD-20 is a progress meter. Means over the seeds; in "
@@ -133,8 +134,6 @@ def summarise(grid: Grid, out: Path) -> str:
     """Everything about a grid, as Markdown."""
     names = [cell.name for cell in grid.cells]
     cells, failures = read_cells(out, names), read_failures(out, names)
-    if not cells:
-        return "*Not run yet.*"
     rows = rows_of(grid, cells)
     parts = [setting(grid, next(iter(cells.values()))), PREAMBLE]
     for account in (EPOCHS, MACS):
@@ -143,6 +142,32 @@ def summarise(grid: Grid, out: Path) -> str:
     parts.append(_state(grid, cells, failures))
     parts.append(_provenance(list(cells.values())))
     return "\n\n".join(part for part in parts if part)
+
+
+def headline(grid: Grid, out: Path) -> str:
+    """AutoAttack accuracy of every arm at every budget, and what it differs by from the baselines, in one table."""
+    cells = read_cells(out, [cell.name for cell in grid.cells])
+    if not cells:
+        return NOT_RUN
+    rows = rows_of(grid, cells)
+    attacks = attacks_of(cells.values())
+    judged = ROBUST if ROBUST in attacks else attacks[-1]
+    head = ["arm", "MACs", "training MACs", "clean %", f"{judged} %", *(f"- {name}" for name in grid.baselines)]
+    lines = []
+    for row in sorted(rows, key=lambda r: (r.account != EPOCHS, -r.mean("after", "macs") // 1e3)):
+        whole = find(rows, grid.baselines[0], row.labels, row.account) if grid.baselines else None
+        line = [row.arm + (" (matched)" if row.account == MACS else "")]
+        line.append(f"{row.mean('after', 'macs') / row.mean('before', 'macs'):.2f}")
+        line.append(f"{row.mean('training', 'macs') / whole.mean('training', 'macs'):.2f}x" if whole else "")
+        line += [f"{100 * row.accuracy('clean').mean:.1f}", row.accuracy(judged).points(signed=False)]
+        for name in grid.baselines:
+            other = find(rows, name, row.labels, row.account)
+            found = None if other is None or other is row else row.against(other, judged)
+            text = "" if found is None else found.points(signed=True)
+            line.append(f"**{text}**" if found is not None and found.significant else text)
+        lines.append(line)
+    state = f"{len(cells)} of {len(grid.cells)} cells finished."
+    return f"{table(head, lines)}\n\n{setting(grid, next(iter(cells.values())))} {state}"
 
 
 def setting(grid: Grid, cell: Record) -> str:

@@ -1,6 +1,7 @@
-"""Write the tables of benchmarks/README.md anew from the JSON files under benchmarks/results/. Makes no figure.
+"""Write the tables and plots anew from the JSON files under benchmarks/results/. Makes no figure of its own.
 
-`--check` changes nothing and fails where a table differs from its JSON.
+Tables go between the markers of benchmarks/README.md and README.md, and to the README.md beside the cells of each grid;
+plots beside the cells. `--check` changes nothing and fails where a table differs from its JSON.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cifar10_summary, latency, structure, training_step
+from benchmarks import compare_plots, compare_report, latency, structure, training_step
 from benchmarks.common import RESULTS, ROOT, read_json, write_text
+from benchmarks.grid import Grid, read_grid
 
 README = ROOT / "benchmarks" / "README.md"
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -21,10 +23,11 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     training_step.MODULE: training_step.markdown,
     latency.MODULE: latency.markdown,
 }
-CELLS = "cifar10_cpu"
+GRIDS = ROOT / "benchmarks" / "grids"
+PLOT = "comparison.png"
 QUICKSTART = "quickstart"
 FRONT_PAGE = ROOT / "README.md"
-NOT_RUN = "*Not run yet.*"
+NOT_RUN = compare_report.NOT_RUN
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +41,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if stale else 0
     for path, text in pages(RESULTS).items():
         write_text(path, text)
+    for grid in grids():
+        plot = compare_plots.plot_grid(grid, RESULTS / grid.name, RESULTS / grid.name / PLOT)
+        if plot is not None:
+            print(f"{plot.relative_to(ROOT)}: drawn")
     return 0
+
+
+def grids() -> list[Grid]:
+    """All declared grids."""
+    return [read_grid(path) for path in sorted(GRIDS.glob("*.yaml"))]
 
 
 def pages(results: Path) -> dict[Path, str]:
     """What every page that holds tables should say, given the results in a directory."""
     text = README.read_text()
-    cells = cifar10_summary.read_cells(results / CELLS)
-    found = {CELLS: cifar10_summary.summarise(cells) if cells else NOT_RUN}
+    found, wanted = {}, {}
+    for grid in grids():
+        out = results / grid.name
+        found[grid.name] = compare_report.headline(grid, out)
+        if found[grid.name] != NOT_RUN:
+            wanted[out / "README.md"] = grid_page(grid, out)
     for module, markdown in TABLES.items():
         path = results / f"{module}.json"
         found[module] = markdown(read_json(path)) if path.exists() else NOT_RUN
@@ -53,10 +69,14 @@ def pages(results: Path) -> dict[Path, str]:
         text = fill(text, module, content)
     path = results / f"{QUICKSTART}.json"
     table = quickstart_table(read_json(path)) if path.exists() else NOT_RUN
-    wanted = {README: text, FRONT_PAGE: fill(FRONT_PAGE.read_text(), QUICKSTART, table)}
-    if cells:
-        wanted[results / CELLS / "README.md"] = cifar10_summary.readme(cells)
-    return wanted
+    return {README: text, FRONT_PAGE: fill(FRONT_PAGE.read_text(), QUICKSTART, table), **wanted}
+
+
+def grid_page(grid: Grid, out: Path) -> str:
+    """The page beside the cells of a grid."""
+    note = f"Written by `python -m benchmarks.report` from the JSON files here, which `benchmarks/grids/{grid.name}.yaml` declares."
+    parts = [f"# {grid.about}", note, f"![Robust accuracy against cost]({PLOT})", compare_report.summarise(grid, out)]
+    return "\n\n".join([*parts, compare_report.cell_table(grid, out)]) + "\n"
 
 
 def quickstart_table(document: Mapping[str, Any]) -> str:

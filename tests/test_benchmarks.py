@@ -12,16 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import cifar10_cpu, cifar10_summary, common, latency, report, structure, training_step
+from benchmarks import common, latency, report, structure, training_step
 from robustcompress import StructuralEditor, build_model, measure
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = (structure, training_step, latency, cifar10_cpu)
+SCRIPTS = (structure, training_step, latency)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -115,101 +114,6 @@ def test_compact_variants_keep_their_fraction_and_rounding() -> None:
     convolutions = [m for m in compact.modules() if isinstance(m, nn.Conv2d)]
     assert all(m.out_channels % 8 == 0 for m in convolutions)
     assert StructuralEditor(compact, torch.zeros(2, 3, 32, 32)).widths.keys()
-
-
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("cells") / "private" / "cells"
-    arguments = ["--quick", "--out", str(out), "--seeds", "3", "--strategies", "none", "grape"]
-    assert cifar10_cpu.main(arguments) == 0
-    return out
-
-
-def test_cells_are_complete(cells: Path) -> None:
-    assert sorted(path.name for path in cells.iterdir()) == [
-        "README.md",
-        "grape-s3.json",
-        "none-s3.json",
-        "summary.json",
-    ]
-    for name in ("none", "grape"):
-        value = read(cells / f"{name}-s3.json")
-        check_record(value, "cifar10_cpu")
-        check_anonymous(cells / f"{name}-s3.json", "private")
-        results = value["results"]
-        assert [attack["name"] for attack in results["report"]["attacks"]] == ["clean", "pgd-20", "autoattack"]
-        assert [attack["n"] for attack in results["report"]["attacks"]] == [16, 16, 4]
-        assert results["meets_budget"] and results["training"]["macs"] > 0
-        assert value["seed"] == 3 and len(value["data"]["sha256"]) == 64
-    assert read(cells / "grape-s3.json")["results"]["after"]["macs"] <= results["before"]["macs"] / 2
-    differences = read(cells / "summary.json")["differences_from_none"]
-    assert set(differences) == {"grape-s3"} and set(differences["grape-s3"]) == {"clean", "pgd-20", "autoattack"}
-    said = (cells / "README.md").read_text()
-    assert "JPEG" in said and "not with published CIFAR-10 numbers" in said
-    check_anonymous(cells / "README.md", "private")
-
-
-def test_finished_cells_are_skipped_and_other_settings_refused(
-    cells: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def never(*_: object) -> dict[str, Any]:
-        raise AssertionError("the cell was run again")
-
-    monkeypatch.setattr(cifar10_cpu, "run_cell", never)
-    again = ["--quick", "--out", str(cells), "--seeds", "3", "--strategies", "grape"]
-    before = (cells / "grape-s3.json").read_bytes()
-    assert cifar10_cpu.main(again) == 0
-    assert "grape-s3: there already" in capsys.readouterr().err
-    assert (cells / "grape-s3.json").read_bytes() == before
-    with pytest.raises(SystemExit, match=r"grape-s3: results with other settings"):
-        cifar10_cpu.main([*again, "--lr", "0.2"])
-    with pytest.raises(AssertionError, match="again"):
-        cifar10_cpu.main([*again, "--lr", "0.2", "--overwrite"])
-
-
-def test_cells_of_other_settings_make_no_common_table(cells: Path, tmp_path: Path) -> None:
-    for path in cells.glob("*-s3.json"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    value = read(tmp_path / "grape-s3.json")
-    value["settings"]["epochs"] = 99
-    (tmp_path / "grape-s3.json").write_text(json.dumps(value))
-    assert cifar10_cpu.main(["--summary-only", "--out", str(tmp_path)]) == 2
-    with pytest.raises(Exception, match="differ in epochs"):
-        cifar10_summary.read_cells(tmp_path)
-
-
-def test_a_directory_of_images_is_named_by_its_last_part(tmp_path: Path) -> None:
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("test", 4)):
-        for label in range(3):
-            folder = tmp_path / "secret" / "tiny" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(80 * label, 80 * label + 90, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.jpg")
-    out = tmp_path / "out"
-    data = tmp_path / "secret" / "tiny"
-    arguments = ["--quick", f"--data={data}", "--out", str(out), "--seeds", "0", "--strategies", "none"]
-    assert cifar10_cpu.main(arguments) == 0
-    value = read(out / "none-s0.json")
-    assert value["settings"]["data"]["name"] == "tiny" and value["data"]["name"] == "tiny"
-    assert "--data=tiny --out out" in value["command"]
-    for path in out.iterdir():
-        check_anonymous(path, "secret")
-
-
-def test_training_macs_by_hand() -> None:
-    history = [
-        {"phase": "grow 1/1", "epoch": 1, "steps": 5, "macs": 100, "images_per_s": 1.0},
-        {"phase": "grow 1/1", "event": "grow", "scores": {"conv": {}}, "macs": 150.0},
-        {"phase": "tail", "epoch": 1, "steps": 4, "macs": 150, "images_per_s": 1.0, "val_robust": 0.5},
-        {"phase": "tail", "epoch": 2, "steps": 6, "macs": 150, "images_per_s": 1.0},
-    ]
-    # 4 attack steps: 11 passes a step, and a tenth for the clean look; PGD-10 and one pass more is 22.
-    expected = 5 * 8 * 100 * 11.1 + 16 * 100 * 22 + 4 * 8 * 150 * 11.1 + 7 * 150 * 22 + 2 * 8 * 150 * 11.1
-    assert cifar10_cpu.training_macs(history, batch=8, attack_steps=4, probes=7, scored=16) == round(expected)
 
 
 def test_a_killed_write_leaves_nothing(tmp_path: Path) -> None:
