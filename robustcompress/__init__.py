@@ -24,7 +24,7 @@ from robustcompress.export import export_onnx, verify_onnx
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
-from robustcompress.strategies import STRATEGIES, Grape, Hydra, Magnitude, Reference, Strategy, register_strategy
+from robustcompress.strategies import S2AP, STRATEGIES, Grape, Hydra, Magnitude, Reference, Strategy, register_strategy
 from robustcompress.structure import NEW, StructuralEditor
 from robustcompress.train import Recipe
 
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NEW",
+    "S2AP",
     "STRATEGIES",
     "Budget",
     "BudgetError",

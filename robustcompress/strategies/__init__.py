@@ -11,8 +11,10 @@ from robustcompress.strategies.grape import Grape
 from robustcompress.strategies.hydra import Hydra
 from robustcompress.strategies.magnitude import Magnitude
 from robustcompress.strategies.none import Reference
+from robustcompress.strategies.s2ap import S2AP
+from robustcompress.strategies.scores import ScoreBased
 
-STRATEGIES: dict[str, type[Strategy]] = {kind.name: kind for kind in (Grape, Hydra, Magnitude, Reference)}
+STRATEGIES: dict[str, type[Strategy]] = {kind.name: kind for kind in (Grape, Hydra, Magnitude, Reference, S2AP)}
 
 
 def register_strategy(kind: type[Strategy]) -> type[Strategy]:
@@ -51,11 +53,13 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
 
 
 __all__ = [
+    "S2AP",
     "STRATEGIES",
     "Grape",
     "Hydra",
     "Magnitude",
     "Reference",
+    "ScoreBased",
     "Strategy",
     "make_strategy",
     "register_strategy",
