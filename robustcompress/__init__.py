@@ -25,6 +25,7 @@ from robustcompress.models import ModelSpec, Normalize, build_model, list_models
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
 from robustcompress.strategies import (
+    S2AP,
     STRATEGIES,
     Grape,
     Hydra,
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NEW",
+    "S2AP",
     "STRATEGIES",
     "Budget",
     "BudgetError",

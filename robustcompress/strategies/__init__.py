@@ -12,10 +12,12 @@ from robustcompress.strategies.hydra import Hydra
 from robustcompress.strategies.magnitude import Magnitude
 from robustcompress.strategies.none import Reference
 from robustcompress.strategies.random_channels import RandomChannels
+from robustcompress.strategies.s2ap import S2AP
+from robustcompress.strategies.scores import ScoreBased
 from robustcompress.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    kind.name: kind for kind in (Grape, Hydra, Magnitude, RandomChannels, Uniform, Reference)
+    kind.name: kind for kind in (Grape, Hydra, S2AP, Magnitude, RandomChannels, Uniform, Reference)
 }
 
 
@@ -55,12 +57,14 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
 
 
 __all__ = [
+    "S2AP",
     "STRATEGIES",
     "Grape",
     "Hydra",
     "Magnitude",
     "RandomChannels",
     "Reference",
+    "ScoreBased",
     "Strategy",
     "Uniform",
     "make_strategy",

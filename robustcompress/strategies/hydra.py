@@ -12,17 +12,17 @@ from robustcompress.errors import Problems
 from robustcompress.session import Session
 from robustcompress.strategies.base import (
     Direction,
-    Strategy,
     check_numbers,
     group_norms,
     prune_to,
     uniform_widths,
 )
+from robustcompress.strategies.scores import MakeAscent, ScoreBased
 from robustcompress.structure.gates import top_k_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hydra(Strategy):
+class Hydra(ScoreBased):
     """HYDRA (Sehwag et al., NeurIPS 2020) on channel groups.
 
     From the paper and its released settings: robust pretraining; scores started in proportion to the weights; weights
@@ -56,29 +56,37 @@ class Hydra(Strategy):
             problems.add(f"pretrain={self.pretrain!r} and search={self.search!r} leave no epochs to fine-tune")
         problems.raise_if_any()
 
-    def run(self, session: Session) -> None:
-        """Pretrain, search, cut, fine-tune."""
+    def run_with(
+        self, session: Session, *, ascent: MakeAscent | None = None, finetune_awp: float | None = None
+    ) -> None:
+        """Pretrain, search, cut, fine-tune; see `ScoreBased.run_with`."""
         pretrain = 0.0 if session.goal.pretrained else self.pretrain
         if pretrain:
             session.train("pretrain", share=pretrain)
             session.settle()
         widths, scores = uniform_widths(session), group_norms(session.editor)
         if self.search:
-            scores = self._learn(session, widths, scores)
+            scores = self._learn(session, widths, scores, ascent)
         prune_to(session, widths, scores)
         session.recalibrate()
         share = 1 - pretrain - self.search
-        session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True)
+        session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True, awp=finetune_awp)
 
     def _learn(
-        self, session: Session, widths: dict[str, int], norms: dict[str, torch.Tensor]
+        self, session: Session, widths: dict[str, int], norms: dict[str, torch.Tensor], ascent: MakeAscent | None
     ) -> dict[str, torch.Tensor]:
         start = {name: (6**0.5 * values / values.max()).float() for name, values in norms.items()}
         affine = [p for m in session.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
         with session.editor.gates(start, lambda name, values: top_k_mask(values, widths[name])) as gates:
             session.recalibrate()
             groups: list[dict[str, Any]] = [{"params": gates.parameters()}, {"params": affine, "lr_scale": 0.02}]
-            session.train_only("search", [g for g in groups if g["params"]], share=self.search, lr=self.score_lr)
+            session.train_only(
+                "search",
+                [g for g in groups if g["params"]],
+                share=self.search,
+                lr=self.score_lr,
+                ascent=ascent(gates) if ascent is not None else None,
+            )
             learnt = {name: values.detach().cpu() for name, values in gates.scores.items()}
         swapped = sum(_changes(start[name], learnt[name], widths[name]) for name in start)
         total = sum(len(values) for values in start.values())

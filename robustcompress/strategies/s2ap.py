@@ -1,0 +1,175 @@
+"""S2AP: learn scores that keep the robust loss low also for the masks of scores nearby."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from robustcompress.errors import InputError, Problems
+from robustcompress.session import Session
+from robustcompress.strategies.base import Direction, Strategy, Widths, check_numbers
+from robustcompress.strategies.scores import ScoreBased
+from robustcompress.structure.gates import Gates
+from robustcompress.train import Ascent
+
+SMALLEST, LARGEST = 1e-6, 1.0
+"""Between these radii one is looked for that flips the wanted share of the masks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class S2AP(Strategy):
+    """S2AP (Piras et al. 2025, arXiv 2510.18381) over a strategy that learns scores, such as HYDRA.
+
+    From what could be read of the paper (reviews and summaries of it): scores s are learnt for
+    min_s max_z L(w * M(s + z)) with ||z|| <= gamma ||s|| for each layer; this begins after 5 epochs of ordinary search
+    (of 20: HYDRA's number); fine-tuning is under adversarial weight perturbation.
+
+    Reconstructed: the order of a step, after the code of that perturbation: attack the images at s; one normalised step
+    up in the scores; forward and backward there, on the same images; the exact scores back; the optimizer's step.
+
+    Ours: scores and masks of channel groups instead of weights, and the choice of gamma. The masks are all that the
+    network sees of the scores, so a z that flips no bit does nothing, and how many bits one gamma flips depends on the
+    network. So gamma is bisected, at the first ascent of each epoch and along its own z, for the smallest that flips a
+    wanted share of all mask bits (at least one swap of two channels). Nothing is carried from epoch to epoch.
+
+    Attributes:
+        host: The strategy under it: its name, its JSON, or itself.
+        gamma: Radius relative to the norm of each group's scores; None to choose it by `flips`; 0 switches it off.
+        flips: Share of mask bits that z is to flip; 0.005 to 0.03 is sensible.
+        warmup: Share of the search before it begins.
+        finetune_awp: Radius of adversarial weight perturbation while fine-tuning; 0 leaves it to the recipe.
+    """
+
+    name: ClassVar[str] = "s2ap"
+    direction: ClassVar[Direction] = "prune"
+    host: Strategy | Mapping[str, Any] | str = "hydra"
+    gamma: float | None = None
+    flips: float = 0.01
+    warmup: float = 0.25
+    finetune_awp: float = 0.005
+
+    def __post_init__(self) -> None:
+        problems = Problems("s2ap cannot run")
+        try:
+            object.__setattr__(self, "host", _host(self.host))
+        except InputError as error:
+            problems.add(str(error))
+        ranges = {"flips": (SMALLEST, 0.5), "warmup": (0.0, 1.0), "finetune_awp": (0.0, 1.0)}
+        check_numbers(problems, self, ranges if self.gamma is None else {"gamma": (0.0, 1.0)} | ranges)
+        problems.raise_if_any()
+
+    def run(self, session: Session) -> None:
+        """Run the host, its search under an ascent in the scores and its fine-tuning under one in the weights."""
+        assert isinstance(self.host, ScoreBased)
+        if self.gamma != 0 or self.finetune_awp:
+            session.goal.objective.require_parts()
+        self.host.run_with(
+            session,
+            ascent=self._ascent if self.gamma != 0 else None,
+            finetune_awp=self.finetune_awp or None,
+        )
+
+    def largest(self, widths: Widths) -> Widths:
+        """The host's largest."""
+        assert isinstance(self.host, Strategy)
+        return self.host.largest(widths)
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as plain JSON; the host's are in it with its name."""
+        assert isinstance(self.host, Strategy)
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"name": self.name, **options, "host": self.host.to_json()}
+
+    def _ascent(self, gates: Gates) -> Ascent:
+        return ScoreAscent(gates, gamma=self.gamma, flips=self.flips, begins=self.warmup)
+
+
+class ScoreAscent(Ascent):
+    """An ascent in the scores of gates, one ball a channel group, which counts the mask bits that it flips.
+
+    Args:
+        gates: Whose scores to move; their rule says what the masks are.
+        gamma: Radius, in (0, 1]; None to choose it anew each epoch.
+        flips: Share of mask bits to flip, where `gamma` is None.
+        begins: As in `Ascent`.
+    """
+
+    label: ClassVar[str] = "gamma"
+
+    def __init__(self, gates: Gates, *, gamma: float | None, flips: float, begins: float = 0.0) -> None:
+        super().__init__(gates.parameters(), LARGEST if gamma is None else gamma, begins=begins)
+        self._gates = gates
+        self._target = flips if gamma is None else None
+        self._chosen = gamma is not None
+        self._flipped: Tensor | float = 0.0
+
+    def radius(self, steps: Sequence[Tensor]) -> float:
+        """The radius given, or the one that flips the wanted share along the epoch's first `steps`."""
+        if self._target is not None and not self._chosen:
+            self.gamma = calibrate(lambda gamma: float(self._share(steps, gamma)), self._target)
+            self._chosen = self.gamma > 0
+        self._flipped = self._flipped + self._share(steps, self.gamma)
+        return self.gamma
+
+    def read(self) -> dict[str, Any]:
+        """As `Ascent.read`, with the mean share of mask bits flipped; the next epoch chooses its radius anew."""
+        count, flipped = self._count, float(self._flipped)
+        record = super().read()
+        self._flipped = 0.0
+        self._chosen = self._target is None
+        return record | {"flips": flipped / count} if record else {}
+
+    def _share(self, steps: Sequence[Tensor], gamma: float) -> Tensor:
+        """The share of mask bits, over all groups, that differ between the scores and `gamma * steps` above them."""
+        rule, changed, total = self._gates.rule, [], 0
+        for (name, scores), step in zip(self._gates.scores.items(), steps, strict=True):
+            changed.append((rule(name, scores) != rule(name, scores + gamma * step)).sum())
+            total += len(scores)
+        return torch.stack(changed).sum() / total
+
+
+def calibrate(share: Callable[[float], float], target: float) -> float:
+    """The smallest radius that flips the target share of the masks.
+
+    Args:
+        share: From radius to share flipped; taken to rise with the radius.
+        target: The share wanted; where no radius reaches it, as much as the largest radius flips.
+
+    Returns:
+        A radius from 1e-6 to 1 to five digits; 0 where the largest radius flips nothing.
+    """
+    most = share(LARGEST)
+    if most == 0:
+        return 0.0
+    low, high = math.log(SMALLEST), math.log(LARGEST)
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if share(math.exp(middle)) >= min(target, most) else (middle, high)
+    return math.exp(high)
+
+
+def _host(host: object) -> ScoreBased:
+    """The strategy that a name, a strategy's JSON or a strategy stands for.
+
+    Raises:
+        InputError: It stands for none, or for one that learns no scores.
+    """
+    from robustcompress.strategies import STRATEGIES, make_strategy  # which in turn knows this file
+
+    made = host
+    if isinstance(host, Mapping):
+        options = {str(key): value for key, value in host.items()}
+        if "name" not in options:
+            raise InputError(f"host={dict(host)!r} has no 'name'; give one, such as {{'name': 'hydra'}}")
+        made = make_strategy(options.pop("name"), **options)
+    elif isinstance(host, str):
+        made = make_strategy(host)
+    if not isinstance(made, ScoreBased):
+        hosts = ", ".join(sorted(name for name, kind in STRATEGIES.items() if issubclass(kind, ScoreBased)))
+        raise InputError(f"host={host!r} learns no scores; give one of: {hosts}")
+    return made
