@@ -7,15 +7,17 @@ from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.strategies.base import Strategy
+from robustcompress.strategies.fixed import Fixed
 from robustcompress.strategies.grape import Grape
 from robustcompress.strategies.hydra import Hydra
 from robustcompress.strategies.magnitude import Magnitude
 from robustcompress.strategies.none import Reference
 from robustcompress.strategies.random_channels import RandomChannels
+from robustcompress.strategies.scaling import Scaling
 from robustcompress.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    kind.name: kind for kind in (Grape, Hydra, Magnitude, RandomChannels, Uniform, Reference)
+    kind.name: kind for kind in (Grape, Hydra, Magnitude, RandomChannels, Uniform, Scaling, Fixed, Reference)
 }
 
 
@@ -56,11 +58,13 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
 
 __all__ = [
     "STRATEGIES",
+    "Fixed",
     "Grape",
     "Hydra",
     "Magnitude",
     "RandomChannels",
     "Reference",
+    "Scaling",
     "Strategy",
     "Uniform",
     "make_strategy",
