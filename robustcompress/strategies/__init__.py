@@ -7,17 +7,19 @@ from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.strategies.base import Strategy
+from robustcompress.strategies.fixed import Fixed
 from robustcompress.strategies.grape import Grape
 from robustcompress.strategies.hydra import Hydra
 from robustcompress.strategies.magnitude import Magnitude
 from robustcompress.strategies.none import Reference
 from robustcompress.strategies.random_channels import RandomChannels
 from robustcompress.strategies.s2ap import S2AP
+from robustcompress.strategies.scaling import Scaling
 from robustcompress.strategies.scores import ScoreBased
 from robustcompress.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    kind.name: kind for kind in (Grape, Hydra, S2AP, Magnitude, RandomChannels, Uniform, Reference)
+    kind.name: kind for kind in (Grape, Hydra, S2AP, Magnitude, RandomChannels, Uniform, Scaling, Fixed, Reference)
 }
 
 
@@ -59,11 +61,13 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
 __all__ = [
     "S2AP",
     "STRATEGIES",
+    "Fixed",
     "Grape",
     "Hydra",
     "Magnitude",
     "RandomChannels",
     "Reference",
+    "Scaling",
     "ScoreBased",
     "Strategy",
     "Uniform",

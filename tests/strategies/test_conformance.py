@@ -250,8 +250,10 @@ def test_options_survive_json(strategy: str) -> None:
 
 
 def test_changed_options_survive_json() -> None:
-    for made in (rc.Grape(order="random", events=2, cap=1.2), rc.Hydra(search=0.2), rc.Magnitude(pretrain=0.1)):
-        record = made.to_json()
+    grown = rc.Grape(order="random", events=2, cap=1.2)
+    pruned = (rc.Hydra(search=0.2), rc.Magnitude(pretrain=0.1), rc.RandomChannels(pretrain=0.2))
+    for made in (grown, *pruned, rc.Scaling(last=0.3, cap=2.0), rc.Fixed(widths={"stem": 4})):
+        record = json.loads(json.dumps(made.to_json()))
         assert make_strategy(record.pop("name"), **record) == made
 
 

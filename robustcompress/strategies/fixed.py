@@ -1,0 +1,134 @@
+"""A given architecture trained from scratch: is it the shape that a method finds, or the way it gets there?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from robustcompress.budget import human
+from robustcompress.errors import BudgetError, Problems, nearest
+from robustcompress.session import Session
+from robustcompress.strategies.base import (
+    Direction,
+    Strategy,
+    Widths,
+    fill_budget,
+    floor_widths,
+    largest,
+    rounded,
+)
+from robustcompress.strategies.scratch import plant
+from robustcompress.structure import Edit, StructuralEditor
+
+WIDEST = 8
+"""No group may become wider than this multiple of the reference's width (as far as `grape` may grow)."""
+
+
+class Compressed(Protocol):
+    """As much of a result as `Fixed.of` looks at."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The compact network."""
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """What led to it."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of its images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed(Strategy):
+    """The final compact architecture retrained: given widths, trained from scratch for all epochs.
+
+    The control of Liu et al. 2019 ("Rethinking the value of network pruning") and Crowley et al. 2018: a method whose
+    architecture does as well from scratch found a shape, and nothing more.
+
+        rc.compress(reference, rc.Fixed.of(rc.load("runs/hydra")))
+
+    Attributes:
+        widths: By group name (`robustcompress inspect` lists them); above the reference's width, up to 8 times it,
+            channels are added before training. Groups that are not named share what the named ones leave of the
+            budget, as in `uniform`.
+    """
+
+    name: ClassVar[str] = "fixed"
+    direction: ClassVar[Direction] = "prune"
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = Problems("fixed cannot run")
+        if not isinstance(self.widths, Mapping):
+            problems.add(f"widths={self.widths!r}: give channels by group, such as {{'layer1.0.conv1': 48}}")
+            problems.raise_if_any()
+        for name, width in self.widths.items():
+            if not isinstance(name, str) or type(width) is not int or width < 1:
+                problems.add(f"widths[{name!r}]={width!r}: must be a whole number of channels, at least 1")
+        problems.raise_if_any()
+        object.__setattr__(self, "widths", dict(self.widths))  # its own, and plain for JSON
+
+    def __hash__(self) -> int:
+        return hash((self.name, *sorted(self.widths.items())))
+
+    @classmethod
+    def of(cls, result: Compressed) -> Fixed:
+        """The architecture that a compression ended with.
+
+        Args:
+            result: What `compress` returned or `load` read. Compress the same reference again to retrain it.
+        """
+        editor = StructuralEditor(result.model, torch.zeros(2, *result.image_shape))
+        widths = {group.name: group.width for group in editor.editable}
+        widths |= {edit.group: len(edit.sources) for edit in result.edits if edit.group != editor.layout.output}
+        return cls(widths=widths)
+
+    def largest(self, widths: Widths) -> Widths:
+        """The given widths, where they are wider."""
+        return {name: max(width, self.widths.get(name, 0)) for name, width in widths.items()}
+
+    def run(self, session: Session) -> None:
+        """Take the shape, then train.
+
+        Raises:
+            InputError: A group that does not exist or cannot be edited, or a width out of range; all are listed.
+            BudgetError: The network is over the budget. Nothing was trained in either case.
+        """
+        self._check(session)
+        plant(session, self._complete(session))
+        cost, budget = session.cost(), session.goal.budget
+        if not budget.allows(cost, session.goal.reference):
+            raise BudgetError(
+                f"fixed: these widths cost {human(cost.macs)} MACs and {human(cost.params)} parameters, over {budget}; "
+                "give smaller widths, or raise the budget"
+            )
+        session.train("train", share=1.0, select=True)
+
+    def _check(self, session: Session) -> None:
+        problems, groups = Problems("fixed cannot run"), session.editor.groups
+        for name, width in self.widths.items():
+            if name not in groups:
+                problems.add(f"widths[{name!r}]: there is no such channel group{nearest(name, groups)}")
+            elif groups[name].reason:
+                problems.add(f"widths[{name!r}]: the group cannot be edited: {groups[name].reason}")
+            elif not groups[name].min_width <= width <= WIDEST * groups[name].width:
+                least, most = groups[name].min_width, WIDEST * groups[name].width
+                problems.add(f"widths[{name!r}]={width}: must be in [{least}, {most}]")
+        problems.raise_if_any()
+
+    def _complete(self, session: Session) -> Widths:
+        """The given widths, and one ratio for the groups that are not named."""
+        step, floor = session.goal.round_to, floor_widths(session.editor, session.goal.round_to)
+        rest = {g.name: g.width for g in session.editor.editable if g.name not in self.widths}
+        given = dict(self.widths)
+
+        def widths_at(ratio: float) -> Widths:
+            return given | {name: rounded(ratio * width, step, floor[name], width) for name, width in rest.items()}
+
+        return fill_budget(session, largest(session, widths_at), rest)
