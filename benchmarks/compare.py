@@ -125,7 +125,7 @@ class _Scheduler:
             command=command(MODULE, self.argv),
             device=self.options.device,
             threads=self.options.threads,
-            autoattack=QUICK_AUTOATTACK if self.options.quick else AutoAttackConfig(chunk_size=128),
+            autoattack=QUICK_AUTOATTACK if self.options.quick else AutoAttackConfig(chunk_size=64),
         )
 
     def _time_left(self) -> bool:

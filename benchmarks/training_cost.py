@@ -19,7 +19,7 @@ from robustcompress.train.loop import CLEAN_EVERY
 
 PROBE_STEPS = 10
 """PGD steps that `Session.validate` and `Session.attacked` take."""
-ASCENTS = ("awp", "ascent_gamma")
+ASCENTS = ("awp", "gamma")
 """Keys of a record that say that each of its steps climbed in parameter space first."""
 
 
