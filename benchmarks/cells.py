@@ -193,4 +193,3 @@ def read_failures(out: Path, names: Iterable[str]) -> dict[str, str]:
     """What went wrong, by cell."""
     paths = {name: out / FAILED / f"{name}.json" for name in names}
     return {name: str(json.loads(path.read_text())["error"]) for name, path in paths.items() if path.is_file()}
-

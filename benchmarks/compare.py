@@ -1,11 +1,11 @@
 """Strategies and controls compared over a declared grid: budgets, seeds, equal epochs and equal training compute.
 
-A grid is a YAML file under `benchmarks/grids/` (see `benchmarks/grid.py`); each of its cells is a run of a recipe, and leaves
-one JSON file with everything: recipe, seeds, hardware, versions, hash of the data, costs, history, clean, PGD-20 and
-AutoAttack accuracy with the flag of every image, wall time, images/s and the multiply-adds of the whole training.
-Cells that are there with the same settings are skipped, so a killed run goes on where it was; a cell that failed is listed
-and tried again. Within a seed all arms begin with the same reference weights; data, validation split and test images are the
-same for all cells. Selection looks at the validation split alone.
+A grid is a YAML file under `benchmarks/grids/` (see `benchmarks/grid.py`). Each of its cells is a run of a recipe, and
+leaves one JSON file with everything: recipe, seeds, hardware, versions, hash of the data, costs, history, clean, PGD-20
+and AutoAttack accuracy with the flag of every image, wall time, images/s and the multiply-adds of the whole training.
+Cells that are there with the same settings are skipped, so a killed run goes on where it was; a cell that failed is
+listed and tried again. Within a seed all arms begin with the same reference weights; data, validation split and test
+images are the same for all cells. Selection looks at the validation split alone.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ def _list(grid: Grid, cells: Sequence[Cell], out: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser(MODULE, __doc__, example="python -m benchmarks.compare benchmarks/grids/digits.yaml --workers 2")
+    parser = make_parser(
+        MODULE, __doc__, example="python -m benchmarks.compare benchmarks/grids/digits.yaml --workers 2"
+    )
     add = parser.add_argument
     add("grid", type=Path, help=f"a grid, such as {Path('benchmarks/grids/digits.yaml')}")
     add("--data", metavar="DIR", help="directory of images that stands for the recipe's own")

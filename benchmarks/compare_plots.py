@@ -1,4 +1,4 @@
-"""The picture of a grid: robust accuracy against what a network costs, what its training cost, and against the radius."""
+"""The picture of a grid: robust accuracy against the costs of a network and of its training, and against the radius."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def _against(
             if not points:
                 continue
             x, mean, low, high = zip(*points, strict=True)
-            below, above = [m - v for m, v in zip(mean, low, strict=True)], [h - m for m, h in zip(mean, high, strict=True)]
+            below, above = (
+                [m - v for m, v in zip(mean, low, strict=True)],
+                [h - m for m, h in zip(mean, high, strict=True)],
+            )
             axes.errorbar(
                 x,
                 mean,
@@ -114,7 +117,10 @@ def _curves(axes: Any, rows: Sequence[Row], style: Mapping[str, Mapping[str, str
             continue
         clean = 100 * row.accuracy("clean").mean
         radii = [0.0, *(point["eps"] for point in curves[0])]
-        means = [clean, *(100 * statistics.fmean(p["accuracy"] for p in points) for points in zip(*curves, strict=True))]
+        means = [
+            clean,
+            *(100 * statistics.fmean(p["accuracy"] for p in points) for points in zip(*curves, strict=True)),
+        ]
         axes.plot(radii, means, linewidth=1.2, markersize=5, **style[row.arm])
     smallest = f" at {budgets[0]} of the MACs" if budgets else ""
     axes.set(xlabel="radius of the attack", ylabel=RADIUS, ylim=(0, None))

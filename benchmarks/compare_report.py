@@ -24,9 +24,9 @@ ROBUST = "autoattack"
 NOT_RUN = "*Not run yet.*"
 
 PREAMBLE = (
-    "Robust accuracy means AutoAttack (standard) at the stated radius; PGD-20 is a progress meter. Means over the seeds; in "
-    "brackets the 95 % interval over seeds and test images together (`benchmarks/intervals.py`). Differences are in points, "
-    "paired by seed and image; **bold** where the interval leaves out zero. Nothing is corrected for the number of "
+    "Robust accuracy means AutoAttack (standard) at the stated radius; PGD-20 is a progress meter. Means over the "
+    "seeds; in brackets the 95 % interval over seeds and test images together (`benchmarks/intervals.py`). Differences "
+    "are in points, paired by seed and image; **bold** where the interval leaves out zero. Nothing is corrected for the number of "
     "comparisons: of twenty rows, one is bold by chance."
 )
 
@@ -177,13 +177,13 @@ def setting(grid: Grid, cell: Record) -> str:
     arguments = ", ".join(f"{key}={value}" for key, value in model["kwargs"].items() if key != "num_classes")
     judged = [f"AutoAttack ({r.suite}) on the first {r.n}" for r in report.attacks if r.name == ROBUST]
     objective = s["objective"]
+    steps = f" with {objective['steps']} steps" if "steps" in objective else ""
     return (
         f"{model['name'].partition(':')[2] or model['name']} ({arguments or 'as it is'}; {human(before['macs'])} MACs, "
         f"{human(before['params'])} parameters); {data['name']}: {data['train']} training, {data['val']} validation, "
         f"{data['test']} test images (sha256 {data['sha256'][:12]}); {ThreatModel.from_json(s['threat']).label()}; "
-        f"{objective['name']}{' with %d steps' % objective['steps'] if 'steps' in objective else ''}; {s['epochs']:g} "
-        f"epochs of batch {s['training']['batch_size']}, peak learning rate {s['training']['lr']:g}, averaged weights for "
-        f"every arm; clean and PGD-20 on {report.n} test images" + "".join(f", {text}" for text in judged) + "."
+        f"{objective['name']}{steps}; {s['epochs']:g} epochs of batch {s['training']['batch_size']}, peak learning rate "
+        f"{s['training']['lr']:g}, averaged weights for every arm; clean and PGD-20 on {report.n} test images" + "".join(f", {text}" for text in judged) + "."
     )
 
 
@@ -208,12 +208,11 @@ def _section(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str], account
         if account == EPOCHS
         else "Epochs are chosen so that every arm spends the multiply-adds that the reference spends on its training."
     )
-    return f"### {place[:1].upper() + place[1:]}, {account}\n\n{note}\n\n{_table(grid, [*free, *mine], rows, labels, account)}"
+    shown = _table(grid, [*free, *mine], rows, labels, account)
+    return f"### {place[:1].upper() + place[1:]}, {account}\n\n{note}\n\n{shown}"
 
 
-def _table(
-    grid: Grid, mine: Sequence[Row], rows: Sequence[Row], labels: Mapping[str, str], account: str
-) -> str:
+def _table(grid: Grid, mine: Sequence[Row], rows: Sequence[Row], labels: Mapping[str, str], account: str) -> str:
     attacks = attacks_of(mine[0].cells.values())
     baselines = {name: find(rows, name, labels, account) for name in grid.baselines}
     head = ["arm", "seeds", "MACs", "params", *(f"{attack} %" for attack in attacks)]

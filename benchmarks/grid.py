@@ -15,8 +15,8 @@
       to: none
       arms: [uniform, grape]
 
-An arm lists what it changes in the recipe. A cell is one arm at one point of the axes, and is named after them. Arms with
-strategy "none" know no budget and have one cell a seed.
+An arm lists what it changes in the recipe. A cell is one arm at one point of the axes, and is named after them. Arms
+with strategy "none" know no budget and have one cell a seed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Two things vary: training (the seeds) and the choice of test images. The interval covers both, conservatively:
 half-width = sqrt((t x s / sqrt(k))^2 + (1.96 x e)^2), where s is the standard deviation over the k seeds, t Student's
-quantile with k - 1 degrees of freedom, and e the standard error over the images of the flags averaged over the seeds. (The
-spread over seeds holds a part of the images' noise already, so the interval is rather too wide than too narrow.)
+quantile with k - 1 degrees of freedom, and e the standard error over the images of the flags averaged over the seeds.
+(The spread over seeds holds a part of the images' noise already, so the interval is rather too wide than too narrow.)
 """
 
 from __future__ import annotations
@@ -69,6 +69,4 @@ def estimate(per_seed: Sequence[torch.Tensor]) -> Estimate:
         training = STUDENT.get(seeds - 1, 2.2) * statistics.stdev(means) / math.sqrt(seeds)
         sampling = 1.96 * float(values.mean(0).std()) / math.sqrt(images) if images > 1 else math.inf
         half = math.hypot(training, sampling)
-    return Estimate(
-        mean=mean, low=mean - half, high=mean + half, seeds=seeds, images=images, values=tuple(means)
-    )
+    return Estimate(mean=mean, low=mean - half, high=mean + half, seeds=seeds, images=images, values=tuple(means))

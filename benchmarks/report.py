@@ -74,7 +74,8 @@ def pages(results: Path) -> dict[Path, str]:
 
 def grid_page(grid: Grid, out: Path) -> str:
     """The page beside the cells of a grid."""
-    note = f"Written by `python -m benchmarks.report` from the JSON files here, which `benchmarks/grids/{grid.name}.yaml` declares."
+    declared = f"`benchmarks/grids/{grid.name}.yaml`"
+    note = f"Written by `python -m benchmarks.report` from the JSON files here, which {declared} declares."
     parts = [f"# {grid.about}", note, f"![Robust accuracy against cost]({PLOT})", compare_report.summarise(grid, out)]
     return "\n\n".join([*parts, compare_report.cell_table(grid, out)]) + "\n"
 

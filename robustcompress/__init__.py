@@ -22,6 +22,7 @@ from robustcompress.errors import (
 )
 from robustcompress.export import export_onnx, verify_onnx
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
+from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
 from robustcompress.strategies import (
@@ -67,6 +68,7 @@ __all__ = [
     "ResultError",
     "RobustCompressError",
     "RobustReport",
+    "RunRecipe",
     "Scaling",
     "Strategy",
     "StructuralEditor",

@@ -76,8 +76,8 @@ class RunRecipe:
     data: Mapping[str, Any] = field(default_factory=lambda: {"source": "digits"})
     budget: Budget = Budget(macs=0.5)
     threat: ThreatModel = ThreatModel("linf", 8 / 255)
-    objective: Objective = PGDAT()
-    training: Recipe = Recipe()
+    objective: Objective = field(default_factory=PGDAT)
+    training: Recipe = field(default_factory=Recipe)
     evaluate: Evaluation = field(default_factory=Evaluation)
     epochs: float | None = None
     round_to: int | None = None
@@ -232,9 +232,14 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     result = copy.deepcopy(dict(base))
     for key, value in changes.items():
         before = result.get(key)
-        same = isinstance(before, dict) and isinstance(value, Mapping) and value.get("name", ...) in (
-            before.get("name"),
-            ...,
+        same = (
+            isinstance(before, dict)
+            and isinstance(value, Mapping)
+            and value.get("name", ...)
+            in (
+                before.get("name"),
+                ...,
+            )
         )
         result[key] = merged(before, value) if same and isinstance(before, dict) else copy.deepcopy(value)
     return result
@@ -279,8 +284,14 @@ def _objective(value: Any) -> Objective:
 
 def _threat(value: Any) -> ThreatModel:
     if isinstance(value, Mapping):
-        return _typed(ThreatModel, {k: _fraction(v) if k == "eps" else v for k, v in value.items()}, "threat")
+        options = {key: _fraction(option) if key == "eps" else option for key, option in value.items()}
+        return ThreatModel(**_options(ThreatModel, options, "threat"))
     return ThreatModel("linf", _fraction(value))
+
+
+def _budget(value: Any) -> Budget:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return Budget(macs=value) if number else Budget(**_options(Budget, value, "budget"))
 
 
 def _data(value: Any) -> dict[str, Any]:
@@ -296,14 +307,18 @@ def _data(value: Any) -> dict[str, Any]:
 
 
 def _evaluation(value: Any) -> Evaluation:
-    if isinstance(value, Mapping):
-        value = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-        if isinstance(value.get("curve"), tuple):
-            value["curve"] = tuple(_fraction(radius) for radius in value["curve"])
-    return _typed(Evaluation, value, "evaluate")
+    options = _options(Evaluation, value, "evaluate")
+    if isinstance(options.get("curve"), tuple):
+        options["curve"] = tuple(_fraction(radius) for radius in options["curve"])
+    return Evaluation(**options)
 
 
-def _typed(kind: Any, value: Any, what: str) -> Any:
+def _options(kind: Any, value: Any, what: str) -> dict[str, Any]:
+    """Arguments of a dataclass, with lists as tuples.
+
+    Raises:
+        InputError: It is no mapping, or holds a key that the dataclass does not have.
+    """
     if not isinstance(value, Mapping):
         raise InputError(f"{what}={value!r}: give keys and values")
     known = [entry.name for entry in fields(kind)]
@@ -312,8 +327,7 @@ def _typed(kind: Any, value: Any, what: str) -> Any:
         if key not in known:
             problems.add(f"key {key!r} does not exist{nearest(str(key), known)}")
     problems.raise_if_any()
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    return kind(**given)
+    return {key: tuple(option) if isinstance(option, list) else option for key, option in value.items()}
 
 
 def _fraction(value: Any) -> Any:
@@ -329,9 +343,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "model": _model,
     "strategy": _strategy,
     "data": _data,
-    "budget": lambda value: Budget(macs=value) if isinstance(value, int | float) else _typed(Budget, value, "budget"),
+    "budget": _budget,
     "threat": _threat,
     "objective": _objective,
-    "training": lambda value: _typed(Recipe, value, "training"),
+    "training": lambda value: Recipe(**_options(Recipe, value, "training")),
     "evaluate": _evaluation,
 }

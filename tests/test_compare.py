@@ -84,7 +84,10 @@ def test_the_cells_of_a_grid(tmp_path: Path) -> None:
     assert by_name["grape-retrained_0.25_s4"].parents == ("grape_0.25_s4",)
     assert by_name["uniform_0.5_matched_s3"].parents == ("uniform_0.5_s3", "none_s3")
     assert by_name["uniform_0.5_matched_s3"].account == MACS and by_name["none_s3"].account == EPOCHS
-    assert [c.name for c in select(grid.cells, ["grape-retrained_0.5_s4"])] == ["grape_0.5_s4", "grape-retrained_0.5_s4"]
+    assert [c.name for c in select(grid.cells, ["grape-retrained_0.5_s4"])] == [
+        "grape_0.5_s4",
+        "grape-retrained_0.5_s4",
+    ]
     with pytest.raises(InputError, match="no cell is called"):
         select(grid.cells, ["grap_0.5_s3"])
 
@@ -116,14 +119,26 @@ def test_what_is_wrong_with_a_grid_is_said_at_once(tmp_path: Path) -> None:
     for said in ("'axis'", "'budgets'", "no arm 'c'", "no arm 'nothing'"):
         assert said in str(error.value)
     with pytest.raises(InputError, match="did you mean 'grape'"):
-        read_grid(write(tmp_path, SMALL | {"arms": {"none": {"strategy": "none"}, "a": {"strategy": "graep"}}, "matched": {}, "baselines": []}))
+        read_grid(
+            write(
+                tmp_path,
+                SMALL
+                | {"arms": {"none": {"strategy": "none"}, "a": {"strategy": "graep"}}, "matched": {}, "baselines": []},
+            )
+        )
     assert compare.main([str(tmp_path / "absent.yaml")]) == 2
 
 
 def test_a_cell_says_all(small: tuple[Path, Path]) -> None:
     _, out = small
     cells = read_cells(out, [path.stem for path in out.glob("*.json")])
-    assert set(cells) == {"none_s3", "grape_0.5_s3", "grape-retrained_0.5_s3", "uniform_0.5_s3", "uniform_0.5_matched_s3"}
+    assert set(cells) == {
+        "none_s3",
+        "grape_0.5_s3",
+        "grape-retrained_0.5_s3",
+        "uniform_0.5_s3",
+        "uniform_0.5_matched_s3",
+    }
     for name, cell in cells.items():
         text = (out / f"{name}.json").read_text()
         assert "private" not in text and str(ROOT) not in text and str(Path.home()) + "/" not in text
@@ -208,7 +223,9 @@ def test_differences_are_paired_by_seed_and_image(small: tuple[Path, Path]) -> N
 def test_intervals() -> None:
     torch.manual_seed(0)
     covered = 0
-    for _ in range(300):  # three seeds of 200 images: training noise on each seed's rate, and the images' own difficulty
+    for _ in range(
+        300
+    ):  # three seeds of 200 images: training noise on each seed's rate, and the images' own difficulty
         difficulty = torch.rand(200)
         flags = [(torch.rand(200) < (difficulty + 0.05 * torch.randn(())).clamp(0, 1)) for _ in range(3)]
         found = estimate([f.double() for f in flags])

@@ -24,6 +24,7 @@ LAYERS = [
     {"export", "plots"},
     {"resolve"},
     {"api"},
+    {"recipe"},
     {"quickstart"},
     {"commands"},
     {"cli"},
@@ -47,7 +48,7 @@ CONFINED = {
 }
 HEAVY = (
     *("torchvision", "onnx", "onnxscript", "onnxruntime", "matplotlib", "thop", "torch_pruning"),
-    *("pyautoattack", "rich", "sklearn", "scipy", "PIL"),
+    *("pyautoattack", "rich", "sklearn", "scipy", "PIL", "yaml"),
 )
 
 
