@@ -164,7 +164,9 @@ def _host(host: object) -> ScoreBased:
     made = host
     if isinstance(host, Mapping):
         options = {str(key): value for key, value in host.items()}
-        made = make_strategy(str(options.pop("name", None)), **options)
+        if "name" not in options:
+            raise InputError(f"host={dict(host)!r} has no 'name'; give one, such as {{'name': 'hydra'}}")
+        made = make_strategy(options.pop("name"), **options)
     elif isinstance(host, str):
         made = make_strategy(host)
     if not isinstance(made, ScoreBased):
