@@ -183,7 +183,9 @@ def setting(grid: Grid, cell: Record) -> str:
         f"{human(before['params'])} parameters); {data['name']}: {data['train']} training, {data['val']} validation, "
         f"{data['test']} test images (sha256 {data['sha256'][:12]}); {ThreatModel.from_json(s['threat']).label()}; "
         f"{objective['name']}{steps}; {s['epochs']:g} epochs of batch {s['training']['batch_size']}, peak learning rate "
-        f"{s['training']['lr']:g}, averaged weights for every arm; clean and PGD-20 on {report.n} test images" + "".join(f", {text}" for text in judged) + "."
+        f"{s['training']['lr']:g}, averaged weights for every arm; clean and PGD-20 on {report.n} test images"
+        + "".join(f", {text}" for text in judged)
+        + "."
     )
 
 

@@ -59,6 +59,16 @@ def test_compress_without_out_says_that_nothing_is_saved(run: Run, tmp_path: Pat
     assert ran.code == 0 and "nothing was saved" in ran.out and ran.err == ""
 
 
+def test_weights_are_perturbed_where_that_is_asked_for(run: Run, tmp_path: Path) -> None:
+    out, options = tmp_path / "result", ["--strategy", "s2ap", "--option", "host=hydra", "--option", "finetune_awp=0"]
+    ran = run("compress", "resnet8", *SMALL, *options, "--awp", "0.01", "--awp-warmup", "0.2", "--out", out, "--quiet")
+    assert ran.code == 0, ran.err
+    result = rc.load(out)
+    assert result.strategy["host"] == rc.Hydra().to_json()
+    assert result.settings["recipe"]["awp"] == 0.01 and result.settings["recipe"]["awp_warmup"] == 0.2
+    assert [r["awp"] for r in result.history if r["phase"] == "finetune" and "epoch" in r] == [0.01]
+
+
 def test_the_seed_decides_the_first_weights(run: Run) -> None:
     def losses(seed: int) -> list[str]:
         torch.rand(seed + 1)  # whatever was drawn before must not matter

@@ -36,6 +36,8 @@ BAD_COMPRESS = {
     "epochs": (["--epochs", "0"], "epochs"),
     "learning rate": (["--lr", "-1"], "lr"),
     "batch size": (["--batch-size", "0"], "batch_size"),
+    "perturbation": (["--awp", "2"], "awp=2.0"),
+    "perturbation's start": (["--awp-warmup", "-1"], "awp_warmup=-1.0"),
     "attack": (["--attacks", "clean,pdg-20"], "pgd-20"),
     "device": (["--device", "quantum"], "auto"),
     "fraction": (["--macs", "50"], "0.5"),

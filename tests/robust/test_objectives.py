@@ -156,6 +156,22 @@ def test_contract_of_every_objective(convnet, images, labels, objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_the_loss_is_the_attack_and_then_the_loss_on_what_it_found(convnet, images, labels, objective):
+    model = without_dropout(convnet)
+    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    step = objective.loss(whole, images, labels, THREAT, generator=seeded())
+    before = copy.deepcopy(parts.state_dict())
+    x_adv = objective.attack(parts, images, labels, THREAT, generator=seeded())
+    assert not x_adv.requires_grad and parts.training
+    assert all(torch.equal(v, before[n]) for n, v in parts.state_dict().items()), "an attack moves no statistics"
+    again = objective.loss_on(parts, images, x_adv, labels)
+    assert torch.equal(again.loss, step.loss) and torch.equal(again.logits, step.logits)
+    assert torch.equal(again.x_adv, step.x_adv)
+    assert all(torch.equal(v, whole.state_dict()[n]) for n, v in parts.state_dict().items())
+    objective.require_parts()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_the_generator_is_the_only_randomness(convnet, images, labels, objective):
     model = without_dropout(convnet).eval()
     torch.manual_seed(1)
