@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -75,7 +77,7 @@ class _Scheduler:
         waiting = list(self.cells)
         running: dict[Future[dict[str, Any]], Cell] = {}
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.options.workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(self.options.workers, mp_context=context, initializer=_die_with_parent) as pool:
             while True:
                 waiting = self._adopt(waiting, there)
                 while len(running) < self.options.workers and self._time_left() and (cell := self._next(waiting)):
@@ -165,6 +167,18 @@ class _Scheduler:
             file=sys.stderr,
         )
         return 1 if self.failed or self.stale else 0
+
+
+def _die_with_parent() -> None:
+    """End a worker whose scheduler was killed: nobody would know of it, and its cell would run twice."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _list(grid: Grid, cells: Sequence[Cell], out: Path) -> None:
