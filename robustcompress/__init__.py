@@ -14,7 +14,9 @@ from robustcompress.budget import Budget, Cost, measure
 from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
     BudgetError,
+    CheckpointError,
     InputError,
+    OutOfTime,
     ParityError,
     ResultError,
     RobustCompressError,
@@ -35,6 +37,7 @@ __all__ = [
     "STRATEGIES",
     "Budget",
     "BudgetError",
+    "CheckpointError",
     "CompressResult",
     "Cost",
     "DataSplits",
@@ -45,6 +48,7 @@ __all__ = [
     "Magnitude",
     "ModelSpec",
     "Normalize",
+    "OutOfTime",
     "ParityError",
     "Recipe",
     "Reference",

@@ -65,6 +65,11 @@ class _Meter:
         return metrics
 
 
+def phase_steps(epochs: float, batches: Batches) -> int:
+    """How many steps `epochs` are: rounded to whole steps, at least one."""
+    return max(1, round(epochs * len(batches)))
+
+
 def train(
     model: nn.Module,
     batches: Batches,
@@ -82,6 +87,7 @@ def train(
     progress: Progress | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     autocast: bool = False,
+    start: int = 0,
 ) -> list[dict[str, Any]]:
     """Train for a number of epochs, which may be a fraction.
 
@@ -101,6 +107,7 @@ def train(
         progress: Where to show it.
         on_epoch: Called with each epoch's record, to which it may add.
         autocast: Run forward passes in bfloat16.
+        start: Steps that are done already, whole epochs of them: a resumed phase.
 
     Returns:
         One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s.
@@ -109,13 +116,13 @@ def train(
         TrainingError: The loss became infinite or NaN.
     """
     progress = progress or Progress(enabled=False)
-    steps = max(1, round(epochs * len(batches)))
+    steps = phase_steps(epochs, batches)
     history: list[dict[str, Any]] = []
     device_type = batches.images.pixels.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
-    meter, done = _Meter(), 0
-    with _training(model), progress.phase(phase, steps) as bar:
-        for x, y in _stream(batches, steps):
+    meter, done = _Meter(), start
+    with _training(model), progress.phase(phase, steps, start) as bar:
+        for x, y in _stream(batches, steps - start):
             for group in optimizer.param_groups:
                 group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
             optimizer.zero_grad(set_to_none=True)
