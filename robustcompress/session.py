@@ -291,6 +291,7 @@ class Session:
                 "attack": self._attack_generator,
                 "editor": self.editor.generator,
             },
+            edits=self.editor.edits,
             batches=self._batches,
             selection=selection,
             kept=self._kept,

@@ -209,7 +209,7 @@ class Journal:
             sound = all({"name", "steps", "began", "ended"} <= part.keys() for part in parts)
             sound &= "done" in record["phase"] and isinstance(record["history"], list)
             sound &= all({"name", "value", "drawn"} <= decision.keys() for decision in record["decisions"])
-            sound &= {"epoch", "device", "values", "kept"} <= record["state"].keys()
+            sound &= {"epoch", "device", "values", "kept", "edits"} <= record["state"].keys()
         except (KeyError, TypeError, ValueError, AttributeError):
             sound = False
         if not sound:

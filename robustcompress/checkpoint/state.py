@@ -11,6 +11,7 @@ from torch import nn
 
 from robustcompress.data import Batches
 from robustcompress.errors import CheckpointError
+from robustcompress.structure import Edit
 from robustcompress.train import Selection
 
 Tensors = dict[str, torch.Tensor]
@@ -36,6 +37,7 @@ class State:
         modules: Networks by name: "model", and "average" where there is one.
         optimizers: By name: "optimizer" goes on from phase to phase, "phase" belongs to one.
         generators: By name; torch's global ones come by themselves.
+        edits: Every structural edit so far, in order.
         batches: Knows the epoch of the training images.
         selection: The best epoch so far, in a phase that selects.
         kept: What strategies and training methods registered.
@@ -45,6 +47,7 @@ class State:
     modules: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
     generators: dict[str, torch.Generator]
+    edits: tuple[Edit, ...]
     batches: Batches
     selection: Selection | None
     kept: dict[str, Stateful] = field(default_factory=dict)
@@ -54,6 +57,7 @@ class State:
         """The state: tensors where they are, and the rest as plain JSON."""
         tensors: Tensors = {}
         record: dict[str, Any] = {"epoch": self.batches.epoch, "device": self.device.type, "values": {}, "kept": {}}
+        record["edits"] = [edit.to_json() for edit in self.edits]
         for name, module in self.modules.items():
             tensors |= {f"{name}/{key}": tensor for key, tensor in _named(module).items()}
         for name, optimizer in self.optimizers.items():
@@ -85,6 +89,11 @@ class State:
         Raises:
             CheckpointError: It is the state of other networks or optimizers.
         """
+        if record["edits"] != [edit.to_json() for edit in self.edits]:
+            raise CheckpointError(
+                "the network was edited otherwise there; a strategy must put what it decides by looking at weights "
+                "through session.decide()"
+            )
         for name, module in self.modules.items():
             _load_named(name, _named(module), _part(tensors, name))
         for name, optimizer in self.optimizers.items():
