@@ -26,8 +26,8 @@ NOT_RUN = "*Not run yet.*"
 PREAMBLE = (
     "Robust accuracy means AutoAttack (standard) at the stated radius; PGD-20 is a progress meter. Means over the "
     "seeds; in brackets the 95 % interval over seeds and test images together (`benchmarks/intervals.py`). Differences "
-    "are in points, paired by seed and image; **bold** where the interval leaves out zero. Nothing is corrected for the number of "
-    "comparisons: of twenty rows, one is bold by chance."
+    "are in points, paired by seed and image; **bold** where the interval leaves out zero. Nothing is corrected for the "
+    "number of comparisons: of twenty rows, one is bold by chance."
 )
 
 
@@ -182,8 +182,8 @@ def setting(grid: Grid, cell: Record) -> str:
         f"{model['name'].partition(':')[2] or model['name']} ({arguments or 'as it is'}; {human(before['macs'])} MACs, "
         f"{human(before['params'])} parameters); {data['name']}: {data['train']} training, {data['val']} validation, "
         f"{data['test']} test images (sha256 {data['sha256'][:12]}); {ThreatModel.from_json(s['threat']).label()}; "
-        f"{objective['name']}{steps}; {s['epochs']:g} epochs of batch {s['training']['batch_size']}, peak learning rate "
-        f"{s['training']['lr']:g}, averaged weights for every arm; clean and PGD-20 on {report.n} test images"
+        f"{objective['name']}{steps}; {s['epochs']:g} epochs of batch {s['training']['batch_size']}, peak learning "
+        f"rate {s['training']['lr']:g}, averaged weights for every arm; clean and PGD-20 on {report.n} test images"
         + "".join(f", {text}" for text in judged)
         + "."
     )

@@ -14,7 +14,9 @@ from robustcompress.budget import Budget, Cost, measure
 from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
     BudgetError,
+    CheckpointError,
     InputError,
+    OutOfTime,
     ParityError,
     ResultError,
     RobustCompressError,
@@ -50,6 +52,7 @@ __all__ = [
     "STRATEGIES",
     "Budget",
     "BudgetError",
+    "CheckpointError",
     "CompressResult",
     "Cost",
     "DataSplits",
@@ -61,6 +64,7 @@ __all__ = [
     "Magnitude",
     "ModelSpec",
     "Normalize",
+    "OutOfTime",
     "ParityError",
     "RandomChannels",
     "Recipe",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from robustcompress.budget import Budget, Cost, CostModel, human, measure
+from robustcompress.checkpoint import Journal, fingerprint, remove
 from robustcompress.data import DataSplits
 from robustcompress.errors import BudgetError, InputError, Problems, RobustCompressError
 from robustcompress.models import ModelSpec
@@ -25,7 +27,7 @@ from robustcompress.session import Goal, Session
 from robustcompress.strategies import Strategy
 from robustcompress.strategies.base import floor_widths
 from robustcompress.structure import StructuralEditor
-from robustcompress.train import Progress, Recipe, describe, set_memory_format
+from robustcompress.train import Progress, Recipe, augmentation, describe, set_memory_format
 
 SMALL_DATA = 10_000
 """Below so many training images the default is a short run."""
@@ -49,6 +51,9 @@ def compress(
     device: str | torch.device = "auto",
     out: str | Path | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every_s: float = 60.0,
+    deadline: float | None = None,
 ) -> CompressResult:
     """Make a compact network that withstands attacks.
 
@@ -76,6 +81,14 @@ def compress(
         device: "auto", "cpu", "cuda", ...
         out: Directory to save the result to; must not exist.
         progress: Show progress.
+        checkpoint: Directory to keep a checkpoint in, made if it does not exist. A run that was killed goes on from
+            there when it is called again with the same arguments; on the CPU the result is bit for bit that of a run
+            that was never interrupted. Removed at the end.
+        checkpoint_every_s: Least seconds between two checkpoints within a phase, which are written at the ends of
+            epochs; 0 for every epoch. The end of a phase always writes one.
+        deadline: Seconds from this call after which it should have stopped: before the first epoch that would end
+            later, as the one before it suggests, the run stops with `OutOfTime`. At least one epoch is trained first.
+            Needs `checkpoint`. Evaluation at the end is not counted.
 
     Returns:
         The result, whose `.model` is a plain module in eval mode on the CPU.
@@ -84,7 +97,10 @@ def compress(
         InputError: Something cannot work; all that was noticed is listed, before any training.
         UnsupportedModelError: The network holds layers that cannot be edited.
         BudgetError: No widths meet the budget, or the model already does.
+        CheckpointError: The checkpoint is damaged.
+        OutOfTime: The deadline was reached; call again to go on.
     """
+    started = time.monotonic()
     request = resolve(
         model=model,
         strategy=strategy,
@@ -100,8 +116,31 @@ def compress(
         seed=seed,
         device=device,
         out=out,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        checkpoint_every_s=checkpoint_every_s,
+        deadline=deadline,
     )
-    splits, chosen = request.data, request.strategy
+    return carry_out(request, progress=progress, started=started)
+
+
+def carry_out(
+    request: Request,
+    *,
+    progress: bool = True,
+    started: float | None = None,
+    on_saved: Callable[[Path], None] | None = None,
+) -> CompressResult:
+    """Do what `compress()` does, for arguments that are resolved.
+
+    Args:
+        request: What to do.
+        progress: Show progress.
+        started: When the call came, on the clock of `time.monotonic`; now where None.
+        on_saved: Told where the result was saved, if it was: beside `out` if that place was taken meanwhile.
+    """
+    started = time.monotonic() if started is None else started
+    splits, chosen, pretrained, seed = request.data, request.strategy, request.pretrained, request.seed
     shown = Progress(progress, title=chosen.name)
     for note in splits.notes:
         shown.say(note)
@@ -129,10 +168,13 @@ def compress(
         round_to=step,
     )
     untouched = copy.deepcopy(reference).cpu()
-    session = Session(reference, editor, example, goal, progress=shown)
+    journal = _journal(request, goal, untouched, shown, started)
+    session = Session(reference, editor, example, goal, progress=shown, journal=journal)
     with torch.random.fork_rng():  # dropout and the like draw from the global generator, which is the caller's
         torch.manual_seed(seed)
         chosen.run(session)
+    if journal is not None:
+        journal.finish()
     session.settle()
     compact = _close(session.model)
     _check_outcome(chosen, compact, example, request.budget, before)
@@ -154,11 +196,40 @@ def compress(
         seed=seed,
     )
     if request.out is not None:
-        _save(result, request.out, shown)
+        saved = _save(result, request.out, shown)
+        if on_saved is not None:
+            on_saved(saved)
+    if journal is not None:
+        remove(journal.directory)
     return result
 
 
-def _save(result: CompressResult, out: Path, progress: Progress) -> None:
+def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progress, started: float) -> Journal | None:
+    """Where the run is recorded, with everything that its weights depend on; None where nobody asked for it."""
+    if request.checkpoint is None:
+        return None
+    settings = _settings(goal, request.device)
+    identity = {
+        **fingerprint(reference),
+        "strategy": request.strategy.to_json(),
+        "data": goal.data.sha256,
+        "augmentation": augmentation(goal.recipe, goal.data.name),
+        "budget": goal.budget.to_json(),
+        "threat": goal.threat.to_json(),
+        "seed": goal.seed,
+        **{name: settings[name] for name in ("objective", "recipe", "epochs", "pretrained", "round_to")},
+    }
+    return Journal(
+        request.checkpoint,
+        identity,
+        versions=settings["versions"],
+        every_s=request.checkpoint_every_s,
+        deadline=None if request.deadline is None else started + request.deadline,
+        say=progress.say,
+    )
+
+
+def _save(result: CompressResult, out: Path, progress: Progress) -> Path:
     """Save; if the place was taken during the training, save beside it: hours of work are not thrown away."""
     target = out
     for number in range(2, 100):
@@ -167,7 +238,7 @@ def _save(result: CompressResult, out: Path, progress: Progress) -> None:
         target = out.with_name(f"{out.name}-{number}")
     if target != out:
         progress.say(f"{out} came to be during the training; the result is saved to {target}")
-    result.save(target)
+    return result.save(target)
 
 
 def _fit_classifier(

@@ -26,6 +26,14 @@ class ResultError(RobustCompressError):
     """A saved result is missing, truncated, tampered with, or of a newer format."""
 
 
+class CheckpointError(ResultError):
+    """A checkpoint is damaged, of a newer format, or of a run that went another way than this one."""
+
+
+class OutOfTime(RobustCompressError):  # noqa: N818 - no failure: the run goes on when it is called again
+    """A run reached its deadline; its checkpoint is written, and the same call with it goes on from there."""
+
+
 class ParityError(RobustCompressError):
     """The exported file does not compute what the model computes."""
 

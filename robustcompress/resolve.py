@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from robustcompress.budget import Budget
+from robustcompress.checkpoint import check_directory
 from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems, RobustCompressError
 from robustcompress.models import ModelSpec, build_model, identify
@@ -47,6 +48,10 @@ class Request:
         seed: Seeds everything.
         device: Where to train.
         out: Where to save; None for nowhere.
+        pretrained: Whether the reference is robust already.
+        checkpoint: Where the run is recorded while it lasts; None for nowhere.
+        checkpoint_every_s: Least seconds between two checkpoints within a phase.
+        deadline: Seconds after which to stop; None for never.
     """
 
     model: nn.Module
@@ -64,6 +69,10 @@ class Request:
     seed: int
     device: torch.device
     out: Path | None
+    pretrained: bool
+    checkpoint: Path | None
+    checkpoint_every_s: float
+    deadline: float | None
 
 
 def resolve(
@@ -82,6 +91,10 @@ def resolve(
     seed: Any,
     device: Any,
     out: Any,
+    pretrained: Any = False,
+    checkpoint: Any = None,
+    checkpoint_every_s: Any = 60.0,
+    deadline: Any = None,
 ) -> Request:
     """Turn the arguments of compress() into a `Request`.
 
@@ -105,6 +118,7 @@ def resolve(
     target = _try(problems, lambda: resolve_device(device))
     if out is not None:
         _try(problems, lambda: check_target(Path(out)))
+    _check_checkpoint(problems, checkpoint, checkpoint_every_s, deadline, out)
     splits = _try(problems, lambda: load_data(data))
     if isinstance(splits, DataSplits) and adversary is not None and len(splits.test):
         check_images(splits.test.pixels, splits.test.labels, adversary, problems)
@@ -130,7 +144,26 @@ def resolve(
         seed=seed,
         device=target,
         out=Path(out) if out is not None else None,
+        pretrained=pretrained,
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        checkpoint_every_s=checkpoint_every_s,
+        deadline=deadline,
     )
+
+
+def _check_checkpoint(problems: Problems, checkpoint: Any, every_s: Any, deadline: Any, out: Any) -> None:
+    if not isinstance(checkpoint, str | Path | None):
+        problems.add(f"checkpoint={checkpoint!r}: name a directory")
+    elif checkpoint is not None:
+        _try(problems, lambda: check_directory(Path(checkpoint)))
+        if out is not None and Path(checkpoint).resolve() == Path(out).resolve():
+            problems.add(f"checkpoint={checkpoint} is where the result goes (out); choose another directory")
+    if not _is_number(every_s) or every_s < 0:
+        problems.add(f"checkpoint_every_s={every_s!r}: must be a number of seconds, at least 0")
+    if deadline is not None and (not _is_number(deadline) or deadline < 0):
+        problems.add(f"deadline={deadline!r}: must be a number of seconds from now, at least 0")
+    elif deadline is not None and checkpoint is None:
+        problems.add(f"deadline={deadline!r} without a checkpoint would throw the work away: pass checkpoint=DIR too")
 
 
 def _try(problems: Problems, make: Callable[[], Any]) -> Any:

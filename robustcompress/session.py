@@ -2,67 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from robustcompress.budget import Budget, Cost, CostModel, measure
-from robustcompress.data import Batches, DataSplits
+from robustcompress.budget import Cost, CostModel, measure
+from robustcompress.checkpoint import Journal, State, Stateful
+from robustcompress.checkpoint.plain import from_plain, to_plain
+from robustcompress.data import Batches
+from robustcompress.goal import Goal
 from robustcompress.robust.attacks import eval_mode, pgd
-from robustcompress.robust.objectives import Objective
-from robustcompress.robust.threat import ThreatModel
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
     Ascent,
     Progress,
-    Recipe,
     Schedule,
+    Selection,
     augmentation,
     averaged,
     make_optimizer,
+    phase_steps,
     safe_memory_format,
     set_memory_format,
     train,
     weight_ascent,
 )
 
-SELECTIONS = 8
-"""At most so many epochs of a selecting phase are attacked on the validation split."""
+__all__ = ["Goal", "Session"]
 
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What the run is for; a strategy reads it and cannot change it.
-
-    Attributes:
-        data: The three splits; strategies see `train` and `val` alone.
-        threat: What the network must withstand.
-        objective: The loss of every phase.
-        budget: What the compact network may cost.
-        reference: What the reference costs.
-        epochs: Passes over the training images, all phases together.
-        recipe: Training settings.
-        seed: Seeds everything random.
-        pretrained: Whether the reference already is robust, so that pretraining is skipped.
-        round_to: Widths are multiples of this wherever a group is that wide.
-    """
-
-    data: DataSplits
-    threat: ThreatModel
-    objective: Objective
-    budget: Budget
-    reference: Cost
-    epochs: float
-    recipe: Recipe
-    seed: int
-    pretrained: bool
-    round_to: int
+T = TypeVar("T")
 
 
 class Session:
@@ -75,6 +47,7 @@ class Session:
         goal: What the run is for.
         progress: Where progress is shown.
         on_record: Called with every record of the history as it is written.
+        journal: Where the run is recorded, to be resumed from there; None for nowhere.
 
     Attributes:
         model: The network.
@@ -94,6 +67,7 @@ class Session:
         *,
         progress: Progress | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         if goal.recipe.awp:
             goal.objective.require_parts()
@@ -106,6 +80,8 @@ class Session:
         self.progress = progress or Progress(enabled=False)
         self._example = example
         self._on_record = on_record
+        self._journal = journal
+        self._kept: dict[str, Stateful] = {}
         self._device = example.device
         self._attack_generator = torch.Generator(self._device).manual_seed(goal.seed + 2)
         self._batches = Batches(
@@ -145,6 +121,40 @@ class Session:
         """What the network costs now, measured."""
         return measure(self.model, self._example)
 
+    def decide(self, name: str, compute: Callable[[], T]) -> T:
+        """Decide something by looking at weights, or by drawing from `generator`.
+
+        All that a strategy computes from weights and uses beyond the next phase, or to choose what to do, goes through
+        here: when a killed run is resumed, the script runs again on weights that mean nothing up to the phase that was
+        interrupted, and gets the decision of the first time; `compute` is not called then.
+
+        Args:
+            name: What is decided, for messages.
+            compute: Decides. Numbers, text, tensors, and lists and mappings (with text as keys) of them.
+
+        Returns:
+            What `compute` returned, as JSON keeps it: tuples are lists, tensors are on the CPU.
+        """
+        if self._journal is not None:
+            return self._journal.decide(name, compute, self.generator)
+        result: T = from_plain(to_plain(name, compute()))
+        return result
+
+    def keep(self, name: str, thing: Stateful) -> None:
+        """Have checkpoints hold the state of something that a strategy or a training method owns.
+
+        Call it before the phase in which the thing is used, in every run; a resumed run gives it its state back.
+
+        Args:
+            name: A name of its own.
+            thing: Has `state_dict()`, of tensors and plain JSON, and `load_state_dict()`; any `nn.Module` does.
+        """
+        self._kept[name] = thing
+
+    def forget(self, name: str) -> None:
+        """Undo `keep`."""
+        del self._kept[name]
+
     def train(
         self,
         phase: str,
@@ -175,7 +185,7 @@ class Session:
         if self._ema is None and recipe.ema > 0:
             self._ema = averaged(self.model, recipe.ema)
             self.editor.follow(self._ema)
-        selection = _Selection(self, share) if select else None
+        selection = self._selection(share) if select else None
         begins = (recipe.awp_warmup - self._spent) / share if share else 0.0
         ascent = weight_ascent(self._optimizer, recipe.awp if awp is None else awp, begins=begins)
         self._loop(phase, share, self._optimizer, recipe.lr * lr_scale, schedule, self._ema, selection, ascent)
@@ -230,11 +240,18 @@ class Session:
         lr: float,
         schedule: Schedule,
         ema: AveragedModel | None,
-        selection: _Selection | None,
+        selection: Selection | None,
         ascent: Ascent | None,
     ) -> None:
         self._spent += share
         self._lay_out()
+        done, state = 0, None
+        if self._journal is not None:
+            state = self._state(optimizer, selection)
+            steps = phase_steps(share * self.goal.epochs, self._batches)
+            done = self._journal.enter(phase, steps, self.history, state)
+            if done == steps:
+                return
         macs, params = self.cost_model.predict(self.editor.widths)
 
         def on_epoch(record: dict[str, Any]) -> None:
@@ -242,6 +259,8 @@ class Session:
             if selection is not None:
                 selection.look(record)
             self.record(record)
+            if self._journal is not None and state is not None:
+                self._journal.epoch_done(record["steps"], self.history, state)
 
         train(
             self.model,
@@ -260,6 +279,37 @@ class Session:
             on_epoch=on_epoch,
             autocast=self._autocast,
             ascent=ascent,
+            start=done,
+        )
+
+    def _selection(self, share: float) -> Selection:
+        epochs = math.ceil(phase_steps(share * self.goal.epochs, self._batches) / len(self._batches))
+        judged = len(self.goal.data.val) > 0 and self.goal.recipe.val_images > 0
+        return Selection(epochs, lambda: self.averaged, (lambda: self.validate()) if judged else None)
+
+    def _state(self, optimizer: torch.optim.Optimizer, selection: Selection | None) -> State:
+        """Where all lies that moves in a phase which this optimizer trains."""
+        modules: dict[str, nn.Module] = {"model": self.model}
+        if self._ema is not None:
+            modules["average"] = self._ema
+        optimizers = {"phase": optimizer}
+        if self._optimizer is not None:
+            optimizers["optimizer"] = self._optimizer
+            if optimizer is self._optimizer:
+                del optimizers["phase"]
+        return State(
+            modules=modules,
+            optimizers=optimizers,
+            generators={
+                "session": self.generator,
+                "attack": self._attack_generator,
+                "editor": self.editor.generator,
+            },
+            edits=self.editor.edits,
+            batches=self._batches,
+            selection=selection,
+            kept=self._kept,
+            device=self._device,
         )
 
     def recalibrate(self, *, batches: int = 20) -> None:
@@ -268,6 +318,8 @@ class Session:
         Args:
             batches: How many batches to average over.
         """
+        if self._journal is not None and self._journal.replaying:
+            return
         update_bn((x for _, (x, _) in zip(range(batches), self._batches, strict=False)), self.model)
 
     def settle(self) -> None:
@@ -299,13 +351,17 @@ class Session:
 
     def record(self, record: dict[str, Any]) -> None:
         """Add a record to the history."""
+        if self._journal is not None and self._journal.replaying:
+            self.history.append(self._journal.replay_record(record, len(self.history)))
+            return
         self.history.append(record)
         if self._on_record is not None:
             self._on_record(record)
 
     def say(self, line: str) -> None:
-        """Tell the person who waits."""
-        self.progress.say(line)
+        """Tell the person who waits; what a resumed run has said is not said again."""
+        if self._journal is None or not self._journal.replaying:
+            self.progress.say(line)
 
     def validate(self) -> tuple[float, float]:
         """Clean and PGD-10 accuracy of the averaged network on (at most `recipe.val_images`) validation images."""
@@ -320,29 +376,3 @@ class Session:
                     clean += int((net(x).argmax(1) == y).sum())
                     robust += int((net(x_adv).argmax(1) == y).sum())
         return clean / max(1, len(images)), robust / max(1, len(images))
-
-
-class _Selection:
-    """Keeps the best epoch of a phase by its robust accuracy on the validation split."""
-
-    def __init__(self, session: Session, share: float) -> None:
-        self._session = session
-        steps = max(1, round(share * session.goal.epochs * len(session._batches)))
-        self._epochs = math.ceil(steps / len(session._batches))
-        self._best: tuple[float, float] = (-1.0, -1.0)
-        self._state: dict[str, torch.Tensor] | None = None
-
-    def look(self, record: dict[str, Any]) -> None:
-        remaining = self._epochs - record["epoch"]
-        every = max(1, self._epochs // SELECTIONS)
-        if len(self._session.goal.data.val) == 0 or self._session.goal.recipe.val_images == 0 or remaining % every:
-            return
-        clean, robust = self._session.validate()
-        record |= {"val_clean": clean, "val_robust": robust}
-        if (robust, clean) >= self._best:  # the later of equals: it has been averaged longer
-            self._best = (robust, clean)
-            self._state = copy.deepcopy(self._session.averaged.state_dict())
-
-    def restore(self) -> None:
-        if self._state is not None:
-            self._session.averaged.load_state_dict(self._state)

@@ -19,6 +19,7 @@ LAYERS = [
     {"structure", "robust", "data", "models"},
     {"budget"},
     {"train"},
+    {"checkpoint", "goal"},
     {"session", "terminal", "machine"},
     {"strategies", "result"},
     {"export", "plots"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from robustcompress.api import compress
+from robustcompress.api import carry_out
 from robustcompress.budget import Budget
 from robustcompress.commands.arguments import (
     add_data_arguments,
@@ -22,6 +22,7 @@ from robustcompress.commands.arguments import (
 )
 from robustcompress.errors import InputError, Problems
 from robustcompress.models import build_model
+from robustcompress.resolve import resolve
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.objectives import objective_from_name
@@ -62,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--option", type=assignment, action="append", default=[], metavar="K=V", help="an option of the strategy"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="save the result here; must not exist")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="keep a checkpoint here every minute; the same command goes on from it after a kill",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seeds everything (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -138,9 +145,9 @@ def run(arguments: argparse.Namespace) -> Output:
     data = attempt(problems, lambda: data_from(arguments, name=arguments.data, seed=arguments.seed))
     problems.raise_if_any()
     model, spec = built
-    result = compress(
-        model,
-        strategy,
+    request = resolve(
+        model=model,
+        strategy=strategy,
         data=data,
         budget=budget,
         threat=threat,
@@ -153,16 +160,18 @@ def run(arguments: argparse.Namespace) -> Output:
         test_images=arguments.test_images,
         seed=arguments.seed,
         device=arguments.device,
-        progress=not arguments.quiet,
+        out=arguments.out,
+        checkpoint=arguments.checkpoint,
     )
-    result = replace(result, spec=spec)  # a factory of the user's own is known here, though not from the model alone
+    request = replace(request, spec=spec)  # a factory of the user's own is known here, though not from the model alone
+    places: list[Path] = []
+    result = carry_out(request, progress=not arguments.quiet, on_saved=places.append)
     saved = "nothing was saved: pass --out DIR to keep the model"
-    if arguments.out is not None:
-        result.save(arguments.out)
-        saved = f"saved to {arguments.out}; next: robustcompress export --onnx {arguments.out}"
+    if places:
+        saved = f"saved to {places[0]}; next: robustcompress export --onnx {places[0]}"
     document = result.to_json() | {
         "meets_budget": result.meets_budget,
-        "out": str(arguments.out) if arguments.out is not None else None,
+        "out": str(places[0]) if places else None,
     }
     return Output(document=document, parts=(str(result), "", saved))
 

@@ -22,7 +22,8 @@ class Strategy(ABC):
     """One way to a compact robust network. Abstract: each strategy is a final, frozen dataclass of its options.
 
     `run` is a deterministic script over phases: it trains, decides and edits through the session, keeps no state of its
-    own outside it, and draws its randomness from `session.generator`.
+    own outside it, draws its randomness from `session.generator`, and decides through `session.decide` wherever it
+    looks at weights: so a killed run can be resumed.
     """
 
     name: ClassVar[str]
@@ -139,10 +140,13 @@ def prune_to(session: Session, widths: Mapping[str, int], scores: Mapping[str, t
     """Keep, in every group, as many channels as `widths` says: those with the largest scores."""
     from robustcompress.structure.gates import top_channels
 
-    for group in session.editor.editable:
-        width = widths.get(group.name, group.width)
-        if width < group.width:
-            session.editor.prune(group.name, top_channels(scores[group.name], width).tolist())
+    def choose() -> dict[str, list[int]]:
+        wanted = {group.name: widths.get(group.name, group.width) for group in session.editor.editable}
+        now = session.editor.widths
+        return {n: top_channels(scores[n], width).tolist() for n, width in wanted.items() if width < now[n]}
+
+    for name, keep in session.decide("channels to keep", choose).items():
+        session.editor.prune(name, keep)
     macs, params = session.cost_model.predict(session.editor.widths)
     session.record(
         {"phase": "prune", "event": "prune", "widths": session.editor.widths, "macs": macs, "params": params}

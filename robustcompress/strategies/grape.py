@@ -114,7 +114,7 @@ class Grape(Strategy):
         if self.order in ("uniform", "sequential"):
             wanted = self._scheduled(now, event, target, list(caps), session.goal.round_to)
         else:
-            shares, detail = self._shares(session, list(caps))
+            shares, detail = session.decide(f"shares of event {event}", lambda: self._shares(session, list(caps)))
             wanted = _spend(session, now, shares, caps, left=self.events - event + 1)
             record["scores"] = detail
         for name, width in wanted.items():

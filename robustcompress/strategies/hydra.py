@@ -75,7 +75,10 @@ class Hydra(ScoreBased):
     def _learn(
         self, session: Session, widths: dict[str, int], norms: dict[str, torch.Tensor], ascent: MakeAscent | None
     ) -> dict[str, torch.Tensor]:
-        start = {name: (6**0.5 * values / values.max()).float() for name, values in norms.items()}
+        start = session.decide(
+            "scores to begin with",
+            lambda: {name: (6**0.5 * values / values.max()).float() for name, values in norms.items()},
+        )
         affine = [p for m in session.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
         with session.editor.gates(start, lambda name, values: top_k_mask(values, widths[name])) as gates:
             session.recalibrate()

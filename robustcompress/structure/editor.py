@@ -91,6 +91,11 @@ class StructuralEditor:
         """Every edit so far, in order: with the reference model's factory this is the whole structure."""
         return tuple(self._edits)
 
+    @property
+    def generator(self) -> torch.Generator:
+        """What the values of new channels are drawn from."""
+        return self._generator
+
     def resize(self, group: str, sources: Sequence[int], *, init: str | None = None, share: bool = False) -> Edit:
         """Replace a group by a gather of itself.
 

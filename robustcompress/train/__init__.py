@@ -3,10 +3,11 @@
 from robustcompress.train.ascent import Ascent, weight_ascent
 from robustcompress.train.device import describe, resolve_device, safe_memory_format, set_memory_format
 from robustcompress.train.ema import averaged
-from robustcompress.train.loop import TrainingError, make_optimizer, train
+from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps, train
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe, augmentation
 from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor
+from robustcompress.train.selection import Selection
 
 __all__ = [
     "SCHEDULES",
@@ -14,12 +15,14 @@ __all__ = [
     "Progress",
     "Recipe",
     "Schedule",
+    "Selection",
     "TrainingError",
     "augmentation",
     "averaged",
     "describe",
     "lr_factor",
     "make_optimizer",
+    "phase_steps",
     "resolve_device",
     "safe_memory_format",
     "set_memory_format",

@@ -66,6 +66,11 @@ class _Meter:
         return metrics
 
 
+def phase_steps(epochs: float, batches: Batches) -> int:
+    """How many steps `epochs` are: rounded to whole steps, at least one."""
+    return max(1, round(epochs * len(batches)))
+
+
 def train(
     model: nn.Module,
     batches: Batches,
@@ -84,6 +89,7 @@ def train(
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     autocast: bool = False,
     ascent: Ascent | None = None,
+    start: int = 0,
 ) -> list[dict[str, Any]]:
     """Train for a number of epochs, which may be a fraction.
 
@@ -105,6 +111,7 @@ def train(
         autocast: Run forward passes in bfloat16.
         ascent: Compute gradients one ascent above the parameters, from its beginning on; loss and accuracies of the
             records are then those found there.
+        start: Steps that are done already, whole epochs of them: a resumed phase.
 
     Returns:
         One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s, and what
@@ -115,7 +122,7 @@ def train(
         TrainingError: The loss became infinite or NaN.
     """
     progress = progress or Progress(enabled=False)
-    steps = max(1, round(epochs * len(batches)))
+    steps = phase_steps(epochs, batches)
     ascends_from = steps
     if ascent is not None:
         objective.require_parts()
@@ -123,9 +130,9 @@ def train(
     history: list[dict[str, Any]] = []
     device_type = batches.images.pixels.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
-    meter, done = _Meter(), 0
-    with _training(model), progress.phase(phase, steps) as bar:
-        for x, y in _stream(batches, steps):
+    meter, done = _Meter(), start
+    with _training(model), progress.phase(phase, steps, start) as bar:
+        for x, y in _stream(batches, steps - start):
             for group in optimizer.param_groups:
                 group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
             optimizer.zero_grad(set_to_none=True)

@@ -41,8 +41,8 @@ class Progress:
             console().print(line, markup=False, highlight=False)
 
     @contextlib.contextmanager
-    def phase(self, name: str, steps: int) -> Iterator[PhaseBar]:
-        """Show a bar over `steps` steps; leave one line behind."""
+    def phase(self, name: str, steps: int, done: int = 0) -> Iterator[PhaseBar]:
+        """Show a bar over `steps` steps, `done` of which lie behind; leave one line behind."""
         if not self.enabled:
             yield PhaseBar()
             return
@@ -62,7 +62,7 @@ class Progress:
             TimeRemainingColumn(),
         )
         with Bar(*columns, console=console(), disable=not terminal, transient=True) as bar:
-            shown = PhaseBar(bar, bar.add_task(label, total=steps, metrics=""))
+            shown = PhaseBar(bar, bar.add_task(label, total=steps, completed=done, metrics=""))
             yield shown
         self.say(f"{label:<26} {steps:>5} steps  {shown.text}  {time.perf_counter() - start:6.1f} s")
 

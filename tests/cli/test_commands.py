@@ -218,3 +218,27 @@ def test_main_reads_the_process_arguments(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(sys, "argv", ["robustcompress", "list", "data", "--json"])
     assert main() == 0
     assert "digits" in capsys.readouterr().out
+
+
+def test_compress_goes_on_from_its_checkpoint(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustcompress.session import Session
+
+    out, directory = tmp_path / "out", tmp_path / "checkpoint"
+    command = ["compress", "resnet8", *SMALL, "--strategy", "magnitude", "--seed", "3", "--json", "--quiet"]
+    whole = run(*command)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "recalibrate", interrupted)  # after the cut
+        assert run(*command, "--checkpoint", directory, "--out", out).code == 130
+    assert directory.is_dir() and not out.exists()
+    changed = run(*command, "--checkpoint", directory, "--lr", "0.05")
+    assert changed.code == 2 and "recipe: " in changed.err
+    resumed = run(*command, "--checkpoint", directory, "--out", out)
+    assert resumed.code == 0 and not directory.exists()
+    assert resumed.document["edits"] == whole.document["edits"]
+    accuracies = [[a["accuracy"] for a in ran.document["report"]["attacks"]] for ran in (whole, resumed)]
+    assert accuracies[0] == accuracies[1]
+    assert rc.load(out).model is not None

@@ -13,7 +13,7 @@ from torch import nn
 from robustcompress import Recipe, ThreatModel, load_data
 from robustcompress.data import Batches
 from robustcompress.robust.objectives import PGDAT, Natural, Objective, ObjectiveStep
-from robustcompress.train import TrainingError, averaged, lr_factor, make_optimizer, train
+from robustcompress.train import Progress, TrainingError, averaged, lr_factor, make_optimizer, train
 from tests.strategies.nets import build, same, small_data, state
 
 
@@ -181,3 +181,36 @@ def test_bfloat16_autocast_runs_and_keeps_float32_weights() -> None:
     assert torch.bfloat16 in dtypes
     assert math.isfinite(history[-1]["loss"])
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_resumed_phase_does_what_is_left_of_it() -> None:
+    whole, halves = build("chain"), build("chain")
+    expected = fit(whole, epochs=4.0, schedule="cosine")
+    data, recipe = batches(), Recipe()
+    optimizer = make_optimizer(recipe, list(halves.parameters()), lr=0.05)
+
+    class Stop(Exception):
+        pass
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["epoch"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(halves, epochs=4.0, schedule="cosine", data=data, optimizer=optimizer, on_epoch=stop)
+    shown: list[tuple[int, int]] = []
+
+    class Shown(Progress):
+        def phase(self, name: str, steps: int, done: int = 0) -> Any:
+            shown.append((steps, done))
+            return super().phase(name, steps, done)
+
+    rest = fit(
+        halves, epochs=4.0, schedule="cosine", data=data, optimizer=optimizer, start=6, progress=Shown(enabled=False)
+    )
+    assert same(state(halves), state(whole))
+    assert shown == [(12, 6)]
+    drop = {"images_per_s"}
+    assert [{k: v for k, v in r.items() if k not in drop} for r in rest] == [
+        {k: v for k, v in r.items() if k not in drop} for r in expected[2:]
+    ]

@@ -1,0 +1,19 @@
+"""Checkpoints: a killed run goes on where it was."""
+
+from robustcompress.checkpoint.files import Checkpoint, check_directory, read, remove, shrink, write
+from robustcompress.checkpoint.identity import fingerprint
+from robustcompress.checkpoint.journal import Journal
+from robustcompress.checkpoint.state import State, Stateful
+
+__all__ = [
+    "Checkpoint",
+    "Journal",
+    "State",
+    "Stateful",
+    "check_directory",
+    "fingerprint",
+    "read",
+    "remove",
+    "shrink",
+    "write",
+]
