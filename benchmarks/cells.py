@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from benchmarks.common import FORMAT, commit, hardware, read_json, write_text
 from benchmarks.grid import Cell
 from benchmarks.training_cost import training_cost
-from robustcompress import CompressResult, StructuralEditor, machine
+from robustcompress import CompressResult, OutOfTime, RobustReport, StructuralEditor, load, machine
 from robustcompress.data import DataSplits
 from robustcompress.recipe import RunRecipe
 from robustcompress.robust import AutoAttackConfig
@@ -36,8 +37,12 @@ class Job:
         data: Directory of images that stands for the recipe's own; None for that.
         out: Directory of the results.
         command: The command line, for the record.
+        state: Directory of what a stopped run goes on from.
         device: Where to compute.
         threads: Torch threads.
+        progress: Show progress.
+        until: On the clock of `time.time`, when to stop and keep what is there; None for never.
+        keep: Leave the trained network in `state` afterwards.
         autoattack: Cuts AutoAttack short for a smoke run; None for the standard suite.
     """
 
@@ -47,16 +52,28 @@ class Job:
     data: str | None
     out: Path
     command: str
+    state: Path
     device: str = "cpu"
     threads: int = 1
+    progress: bool = False
+    until: float | None = None
+    keep: bool = False
     autoattack: AutoAttackConfig | None = None
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Run a cell and write its file; a failure is written to `failed/` and returned with the key "error"."""
+    """Run a cell and write its file.
+
+    Returns:
+        Its record; or one with the key "error", which is written to `failed/`; or one with the key "stopped" where the
+        deadline came first.
+    """
     torch.set_num_threads(job.threads)
+    failed = job.out / FAILED / f"{job.cell.name}.json"
     try:
         record = measure_cell(job)
+    except OutOfTime as stop:
+        return {"name": job.cell.name, "stopped": str(stop)}
     except Exception as error:  # whatever it was, the other cells shall go on and the table shall say so
         record = {
             "format": FORMAT,
@@ -64,11 +81,12 @@ def run_job(job: Job) -> dict[str, Any]:
             "error": f"{type(error).__name__}: {error}",
             "traceback": traceback.format_exc(limit=-3),
         }
-        write_text(job.out / FAILED / f"{job.cell.name}.json", json.dumps(record, indent=1) + "\n")
+        write_text(failed, json.dumps(record, indent=1) + "\n")
         return record
     write_text(job.out / f"{job.cell.name}.json", compact_json(record))
-    (job.out / FAILED / f"{job.cell.name}.json").unlink(missing_ok=True)
-    shutil.rmtree(job.out / STATE / job.cell.name, ignore_errors=True)
+    failed.unlink(missing_ok=True)
+    if not job.keep:
+        shutil.rmtree(job.state, ignore_errors=True)
     return record
 
 
@@ -104,25 +122,22 @@ def settings_of(recipe: RunRecipe, data: DataSplits) -> dict[str, Any]:
 
 
 def measure_cell(job: Job) -> dict[str, Any]:
-    """Compress, attack the test images, and return the record."""
+    """Compress, attack the test images, and return the record; what was done before a stop is not done again.
+
+    Raises:
+        OutOfTime: The deadline came first; a later call with the same state goes on.
+    """
     recipe = RunRecipe.from_mapping(job.recipe)
     data = data_of(recipe, job.data)
-    state = job.out / STATE / job.cell.name
-    state.parent.mkdir(parents=True, exist_ok=True)
+    job.state.mkdir(parents=True, exist_ok=True)
     cuda = torch.device(job.device).type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    result = recipe.run(data, device=job.device, progress=False)
-    seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    report = recipe.judge(
-        result, data, device=job.device, resume_dir=state / "attacks", autoattack_config=job.autoattack
-    )
-    curve = recipe.security_curve(result, data, device=job.device)
-    training = _training(recipe, data, result) | {"seconds": round(seconds, 2)}
+    result = _train(job, recipe, data)
+    training = _cost(recipe, data, result) | {"seconds": round(_clock(job, "training"), 2)}
     if cuda:
         training["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    report, curve = _judge(job, recipe, data, result)
     return {
         "format": FORMAT,
         "benchmark": "compare",
@@ -144,7 +159,7 @@ def measure_cell(job: Job) -> dict[str, Any]:
             "meets_budget": result.meets_budget,
             "widths": _widths(result),
             "training": training,
-            "evaluation_seconds": round(time.perf_counter() - start, 2),
+            "evaluation_seconds": round(_clock(job, "evaluation"), 2),
             "report": report.to_json(),
             "curve": curve,
             "history": [dict(entry) for entry in result.history],
@@ -152,12 +167,67 @@ def measure_cell(job: Job) -> dict[str, Any]:
     }
 
 
+def _train(job: Job, recipe: RunRecipe, data: DataSplits) -> CompressResult:
+    """The compact network: from where it was saved, or trained, from its last checkpoint on."""
+    saved = job.state / "result"
+    if saved.is_dir():
+        return load(saved)
+    with _timed(job, "training"):
+        return recipe.run(
+            data,
+            device=job.device,
+            progress=job.progress,
+            out=saved,
+            checkpoint=job.state / "checkpoint",
+            deadline=_left(job),
+        )
+
+
+def _judge(
+    job: Job, recipe: RunRecipe, data: DataSplits, result: CompressResult
+) -> tuple[RobustReport, list[dict[str, float]]]:
+    """Attack the test images; AutoAttack's finished chunks are kept."""
+    with _timed(job, "evaluation"):
+        report = recipe.judge(
+            result,
+            data,
+            device=job.device,
+            resume_dir=job.state / "attacks",
+            autoattack_config=job.autoattack,
+            time_limit_s=_left(job),
+        )
+        for found in report.attacks:
+            if found.name == "autoattack" and found.n < min(recipe.evaluate.autoattack_images or report.n, report.n):
+                raise OutOfTime(f"AutoAttack has judged {found.n} images so far")
+        return report, recipe.security_curve(result, data, device=job.device)
+
+
+def _left(job: Job) -> float | None:
+    """Seconds until the deadline; None where there is none."""
+    return None if job.until is None else max(0.001, job.until - time.time())
+
+
+@contextlib.contextmanager
+def _timed(job: Job, what: str) -> Iterator[None]:
+    """Add the time that this takes to what it took before a stop."""
+    before, start = _clock(job, what), time.perf_counter()
+    try:
+        yield
+    finally:
+        write_text(job.state / f"{what}-seconds", f"{before + time.perf_counter() - start}")
+
+
+def _clock(job: Job, what: str) -> float:
+    path = job.state / f"{what}-seconds"
+    return float(path.read_text()) if path.is_file() else 0.0
+
+
 def _widths(result: CompressResult) -> dict[str, int]:
     editor = StructuralEditor(result.model, torch.zeros(2, *result.image_shape))
     return {group.name: group.width for group in editor.editable}
 
 
-def _training(recipe: RunRecipe, data: DataSplits, result: CompressResult) -> dict[str, Any]:
+def _cost(recipe: RunRecipe, data: DataSplits, result: CompressResult) -> dict[str, Any]:
     batch = min(recipe.training.batch_size, len(data.train))
     return training_cost(
         result.history,

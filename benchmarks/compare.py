@@ -22,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Job, data_of, read_cells, read_failures, run_job, settings_of
+from benchmarks.cells import STATE, Job, data_of, read_cells, read_failures, run_job, settings_of
 from benchmarks.common import RESULTS, ROOT, command, make_parser, positive
 from benchmarks.grid import Cell, Grid, read_grid, select
 from robustcompress.errors import RobustCompressError
@@ -69,8 +69,10 @@ class _Scheduler:
         self.finished: dict[str, Mapping[str, Any]] = {}
         self.failed: dict[str, str] = {}
         self.stale: list[str] = []
-        self.ran = 0
+        self.ran = self.stopped = 0
         self.start = time.monotonic()
+        minutes = options.minutes
+        self.until = None if minutes is None else time.time() + 60 * minutes
 
     def run(self) -> int:
         there = read_cells(self.out, [cell.name for cell in self.cells])
@@ -124,15 +126,16 @@ class _Scheduler:
             recipe=self._recipe(cell).to_json(),
             data=self.options.data,
             out=self.out,
+            state=self.out / STATE / cell.name,
             command=command(MODULE, self.argv),
             device=self.options.device,
             threads=self.options.threads,
+            until=self.until,
             autoattack=QUICK_AUTOATTACK if self.options.quick else AutoAttackConfig(chunk_size=64),
         )
 
     def _time_left(self) -> bool:
-        limit = self.options.minutes
-        return limit is None or time.monotonic() - self.start < 60 * limit
+        return self.until is None or time.time() < self.until
 
     def _note(self, cell: Cell, future: Future[dict[str, Any]], left: int) -> None:
         try:
@@ -140,13 +143,18 @@ class _Scheduler:
         except BrokenProcessPool:
             raise SystemExit(f"{cell.name}: its process was killed (too little memory?); the others are kept") from None
         minutes = (time.monotonic() - self.start) / 60
-        self.ran += 1
         at = f"[{minutes:5.1f} min, {left} left]"
+        if "stopped" in record:
+            print(f"{at} {cell.name}: stopped in time: {record['stopped']}", file=sys.stderr, flush=True)
+            self.stopped += 1
+            return
         if "error" in record:
             self.failed[cell.name] = record["error"]
+            self.ran += 1
             print(f"{at} {cell.name}: FAILED: {record['error']}", file=sys.stderr, flush=True)
             return
         self.finished[cell.name] = record
+        self.ran += 1
         accuracies = ", ".join(
             f"{attack['name']} {100 * attack['accuracy']:.1f}" for attack in record["results"]["report"]["attacks"]
         )
@@ -163,7 +171,7 @@ class _Scheduler:
             )
         print(
             f"{len(self.finished)} of {len(self.cells)} cells are finished, {self.ran} of them ran now; "
-            f"{len(waiting)} wait. Tables and plots: python -m benchmarks.report",
+            f"{len(waiting) + self.stopped} wait. Tables and plots: python -m benchmarks.report",
             file=sys.stderr,
         )
         return 1 if self.failed or self.stale else 0
@@ -200,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help=f"directory of the cells (default: {RESULTS.relative_to(ROOT)}/GRID)")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="only cells of these names, and their parents")
     add("--workers", type=positive, default=1, help="cells at a time, each in a process (default: %(default)s)")
-    add("--minutes", type=float, metavar="M", help="begin no cell after so many minutes")
+    add("--minutes", type=float, metavar="M", help="stop after so many minutes; a later call goes on")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace cells that were made with other settings")
     add("--list", action="store_true", help="only list the cells and what became of them")

@@ -26,8 +26,8 @@ NOT_RUN = "*Not run yet.*"
 PREAMBLE = (
     "Robust accuracy means AutoAttack (standard) at the stated radius; PGD-20 is a progress meter. Means over the "
     "seeds; in brackets the 95 % interval over seeds and test images together (`benchmarks/intervals.py`). Differences "
-    "are in points, paired by seed and image; **bold** where the interval leaves out zero. Nothing is corrected for the "
-    "number of comparisons: of twenty rows, one is bold by chance."
+    "are in points, paired by seed and image; **bold** where the interval leaves out zero. Nothing is corrected for "
+    "the number of comparisons: of twenty rows, one is bold by chance."
 )
 
 

@@ -189,6 +189,23 @@ def test_time_limit_begins_no_cell(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "0 of 10 cells are finished, 0 of them ran now; 10 wait" in capsys.readouterr().err
 
 
+def test_a_cell_stopped_in_time_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = write(tmp_path, SMALL), tmp_path / "cells"
+    again = [str(path), "--quick", "--out", str(out), "--only", "uniform_0.5_s3"]
+    for _ in range(10):
+        assert compare.main([*again, "--minutes", "0.0001"]) == 0
+        if "1 of 1 cells are finished" in capsys.readouterr().err:
+            break
+        assert (out / ".state" / "uniform_0.5_s3").is_dir(), "what was done is kept"
+    else:
+        raise AssertionError("the cell gets nowhere")
+    once = tmp_path / "once"
+    assert compare.main([str(path), "--quick", "--out", str(once), "--only", "uniform_0.5_s3"]) == 0
+    stopped, whole = (read(place / "uniform_0.5_s3.json")["results"] for place in (out, once))
+    assert [a["correct"] for a in stopped["report"]["attacks"]] == [a["correct"] for a in whole["report"]["attacks"]]
+    assert stopped["training"]["macs"] == whole["training"]["macs"] and not (out / ".state" / "uniform_0.5_s3").exists()
+
+
 def test_tables_and_plot(small: tuple[Path, Path], tmp_path: Path) -> None:
     path, out = small
     grid = read_grid(path)
