@@ -139,7 +139,7 @@ class Journal:
         found = self._found
         assert found is not None
         try:
-            exact = state.restore(found.tensors, found.record["state"]) and not found.small
+            same_device = state.restore(found.tensors, found.record["state"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint does not hold this run's state ({error}); {self._remedy}") from error
         except CheckpointError as error:
@@ -147,8 +147,10 @@ class Journal:
         self._decisions, self._found = found.record["decisions"], None
         done: int = logged["done"]
         self._say(f"resumed from {self.directory}: phase {logged['name']!r}, {done} of {logged['steps']} steps done")
-        if not exact:
-            self._say("the checkpoint is of the small form or of another kind of device: the run goes on approximately")
+        if found.small:
+            self._say("the checkpoint is of the small form, which rounds: the run goes on approximately")
+        if not same_device:
+            self._say("the checkpoint is of another kind of device: the attack draws new noise")
         if done == logged["steps"]:
             self._phases.append(self._here | {"ended": logged["ended"]})
         self._written = self._mark = time.monotonic()
