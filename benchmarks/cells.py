@@ -8,7 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def settings_of(recipe: RunRecipe, data: DataSplits) -> dict[str, Any]:
     """All that a cell's result depends on: two cells with equal settings are the same run."""
     value = recipe.to_json()
     value["data"] = describe_data(data)
-    del value["about"]
+    del value["about"], value["training"]["compile"]  # how fast, not what
     return value
 
 
@@ -200,6 +200,29 @@ def _judge(
             if found.name == "autoattack" and found.n < min(recipe.evaluate.autoattack_images or report.n, report.n):
                 raise OutOfTime(f"AutoAttack has judged {found.n} images so far")
         return report, recipe.security_curve(result, data, device=job.device)
+
+
+def extend(job: Job, record: Mapping[str, Any]) -> str:
+    """Judge the trained network of a finished cell with AutoAttack on all test images, and write its file anew.
+
+    The images that were judged before are the first of these, so a longer report takes nothing away from the shorter.
+
+    Returns:
+        The accuracy, or how far it came.
+    """
+    recipe = RunRecipe.from_mapping(job.recipe)
+    data = data_of(recipe, job.data)
+    result = load(job.state / "result")
+    whole = replace(recipe, evaluate=replace(recipe.evaluate, autoattack_images=None))
+    try:
+        report, _ = _judge(job, whole, data, result)
+    except OutOfTime as stop:
+        return str(stop)
+    results = {**record["results"], "report": report.to_json()}
+    results["evaluation_seconds"] = round(_clock(job, "evaluation"), 2)
+    write_text(job.out / f"{job.cell.name}.json", compact_json({**record, "results": results}))
+    found = report.result("autoattack")
+    return f"AutoAttack {100 * found.accuracy:.2f} % of {found.n}"
 
 
 def _left(job: Job) -> float | None:

@@ -149,9 +149,10 @@ def read_grid(path: str | Path) -> Grid:
     )
     checked: list[Any] = []
     for cell in cells:
-        if cell.changes in checked:
+        but_seed = {key: change for key, change in cell.changes.items() if key != "seed"}
+        if but_seed in checked:
             continue
-        checked.append(cell.changes)
+        checked.append(but_seed)
         try:
             RunRecipe.from_mapping(merged({"strategy": "none", **base}, cell.changes))
         except InputError as error:

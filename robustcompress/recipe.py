@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -268,8 +269,14 @@ def _model(value: Any) -> ModelSpec:
     spec = ModelSpec(name, {**nested, **options})
     if spec.imports_code:
         raise InputError(f"model {name!r} would import code: a recipe names built-in or torchvision models only")
-    spec.build()
+    _build(json.dumps(spec.to_json(), sort_keys=True))
     return spec
+
+
+@functools.lru_cache(maxsize=64)
+def _build(spec: str) -> None:
+    """Build a model once to hear what is wrong with its arguments; a grid names the same one in every cell."""
+    ModelSpec.from_json(json.loads(spec)).build()
 
 
 def _strategy(value: Any) -> Strategy:

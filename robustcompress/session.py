@@ -19,6 +19,7 @@ from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
     Ascent,
+    CompiledNetwork,
     Progress,
     Schedule,
     Selection,
@@ -262,8 +263,9 @@ class Session:
             if self._journal is not None and state is not None:
                 self._journal.epoch_done(record["steps"], self.history, state)
 
+        compiles = self.goal.recipe.compile and optimizer is self._optimizer  # gates are hooks, opaque to a compiler
         train(
-            self.model,
+            CompiledNetwork(self.model) if compiles else self.model,
             self._batches,
             self.goal.objective,
             self.goal.threat,

@@ -1,6 +1,7 @@
 """One training loop for every strategy."""
 
 from robustcompress.train.ascent import Ascent, weight_ascent
+from robustcompress.train.compiled import CompiledNetwork
 from robustcompress.train.device import describe, resolve_device, safe_memory_format, set_memory_format
 from robustcompress.train.ema import averaged
 from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps, train
@@ -12,6 +13,7 @@ from robustcompress.train.selection import Selection
 __all__ = [
     "SCHEDULES",
     "Ascent",
+    "CompiledNetwork",
     "Progress",
     "Recipe",
     "Schedule",

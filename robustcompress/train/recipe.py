@@ -32,6 +32,8 @@ class Recipe:
             in every phase that trains weights; the paper's is 0.005 to 0.01, and 0 switches it off. Costs one more
             forward and backward pass a step.
         awp_warmup: Share of the run's epochs before the perturbation begins.
+        compile: Compile the passes of phases that train weights (`torch.compile`). Every new shape, and so every edit,
+            costs some tens of seconds: it pays in long phases on a GPU.
     """
 
     optimizer: Optimizer = "sgd"
@@ -46,6 +48,7 @@ class Recipe:
     val_images: int = 500
     awp: float = 0.0
     awp_warmup: float = 0.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         problems = Problems("the training recipe makes no sense")
@@ -73,6 +76,8 @@ class Recipe:
                 problems.add(f"{name}={value!r}: must be a {kind} from {low:g} to {high:g}")
         if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
             problems.add(f"clip_norm={self.clip_norm!r}: must be a positive number, or None")
+        if not isinstance(self.compile, bool):
+            problems.add(f"compile={self.compile!r}: must be True or False")
         if self.bf16 not in (True, False, "auto"):
             problems.add(f"bf16={self.bf16!r}: must be True, False or 'auto'")
         problems.raise_if_any()
