@@ -170,6 +170,38 @@ def headline(grid: Grid, out: Path) -> str:
     return f"{table(head, lines)}\n\n{setting(grid, next(iter(cells.values())))} {state}"
 
 
+def verdict(grid: Grid, out: Path) -> str:
+    """Which arms differ from the baselines, and which do not, as the intervals say: a list in Markdown."""
+    cells = read_cells(out, [cell.name for cell in grid.cells])
+    if not cells:
+        return f"- {grid.about}: not run yet."
+    rows = rows_of(grid, cells)
+    attacks = [a for a in (ROBUST, "pgd-20") if a in attacks_of(cells.values())]
+    lines = []
+    for account in (EPOCHS, MACS):
+        for labels in _places(rows, account):
+            mine = [r for r in rows if r.account == account and dict(r.labels) == dict(labels)]
+            for name in grid.baselines:
+                other = find(rows, name, labels, account)
+                said = [_sorted_out(mine, other, attack) for attack in attacks] if other is not None else []
+                if any(said):
+                    place = ", ".join(["" if not labels else _place(labels), account]).lstrip(", ")
+                    lines.append(f"  - {place}, against `{name}`: {'; '.join(s for s in said if s)}.")
+    return "\n".join([f"- {grid.about}:", *lines])
+
+
+def _sorted_out(rows: Sequence[Row], other: Row, attack: str) -> str:
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "no difference shown": []}
+    for row in rows:
+        found = None if row is other else row.against(other, attack)
+        if found is not None and found.seeds > 1:
+            kind = "no difference shown" if not found.significant else "better" if found.mean > 0 else "worse"
+            groups[kind].append(row.arm)
+    said = [f"{kind}: {', '.join(arms)}" for kind, arms in groups.items() if arms]
+    name = "AutoAttack" if attack == ROBUST else attack.upper()
+    return f"{name} - {' / '.join(said)}" if said else ""
+
+
 def setting(grid: Grid, cell: Record) -> str:
     """What all cells share."""
     s, report = cell["settings"], report_of(cell)
@@ -191,20 +223,30 @@ def setting(grid: Grid, cell: Record) -> str:
 
 def _places(rows: Sequence[Row], account: str) -> list[dict[str, str]]:
     """The points of the axes that have rows of their own."""
+    mine = [row for row in rows if row.account == account]
+    budgets = any("budget" in row.labels for row in mine)  # then arms without one stand in every section
     found: list[dict[str, str]] = []
-    for row in rows:
-        if row.account == account and "budget" in row.labels and dict(row.labels) not in found:
+    for row in mine:
+        if ("budget" in row.labels or not budgets) and dict(row.labels) not in found:
             found.append(dict(row.labels))
     return found
 
 
+def _place(labels: Mapping[str, str]) -> str:
+    """A point of the axes in words."""
+    return ", ".join(
+        f"at most {value} of the reference's MACs" if key == "budget" else f"{key} {value}"
+        for key, value in labels.items()
+    )
+
+
 def _section(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str], account: str) -> str:
     mine = [r for r in rows if r.account == account and dict(r.labels) == dict(labels)]
-    free = [r for r in rows if "budget" not in r.labels and all(labels.get(k) == v for k, v in r.labels.items())]
-    names = {
-        "budget": lambda v: f"at most {v} of the reference's MACs",
-    }
-    place = ", ".join(names.get(k, lambda v, k=k: f"{k} {v}")(v) for k, v in labels.items())  # type: ignore[misc]
+    free = [r for r in rows if r not in mine and r.account == EPOCHS and "budget" not in r.labels]
+    free = [r for r in free if "budget" in labels and all(labels.get(k) == v for k, v in r.labels.items())]
+    if "budget" not in labels and account == MACS and (whole := find(rows, grid.baselines[0], labels, account)):
+        free = [whole]
+    place = _place(labels) or "all arms"
     note = (
         "Every arm trains for the same number of epochs; what that cost is in the last columns."
         if account == EPOCHS

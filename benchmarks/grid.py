@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT
+from benchmarks.training_cost import matched_epochs
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.recipe import RunRecipe, merged, read_yaml
 
@@ -101,9 +102,8 @@ class Grid:
             widths = finished[cell.retrain]["results"]["widths"]
             value["strategy"] = {"name": "fixed", "widths": dict(widths)}
         if cell.matched is not None:
-            mine, theirs = (finished[name]["results"]["training"]["macs"] for name in cell.matched)
-            epochs = float(finished[cell.matched[0]]["recipe"]["epochs"])
-            value["epochs"] = round(epochs * theirs / mine, 2)
+            mine, theirs = (finished[name] for name in cell.matched)
+            value["epochs"] = round(matched_epochs(mine, theirs), 2)
         return RunRecipe.from_mapping(value)
 
 

@@ -56,8 +56,10 @@ def grids() -> list[Grid]:
 def pages(results: Path) -> dict[Path, str]:
     """What every page that holds tables should say, given the results in a directory."""
     text = README.read_text()
-    found, wanted = {}, {}
+    found, wanted, verdicts = {}, {}, []
     for grid in grids():
+        if (results / grid.name).is_dir():
+            verdicts.append(compare_report.verdict(grid, results / grid.name))
         out = results / grid.name
         found[grid.name] = compare_report.headline(grid, out)
         if found[grid.name] != NOT_RUN:
@@ -67,6 +69,8 @@ def pages(results: Path) -> dict[Path, str]:
         found[module] = markdown(read_json(path)) if path.exists() else NOT_RUN
     for module, content in found.items():
         text = fill(text, module, content)
+    if verdicts:
+        text = fill(text, "verdict", "\n".join(verdicts))
     path = results / f"{QUICKSTART}.json"
     table = quickstart_table(read_json(path)) if path.exists() else NOT_RUN
     return {README: text, FRONT_PAGE: fill(FRONT_PAGE.read_text(), QUICKSTART, table), **wanted}

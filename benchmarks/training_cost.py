@@ -65,11 +65,39 @@ def training_cost(
             seconds += trained / entry["images_per_s"]
             macs = entry["macs"]
             total += trained * macs * (each + (3 if any(entry.get(key) for key in ASCENTS) else 0))
-        if "val_robust" in entry:
-            total += probes * macs * (2 * PROBE_STEPS + 2)
-        if entry.get("scores"):  # made before the network grew, so at the MACs of the epoch before
-            total += scored * macs * (2 * PROBE_STEPS + 2)
+        # Scores are made before the network grows, so at the MACs of the epoch before.
+        total += _looked(entry, macs, probes=probes, scored=scored)
     return {"images": int(images), "images_per_s": round(images / seconds, 2), "macs": round(total)}
+
+
+def matched_epochs(
+    mine: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+) -> float:
+    """Epochs at which a run would cost as many multiply-adds as another did.
+
+    Training grows with the epochs; looking at the validation split and scoring do not, as they are done a few times.
+
+    Args:
+        mine: Record of the cell that is to be made longer or shorter.
+        theirs: Record of the cell whose cost it shall have.
+    """
+    settings, history = mine["settings"], mine["results"]["history"]
+    probes = min(settings["training"]["val_images"], settings["data"]["val"])
+    scored = settings["strategy"].get("score_batches", 0) * settings["training"]["batch_size"]
+    fixed = 0.0
+    macs = 0.0
+    for entry in history:
+        macs = entry["macs"] if "steps" in entry else macs
+        fixed += _looked(entry, macs, probes=probes, scored=scored)
+    whole, wanted = mine["results"]["training"]["macs"], theirs["results"]["training"]["macs"]
+    return float(settings["epochs"]) * (wanted - fixed) / (whole - fixed)
+
+
+def _looked(entry: Mapping[str, Any], macs: float, *, probes: int, scored: int) -> float:
+    """Multiply-adds of what a record says beside training: PGD-10 on validation or scored images."""
+    images = (probes if "val_robust" in entry else 0) + (scored if entry.get("scores") else 0)
+    return images * macs * (2 * PROBE_STEPS + 2)
 
 
 def epochs_of(history: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:
