@@ -152,7 +152,8 @@ def train(
             optimizer.step()
             if ema is not None:
                 ema.update_parameters(model)
-            _note(meter, model, step.loss, step.logits, step.clean_logits, x, y, look=done % CLEAN_EVERY == 0)
+            with precision:
+                _note(meter, model, step.loss, step.logits, step.clean_logits, x, y, look=done % CLEAN_EVERY == 0)
             done += 1
             bar.advance(meter.read() if device_type == "cpu" or done % CLEAN_EVERY == 0 else {})
             if done % len(batches) == 0 or done == steps:
