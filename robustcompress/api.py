@@ -63,8 +63,8 @@ def compress(
         model: The reference: any network the editor supports, which maps images in [0, 1] to logits; it is copied and
             never touched. Or a name: a built-in ("resnet18"), "torchvision:resnet18", "package.module:factory"; or a
             `ModelSpec`, a name with arguments. A classifier whose size differs from the data's classes is replaced.
-        strategy: "grape", "hydra", "s2ap", "magnitude", "none", a control ("uniform", "scaling", "fixed", "random"), or a
-            strategy with options, such as `Grape(order="random")`.
+        strategy: "grape", "hydra", "s2ap", "magnitude", "none", a control ("uniform", "scaling", "fixed", "random"), or
+            a strategy with options, such as `Grape(order="random")`.
         data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,
             a DataLoader, or what `load_data` returns.
         budget: What it may cost; a number is a fraction of the reference's multiply-adds.
