@@ -92,6 +92,19 @@ def test_the_cells_of_a_grid(tmp_path: Path) -> None:
         select(grid.cells, ["grap_0.5_s3"])
 
 
+def test_every_axis_reaches_the_recipe(tmp_path: Path) -> None:
+    models = {"narrow": {"name": "resnet8", "width": 0.5}, "wide": {"name": "resnet8", "width": 2.0}}
+    data = {"few": {"source": "digits", "train_limit": 100}, "all": {"source": "digits"}}
+    axes = {"model": models, "data": data, "epochs": [1, 3], "budget": [0.5], "seed": [0]}
+    grid = read_grid(write(tmp_path, SMALL | {"axes": axes}))
+    cells = {cell.name: cell for cell in grid.cells}
+    assert len(cells) == 8 * 5
+    recipe = grid.recipe(cells["uniform_narrow_few_3_0.5_s0"], {})
+    assert recipe.model.kwargs == {"stem_stride": 4, "width": 0.5} and recipe.data == data["few"] and recipe.epochs == 3
+    assert cells["none_wide_all_1_s0"].labels == {"model": "wide", "data": "all", "epochs": "1"}
+    assert cells["uniform_wide_all_1_0.5_matched_s0"].parents == ("uniform_wide_all_1_0.5_s0", "none_wide_all_1_s0")
+
+
 def test_recipes_of_dependent_cells(tmp_path: Path) -> None:
     grid = read_grid(write(tmp_path, SMALL))
     cells = {cell.name: cell for cell in grid.cells}
