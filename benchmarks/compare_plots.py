@@ -53,7 +53,11 @@ def plot_grid(grid: Grid, out: Path, path: Path) -> Path | None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)), frameon=False)
     seeds = max(len(row.cells) for row in rows)
-    figure.suptitle(f"{grid.about} ({seeds} seeds: points are means, bars reach from the lowest seed to the highest)")
+    figure.suptitle(
+        f"{grid.about}\n{seeds} seeds: points are means, bars reach from the lowest seed to the highest; "
+        "arms of equal cost stand side by side",
+        fontsize=11,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
     return path
@@ -71,7 +75,7 @@ def _against(
     matched = keys[0] == "training"
     widest = max(row.mean(*keys) for row in rows) / unit
     for number, (arm, look) in enumerate(style.items()):
-        aside = 0.0 if matched else (number - len(style) / 2) * widest / 120  # arms of equal cost stand side by side
+        aside = 0.0 if matched else (number - len(style) / 2) * widest / 200  # arms of equal cost stand side by side
         for account in (EPOCHS, MACS) if matched else (EPOCHS,):
             mine = [row for row in rows if row.arm == arm and row.account == account]
             points = sorted((row.mean(*keys) / unit + aside, *_spread(row, attack)) for row in mine)
@@ -108,14 +112,16 @@ def _spread(row: Row, attack: str) -> tuple[float, float, float]:
 
 def _curves(axes: Any, rows: Sequence[Row], style: Mapping[str, Mapping[str, str]]) -> None:
     """The security curve at the smallest budget, where differences should show most."""
-    budgets = sorted({row.labels["budget"] for row in rows if "budget" in row.labels}, key=float)
+    costs = {row.labels["budget"]: row.mean("after", "macs") for row in rows if "budget" in row.labels}
+    budgets = sorted(costs, key=lambda budget: costs[budget])
     for row in rows:
-        if row.account != EPOCHS or row.labels.get("budget", budgets[0] if budgets else None) not in budgets[:1]:
+        if row.account != EPOCHS or row.labels.get("budget") not in (None, *budgets[:1]):
             continue
         curves = [cell["results"]["curve"] for cell in row.cells.values()]
         if not curves or not curves[0]:
             continue
-        clean = 100 * row.accuracy("clean").mean
+        n = int(curves[0][0]["n"])
+        clean = 100 * statistics.fmean(float(flags[:n].double().mean()) for flags in row.flags("clean"))
         radii = [0.0, *(point["eps"] for point in curves[0])]
         means = [
             clean,

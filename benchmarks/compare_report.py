@@ -27,7 +27,7 @@ PREAMBLE = (
     "Robust accuracy means AutoAttack (standard) at the stated radius; PGD-20 is a progress meter. Means over the "
     "seeds; in brackets the 95 % interval over seeds and test images together (`benchmarks/intervals.py`). Differences "
     "are in points, paired by seed and image; **bold** where the interval leaves out zero. Nothing is corrected for "
-    "the number of comparisons: of twenty rows, one is bold by chance."
+    "the number of comparisons: of twenty differences, one is bold by chance."
 )
 
 
@@ -75,7 +75,8 @@ class Row:
             a, b = flags_of(mine, attack), flags_of(theirs, attack)
             n = min(len(a), len(b))
             differences.append(a[:n].double() - b[:n].double())
-        return estimate(differences)
+        n = min(len(difference) for difference in differences)  # some may have been judged on more images than others
+        return estimate([difference[:n] for difference in differences], low=-1.0)
 
     def mean(self, *keys: str) -> float:
         """Mean of a number in the results."""
@@ -88,15 +89,15 @@ class Row:
         return statistics.fmean(values)
 
 
-_REPORTS: dict[int, RobustReport] = {}
+_REPORTS: dict[int, tuple[Record, RobustReport]] = {}
+"""By identity; the cell is held too, so that no other can come to have its identity."""
 
 
 def report_of(cell: Record) -> RobustReport:
     """The report of a cell, parsed once."""
-    key = id(cell)
-    if key not in _REPORTS:
-        _REPORTS[key] = RobustReport.from_json(cell["results"]["report"])
-    return _REPORTS[key]
+    if id(cell) not in _REPORTS:
+        _REPORTS[id(cell)] = (cell, RobustReport.from_json(cell["results"]["report"]))
+    return _REPORTS[id(cell)][1]
 
 
 def flags_of(cell: Record, attack: str) -> torch.Tensor:
@@ -121,12 +122,15 @@ def rows_of(grid: Grid, cells: Mapping[str, Record]) -> list[Row]:
     return list(found.values())
 
 
-def find(rows: Sequence[Row], arm: str, labels: Mapping[str, str], account: str) -> Row | None:
-    """The row of an arm at the same place; of an arm without a budget, the one it has."""
-    for wanted in ((arm, account), (arm, EPOCHS)):
-        for row in rows:
-            if (row.arm, row.account) == wanted and all(labels.get(k) == v for k, v in row.labels.items()):
-                return row
+def find(grid: Grid, rows: Sequence[Row], arm: str, labels: Mapping[str, str], account: str) -> Row | None:
+    """The row of an arm at the same place and under the same account; None where there is none.
+
+    What the others' training is matched to spends just that, and so stands under both accounts.
+    """
+    accounts = (MACS, EPOCHS) if account == MACS and arm == grid.matched_to else (account,)
+    for row in rows:
+        if row.arm == arm and row.account in accounts and all(labels.get(k) == v for k, v in row.labels.items()):
+            return row
     return None
 
 
@@ -135,7 +139,7 @@ def summarise(grid: Grid, out: Path) -> str:
     names = [cell.name for cell in grid.cells]
     cells, failures = read_cells(out, names), read_failures(out, names)
     rows = rows_of(grid, cells)
-    parts = [setting(grid, next(iter(cells.values()))), PREAMBLE]
+    parts = [setting(list(cells.values())), PREAMBLE]
     for account in (EPOCHS, MACS):
         for labels in _places(rows, account):
             parts.append(_section(grid, rows, labels, account))
@@ -155,19 +159,19 @@ def headline(grid: Grid, out: Path) -> str:
     head = ["arm", "MACs", "training MACs", "clean %", f"{judged} %", *(f"- {name}" for name in grid.baselines)]
     lines = []
     for row in sorted(rows, key=lambda r: (r.account != EPOCHS, -r.mean("after", "macs") // 1e3)):
-        whole = find(rows, grid.baselines[0], row.labels, row.account) if grid.baselines else None
+        whole = _whole(grid, rows, row.labels)
         line = [row.arm + (" (matched)" if row.account == MACS else "")]
         line.append(f"{row.mean('after', 'macs') / row.mean('before', 'macs'):.2f}")
         line.append(f"{row.mean('training', 'macs') / whole.mean('training', 'macs'):.2f}x" if whole else "")
         line += [f"{100 * row.accuracy('clean').mean:.1f}", row.accuracy(judged).points(signed=False)]
         for name in grid.baselines:
-            other = find(rows, name, row.labels, row.account)
+            other = find(grid, rows, name, row.labels, row.account)
             found = None if other is None or other is row else row.against(other, judged)
             text = "" if found is None else found.points(signed=True)
             line.append(f"**{text}**" if found is not None and found.significant else text)
         lines.append(line)
     state = f"{len(cells)} of {len(grid.cells)} cells finished."
-    return f"{table(head, lines)}\n\n{setting(grid, next(iter(cells.values())))} {state}"
+    return f"{table(head, lines)}\n\n{setting(list(cells.values()))} {state}"
 
 
 def verdict(grid: Grid, out: Path) -> str:
@@ -182,7 +186,7 @@ def verdict(grid: Grid, out: Path) -> str:
         for labels in _places(rows, account):
             mine = [r for r in rows if r.account == account and dict(r.labels) == dict(labels)]
             for name in grid.baselines:
-                other = find(rows, name, labels, account)
+                other = find(grid, rows, name, labels, account)
                 said = [_sorted_out(mine, other, attack) for attack in attacks] if other is not None else []
                 if any(said):
                     place = ", ".join(["" if not labels else _place(labels), account]).lstrip(", ")
@@ -202,12 +206,16 @@ def _sorted_out(rows: Sequence[Row], other: Row, attack: str) -> str:
     return f"{name} - {' / '.join(said)}" if said else ""
 
 
-def setting(grid: Grid, cell: Record) -> str:
+def setting(cells: Sequence[Record]) -> str:
     """What all cells share."""
+    cell = cells[0]
     s, report = cell["settings"], report_of(cell)
+    judges = ROBUST in attacks_of(cells)
     data, model, before = s["data"], s["model"], cell["results"]["before"]
     arguments = ", ".join(f"{key}={value}" for key, value in model["kwargs"].items() if key != "num_classes")
-    judged = [f"AutoAttack ({r.suite}) on the first {r.n}" for r in report.attacks if r.name == ROBUST]
+    fewest, most = (f(flags_of(c, ROBUST).numel() for c in cells) for f in (min, max)) if judges else (0, 0)
+    count = f"{fewest}" if fewest == most else f"{fewest} (some cells: {most})"
+    judged = [f"AutoAttack ({r.suite}) on the first {count}" for r in report.attacks if r.name == ROBUST]
     objective = s["objective"]
     steps = f" with {objective['steps']} steps" if "steps" in objective else ""
     return (
@@ -243,9 +251,9 @@ def _place(labels: Mapping[str, str]) -> str:
 def _section(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str], account: str) -> str:
     mine = [r for r in rows if r.account == account and dict(r.labels) == dict(labels)]
     free = [r for r in rows if r not in mine and r.account == EPOCHS and "budget" not in r.labels]
-    free = [r for r in free if "budget" in labels and all(labels.get(k) == v for k, v in r.labels.items())]
-    if "budget" not in labels and account == MACS and (whole := find(rows, grid.baselines[0], labels, account)):
-        free = [whole]
+    free = [r for r in free if all(labels.get(k) == v for k, v in r.labels.items())]
+    if account == MACS:
+        free = [r for r in free if r.arm == grid.matched_to]
     place = _place(labels) or "all arms"
     note = (
         "Every arm trains for the same number of epochs; what that cost is in the last columns."
@@ -256,15 +264,21 @@ def _section(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str], account
     return f"### {place[:1].upper() + place[1:]}, {account}\n\n{note}\n\n{shown}"
 
 
+def _whole(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str]) -> Row | None:
+    """The row whose training cost is the unit: what others are matched to, else the first baseline."""
+    name = grid.matched_to or next(iter(grid.baselines), None)
+    return None if name is None else find(grid, rows, name, labels, EPOCHS)
+
+
 def _table(grid: Grid, mine: Sequence[Row], rows: Sequence[Row], labels: Mapping[str, str], account: str) -> str:
     attacks = attacks_of(mine[0].cells.values())
-    baselines = {name: find(rows, name, labels, account) for name in grid.baselines}
+    baselines = {name: find(grid, rows, name, labels, account) for name in grid.baselines}
     head = ["arm", "seeds", "MACs", "params", *(f"{attack} %" for attack in attacks)]
     judged = ROBUST if ROBUST in attacks else attacks[-1]
     compared = [a for a in ("pgd-20", judged) if a in attacks]
     head += [f"{attack} - {name}" for name in baselines for attack in compared]
     head += ["training MACs", "seconds"]
-    whole = find(rows, grid.baselines[0], labels, account) if grid.baselines else None
+    whole = _whole(grid, rows, labels)
     lines = []
     for row in mine:
         line = [row.arm, str(len(row.cells))]

@@ -9,7 +9,7 @@
       none: {strategy: none}
       uniform: {strategy: uniform}
       grape: {strategy: grape}
-      grape-retrained: {retrain: grape}  # grape's final architecture, from scratch, the same recipe and epochs
+      grape-retrained: {retrain: grape}  # grape's final architecture, from scratch, under the same changes
     baselines: [none, uniform]           # arms that the others are compared with, seed by seed
     matched:                             # a second accounting: as much training compute as `to` of the same seed
       to: none
@@ -78,6 +78,8 @@ class Grid:
         base: The recipe that all cells share, as plain data.
         cells: In the order to run them: parents first, seed by seed.
         baselines: Arms that the others are compared with.
+        matched_to: The arm whose training compute others are matched to; None where none are.
+        arms: Names of the arms.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Grid:
     base: Mapping[str, Any]
     cells: tuple[Cell, ...]
     baselines: tuple[str, ...] = ()
+    matched_to: str | None = None
     arms: tuple[str, ...] = field(default=())
 
     def recipe(self, cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> RunRecipe:
@@ -116,35 +119,20 @@ def read_grid(path: str | Path) -> Grid:
     path = Path(path)
     value = read_yaml(path)
     problems = Problems(f"{path.name} cannot be used")
-    for key in value:
-        if key not in KEYS:
-            problems.add(f"key {key!r} does not exist{nearest(key, KEYS)}")
-    for key in ("recipe", "arms"):
-        if not value.get(key):
-            problems.add(f"key {key!r} is missing")
-    axes, arms = value.get("axes") or {}, value.get("arms") or {}
-    for key in axes:
-        if key not in AXES:
-            problems.add(f"axis {key!r} does not exist{nearest(str(key), AXES)}")
-    baselines, matched = tuple(value.get("baselines") or ()), value.get("matched") or {}
-    known = {
-        **{name: "baselines" for name in baselines},
-        **{name: "matched" for name in matched.get("arms", ())},
-        **({matched["to"]: "matched"} if "to" in matched else {}),
-        **{arm["retrain"]: "retrain" for arm in arms.values() if isinstance(arm, dict) and "retrain" in arm},
-    }
-    for name, place in known.items():
-        if name not in arms:
-            problems.add(f"{place}: there is no arm {name!r}{nearest(str(name), arms)}")
+    _check(value, problems)
     problems.raise_if_any()
+    axes, arms, matched = value.get("axes") or {}, value["arms"], value.get("matched") or {}
     base = read_yaml(ROOT / value["recipe"])
+    if base.get("epochs") is None and "epochs" not in axes:
+        problems.add(f"{value['recipe']} says no epochs: a grid compares runs of known length")
     cells = tuple(_cells(axes, arms, matched))
     grid = Grid(
         name=path.stem,
         about=str(value.get("about", "")),
         base=base,
         cells=cells,
-        baselines=baselines,
+        baselines=tuple(value.get("baselines") or ()),
+        matched_to=matched.get("to"),
         arms=tuple(arms),
     )
     checked: list[Any] = []
@@ -159,6 +147,45 @@ def read_grid(path: str | Path) -> Grid:
             problems.add(f"cell {cell.name}: {error}")
     problems.raise_if_any()
     return grid
+
+
+def _check(value: Mapping[str, Any], problems: Problems) -> None:
+    """Note what is wrong with the shape of a grid, and names that it does not have."""
+    for key in value:
+        if key not in KEYS:
+            problems.add(f"key {key!r} does not exist{nearest(key, KEYS)}")
+    for key in ("recipe", "arms"):
+        if not value.get(key):
+            problems.add(f"key {key!r} is missing")
+    axes, arms, matched = (value.get(key) or {} for key in ("axes", "arms", "matched"))
+    for key, found in (("axes", axes), ("arms", arms), ("matched", matched)):
+        if not isinstance(found, Mapping):
+            problems.add(f"{key}={found!r}: give names and values")
+    problems.raise_if_any()
+    for key, axis in axes.items():
+        if key not in AXES:
+            problems.add(f"axis {key!r} does not exist{nearest(str(key), AXES)}")
+        if not isinstance(axis, list | Mapping) or not axis:
+            problems.add(f"axis {key!r}: give a list of values, or labels with values, not {axis!r}")
+    for name, arm in arms.items():
+        if not isinstance(arm, Mapping):
+            problems.add(f"arm {name!r}: give what it changes in the recipe, such as {{strategy: grape}}, not {arm!r}")
+    problems.raise_if_any()
+    named = [("baselines", name) for name in value.get("baselines") or ()]
+    named += [("retrain", arm["retrain"]) for arm in arms.values() if "retrain" in arm]
+    if matched:
+        if sorted(matched) != ["arms", "to"]:
+            problems.add(f"matched has {', '.join(sorted(matched))}: it needs 'arms' and 'to', and nothing else")
+        named += [("matched", name) for name in (*matched.get("arms", ()), matched.get("to"))]
+    for place, name in named:
+        if name not in arms:
+            problems.add(f"{place}: there is no arm {name!r}{nearest(str(name), arms)}")
+    before: list[str] = []
+    for name, arm in arms.items():
+        parent = arm.get("retrain")
+        if parent in arms and (parent not in before or "retrain" in arms[parent]):
+            problems.add(f"arm {name!r} retrains {parent!r}, which must come before it and not be a retraining itself")
+        before.append(name)
 
 
 def _cells(
@@ -199,8 +226,6 @@ def _points(axis: Any) -> list[tuple[str, Any]]:
         return [("", None)]
     if isinstance(axis, Mapping):
         return [(str(label), value) for label, value in axis.items()]
-    if not isinstance(axis, list) or not axis:
-        raise InputError(f"an axis is a list of values, or labels with values, not {axis!r}")
     return [(str(value), value) for value in axis]
 
 
@@ -213,8 +238,11 @@ def _cell(
     account: str,
 ) -> Cell:
     retrain = changes.pop("retrain", None)
+    if retrain is not None:  # the same budget and training as the parent's
+        changes = merged({key: change for key, change in arms[retrain].items() if key != "strategy"}, changes)
     labels, place = dict(labels), dict(place)
-    if changes.get("strategy") == "none":
+    strategy = changes.get("strategy")
+    if (strategy.get("name") if isinstance(strategy, Mapping) else strategy) == "none":
         labels.pop("budget", None)
         place.pop("budget", None)
     parts = [arm, *labels.values(), *(["matched"] if account == MACS else []), f"s{place['seed']}"]

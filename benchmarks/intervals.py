@@ -4,6 +4,7 @@ Two things vary: training (the seeds) and the choice of test images. The interva
 half-width = sqrt((t x s / sqrt(k))^2 + (1.96 x e)^2), where s is the standard deviation over the k seeds, t Student's
 quantile with k - 1 degrees of freedom, and e the standard error over the images of the flags averaged over the seeds.
 (The spread over seeds holds a part of the images' noise already, so the interval is rather too wide than too narrow.)
+For e, two imaginary images are added, one at each end of the scale: where all images agree they are still a sample.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ class Estimate:
         return f"{mean} [{form.format(100 * self.low)}, {form.format(100 * self.high)}]"
 
 
-def estimate(per_seed: Sequence[torch.Tensor]) -> Estimate:
+def estimate(per_seed: Sequence[torch.Tensor], *, low: float = 0.0, high: float = 1.0) -> Estimate:
     """Mean and interval of values given by seed and image.
 
     Args:
         per_seed: For every seed `[N]` numbers, of the same images in the same order: flags, or differences of flags.
+        low: The least that a value can be: 0 for flags, -1 for differences.
+        high: The most.
     """
     values = torch.stack([v.double() for v in per_seed])
     seeds, images = values.shape
@@ -66,7 +69,9 @@ def estimate(per_seed: Sequence[torch.Tensor]) -> Estimate:
     if seeds < 2:
         half = math.inf
     else:
-        training = STUDENT.get(seeds - 1, 2.2) * statistics.stdev(means) / math.sqrt(seeds)
-        sampling = 1.96 * float(values.mean(0).std()) / math.sqrt(images) if images > 1 else math.inf
+        training = STUDENT.get(seeds - 1, 2.26) * statistics.stdev(means) / math.sqrt(seeds)
+        padded = torch.cat([values.mean(0), torch.tensor([low, high], dtype=torch.float64)])
+        sampling = 1.96 * float(padded.std()) / math.sqrt(images + 2)
         half = math.hypot(training, sampling)
-    return Estimate(mean=mean, low=mean - half, high=mean + half, seeds=seeds, images=images, values=tuple(means))
+    bounds = (mean - half, mean + half) if seeds < 2 else (max(low, mean - half), min(high, mean + half))
+    return Estimate(mean=mean, low=bounds[0], high=bounds[1], seeds=seeds, images=images, values=tuple(means))

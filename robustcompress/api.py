@@ -220,6 +220,7 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
         "seed": goal.seed,
         **{name: settings[name] for name in ("objective", "recipe", "epochs", "pretrained", "round_to")},
     }
+    identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key != "compile"}  # how, not what
     return Journal(
         request.checkpoint,
         identity,
@@ -300,7 +301,7 @@ def _check_budget(
                 f"{human(limit)} {unit} cannot be reached: with every group at its narrowest {human(low)} are left; "
                 f"raise the budget, lower round_to={round_to}, or start from a smaller model"
             )
-    if strategy.direction == "prune" and budget.allows(reference, reference):
+    if strategy.direction == "prune" and not strategy.given_shape and budget.allows(reference, reference):
         problems.add(
             f"the model already meets {budget} ({human(reference.macs)} MACs, {human(reference.params)} parameters); "
             "lower the budget, or use strategy='none' to train it as it is"

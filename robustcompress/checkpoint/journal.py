@@ -223,6 +223,7 @@ class Journal:
         for name in sorted(identity.keys() | self._identity.keys()):
             then, now = identity.get(name), self._identity.get(name)
             if then != now:
+                then, now = _differing(then, now)
                 problems.add(f"{name}: {_short(then)} there, {_short(now)} here")
         problems.raise_if_any(InputError)
         for name in sorted(versions.keys() | self._versions.keys()):
@@ -252,6 +253,14 @@ class Journal:
             "this point. Did the code change? A strategy must put what it decides by looking at weights through "
             f"session.decide(); {self._remedy}"
         )
+
+
+def _differing(then: Any, now: Any) -> tuple[Any, Any]:
+    """Of two mappings only what differs: the rest would hide it."""
+    if not isinstance(then, Mapping) or not isinstance(now, Mapping):
+        return then, now
+    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    return {key: then.get(key) for key in keys}, {key: now.get(key) for key in keys}
 
 
 def _short(value: Any) -> str:

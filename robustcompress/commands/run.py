@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change a key of the recipe; dots lead inside, as in training.lr=0.05",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="save the result here; must not exist")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="keep a checkpoint here; the same command then goes on from it"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--check", action="store_true", help="only check the recipe and its data, and show it in full")
@@ -58,7 +61,13 @@ def run(arguments: argparse.Namespace) -> Output:
     data = recipe.load_data()
     if arguments.check:
         return _shown(recipe)
-    result = recipe.run(data, device=device, progress=not arguments.quiet)
+    result = recipe.run(
+        data,
+        device=device,
+        progress=not arguments.quiet,
+        out=arguments.out,
+        checkpoint=arguments.checkpoint,
+    )
     if arguments.quiet:
         report = recipe.judge(result, data, device=device)
     else:
@@ -68,7 +77,7 @@ def run(arguments: argparse.Namespace) -> Output:
     result = replace(result, report=report)
     saved = "nothing was saved: pass --out DIR to keep the model"
     if arguments.out is not None:
-        result.save(arguments.out)
+        result.save(arguments.out, overwrite=True)  # now with the report; the network was saved before it was attacked
         saved = f"saved to {arguments.out}; next: robustcompress export --onnx {arguments.out}"
     parts: list[Any] = [str(result), ""]
     if curve:

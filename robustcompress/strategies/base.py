@@ -28,6 +28,8 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     direction: ClassVar[Direction]
+    given_shape: ClassVar[bool] = False
+    """Whether the widths are the caller's: a budget that the reference meets already is then no mistake."""
 
     @abstractmethod
     def run(self, session: Session) -> None:

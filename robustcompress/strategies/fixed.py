@@ -61,6 +61,7 @@ class Fixed(Strategy):
 
     name: ClassVar[str] = "fixed"
     direction: ClassVar[Direction] = "prune"
+    given_shape: ClassVar[bool] = True
     widths: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -55,12 +55,9 @@ class _Meter:
     started: float = field(default_factory=time.perf_counter)
 
     def read(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.started
-        metrics = {
-            "loss": float(self.loss) / max(1, self.seen),
-            "robust": float(self.right) / max(1, self.seen),
-            "images_per_s": self.seen / max(seconds, 1e-9),
-        }
+        metrics = {"loss": float(self.loss) / max(1, self.seen), "robust": float(self.right) / max(1, self.seen)}
+        # Only now: reading waited for the device to finish what it was given.
+        metrics["images_per_s"] = self.seen / max(time.perf_counter() - self.started, 1e-9)
         if self.clean_seen:
             metrics["clean"] = float(self.clean_right) / self.clean_seen
         return metrics

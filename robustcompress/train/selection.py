@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 SELECTIONS = 8
-"""At most so many epochs of a selecting phase are attacked on the validation split."""
+"""About so many epochs of a selecting phase are attacked on the validation split: from 8 to 15, and all of fewer."""
 
 
 class Selection:

@@ -58,6 +58,10 @@ def test_every_strategy_can_be_written_and_read(name: str) -> None:
         ({"training": 3}, "training=3: give keys and values"),
         ({"evaluate": {"attacks": ["pdg-20"]}}, "pdg-20"),
         ({"evaluate": {"images": 0}}, "images=0"),
+        ({"evaluate": {"attacks": "autoattack"}}, "attacks='autoattack': must be a list"),
+        ({"evaluate": {"attacks": ["clean"], "autoattack_images": 9}}, "'autoattack' is not among the attacks"),
+        ({"evaluate": {"curve": 0.1}}, "curve=0.1: must be a list"),
+        ({"evaluate": {"curve": [0.1, -1]}}, "-1"),
         ({"epochs": "many"}, "epochs='many': must be a number"),
         ({"seed": True}, "seed=True: must be a whole number"),
     ],
@@ -94,7 +98,13 @@ def test_merging() -> None:
     assert merged(base, {"strategy": {"name": "grape", "beta": 0.0}})["strategy"]["events"] == 3
     assert merged(base, {"strategy": {"name": "hydra"}})["strategy"] == {"name": "hydra"}
     assert merged(base, {"strategy": "hydra"})["strategy"] == "hydra"
+    assert merged({"strategy": "grape"}, {"strategy": {"events": 2}})["strategy"] == {"name": "grape", "events": 2}
     assert base["training"] == {"lr": 0.1, "ema": 0.9}, "what is laid over does not change what is below"
+
+
+def test_numbers_that_yaml_reads_as_text() -> None:
+    recipe = RunRecipe.from_mapping(SMALL | {"training": yaml.safe_load("{lr: 1e-3, weight_decay: 5e-4}")})
+    assert recipe.training.lr == 1e-3 and recipe.training.weight_decay == 5e-4
 
 
 def test_the_seed_draws_the_weights_and_not_the_split() -> None:

@@ -1,0 +1,178 @@
+"""`RunRecipe`: one run, from data to AutoAttack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from robustcompress.api import compress
+from robustcompress.budget import Budget
+from robustcompress.data import DataSplits, load_data
+from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.models import ModelSpec
+from robustcompress.recipe.plain import read_yaml
+from robustcompress.recipe.reading import READERS, Evaluation, attempt
+from robustcompress.result import CompressResult
+from robustcompress.robust import RobustReport, ThreatModel, evaluate
+from robustcompress.robust.objectives import PGDAT, Objective
+from robustcompress.strategies import Strategy
+from robustcompress.train import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecipe:
+    """One run: the arguments of `compress()`, and how its result is judged.
+
+    Attributes:
+        model: The reference.
+        strategy: How to compress.
+        data: Arguments of `load_data`.
+        budget: What the result may cost.
+        threat: What it must withstand.
+        objective: Loss of every phase.
+        training: Optimizer, learning rate, averaging and the like.
+        evaluate: How the result is judged.
+        epochs: Passes over the training images; None for the default.
+        round_to: Multiple of which widths are; None for the default.
+        seed: Seeds weights and training.
+        about: What the run is for, in a sentence.
+    """
+
+    model: ModelSpec
+    strategy: Strategy
+    data: Mapping[str, Any] = field(default_factory=lambda: {"source": "digits"})
+    budget: Budget = Budget(macs=0.5)
+    threat: ThreatModel = ThreatModel("linf", 8 / 255)
+    objective: Objective = field(default_factory=PGDAT)
+    training: Recipe = field(default_factory=Recipe)
+    evaluate: Evaluation = field(default_factory=Evaluation)
+    epochs: float | None = None
+    round_to: int | None = None
+    seed: int = 0
+    about: str = ""
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunRecipe:
+        """Read a YAML file.
+
+        Raises:
+            InputError: It cannot be read, or says something that does not exist; everything wrong is listed.
+        """
+        try:
+            return cls.from_mapping(read_yaml(path))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_mapping(cls, value: Mapping[str, Any]) -> RunRecipe:
+        """Build a recipe from plain data: what a YAML file holds, or `to_json` wrote.
+
+        Raises:
+            InputError: Listing all that is wrong, with the nearest name for every unknown one.
+        """
+        problems = Problems("the recipe cannot be used")
+        known = [entry.name for entry in fields(cls)]
+        for key in value:
+            if key not in known:
+                problems.add(f"key {key!r} does not exist{nearest(str(key), known)}")
+        for key in ("model", "strategy"):
+            if value.get(key) is None:
+                problems.add(f"key {key!r} is missing")
+        made: dict[str, Any] = {}
+        for key, make in READERS.items():
+            if value.get(key) is not None:
+                made[key] = attempt(problems, lambda make=make, key=key: make(value[key]))  # type: ignore[misc]
+        for key, kinds, kind in (
+            ("epochs", (int, float), "a number"),
+            ("round_to", (int,), "a whole number"),
+            ("seed", (int,), "a whole number"),
+            ("about", (str,), "a text"),
+        ):
+            found = value.get(key)
+            if found is not None and (isinstance(found, bool) or not isinstance(found, kinds)):
+                problems.add(f"{key}={found!r}: must be {kind}")
+            elif found is not None:
+                made[key] = found
+        problems.raise_if_any()
+        return cls(**made)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain JSON, from which `from_mapping` makes an equal one."""
+        value = {
+            "model": self.model.to_json(),
+            "strategy": self.strategy.to_json(),
+            "data": dict(self.data),
+            "budget": self.budget.to_json(),
+            "threat": self.threat.to_json(),
+            "objective": self.objective.to_json(),
+            "training": self.training.to_json(),
+            "evaluate": asdict(self.evaluate),
+            "epochs": self.epochs,
+            "round_to": self.round_to,
+            "seed": self.seed,
+            "about": self.about,
+        }
+        parsed: dict[str, Any] = json.loads(json.dumps(value))
+        return parsed
+
+    def load_data(self) -> DataSplits:
+        """Load the images; the split is drawn by the data's own seed, so that runs with other seeds share it."""
+        options = dict(self.data)
+        return load_data(options.pop("source", None), **options)
+
+    def run(self, data: DataSplits | None = None, **options: Any) -> CompressResult:
+        """Compress, without a report (see `judge`).
+
+        Args:
+            data: What `load_data` returned, to load it once for many runs.
+            options: Further arguments of `compress()`: device, out, progress, ...
+        """
+        data = data or self.load_data()
+        spec = ModelSpec(self.model.name, {"num_classes": data.num_classes, **self.model.kwargs})
+        return compress(
+            spec,
+            self.strategy,
+            data=data,
+            budget=self.budget,
+            threat=self.threat,
+            objective=self.objective,
+            epochs=self.epochs,
+            recipe=self.training,
+            round_to=self.round_to,
+            attacks=(),
+            seed=self.seed,
+            **options,
+        )
+
+    def judge(self, result: CompressResult, data: DataSplits, **options: Any) -> RobustReport:
+        """Attack the test images as the recipe says; `options` go to `evaluate()`."""
+        judged = self.evaluate
+        return evaluate(
+            result.model,
+            data.test,
+            self.threat,
+            attacks=judged.attacks,
+            max_images=judged.images,
+            autoattack_images=judged.autoattack_images,
+            **options,
+        )
+
+    def security_curve(self, result: CompressResult, data: DataSplits, **options: Any) -> list[dict[str, float]]:
+        """PGD-20 accuracy at each radius of the curve: `{"eps", "n", "accuracy"}`; `options` go to `evaluate()`."""
+        points = []
+        for eps in self.evaluate.curve:
+            threat = ThreatModel(self.threat.norm, eps)
+            report = evaluate(
+                result.model,
+                data.test,
+                threat,
+                attacks=("clean", "pgd-20"),
+                max_images=self.evaluate.curve_images or self.evaluate.images,
+                **options,
+            )
+            found = report.result("pgd-20")
+            points.append({"eps": eps, "n": found.n, "accuracy": found.accuracy})
+        return points
