@@ -17,7 +17,7 @@ import torch
 from benchmarks.common import FORMAT, commit, hardware, read_json, write_text
 from benchmarks.grid import Cell
 from benchmarks.training_cost import training_cost
-from robustcompress import CompressResult, OutOfTime, RobustReport, StructuralEditor, load, machine
+from robustcompress import CompressResult, Fixed, OutOfTime, RobustReport, load, machine
 from robustcompress.data import DataSplits
 from robustcompress.recipe import RunRecipe
 from robustcompress.robust import AutoAttackConfig
@@ -43,6 +43,7 @@ class Job:
         progress: Show progress.
         until: On the clock of `time.time`, when to stop and keep what is there; None for never.
         keep: Leave the trained network in `state` afterwards.
+        judge_s: Seconds that judging takes at least: it is not begun when less is left.
         autoattack: Cuts AutoAttack short for a smoke run; None for the standard suite.
     """
 
@@ -58,6 +59,7 @@ class Job:
     progress: bool = False
     until: float | None = None
     keep: bool = False
+    judge_s: float = 0.0
     autoattack: AutoAttackConfig | None = None
 
 
@@ -75,18 +77,22 @@ def run_job(job: Job) -> dict[str, Any]:
     except OutOfTime as stop:
         return {"name": job.cell.name, "stopped": str(stop)}
     except Exception as error:  # whatever it was, the other cells shall go on and the table shall say so
-        record = {
-            "format": FORMAT,
-            "name": job.cell.name,
-            "error": f"{type(error).__name__}: {error}",
-            "traceback": traceback.format_exc(limit=-3),
-        }
-        write_text(failed, json.dumps(record, indent=1) + "\n")
-        return record
+        return note_failure(job.out, job.cell.name, error)
     write_text(job.out / f"{job.cell.name}.json", compact_json(record))
     failed.unlink(missing_ok=True)
     if not job.keep:
         shutil.rmtree(job.state, ignore_errors=True)
+    return record
+
+
+def note_failure(out: Path, name: str, error: BaseException) -> dict[str, Any]:
+    """Write down that a cell failed, and where; what it says of places on this machine stays here."""
+    said = f"{type(error).__name__}: {error}"
+    for place in (out.resolve(), out, Path.cwd(), Path.home()):
+        said = said.replace(f"{place}/", "")
+    frames = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+    record = {"format": FORMAT, "name": name, "error": said, "frames": frames[-8:]}
+    write_text(out / FAILED / f"{name}.json", json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -107,18 +113,27 @@ def data_of(recipe: RunRecipe, directory: str | None) -> DataSplits:
     return _DATA[key]
 
 
+_DESCRIBED: dict[int, tuple[DataSplits, dict[str, Any]]] = {}
+"""By identity, and held: hashing all images takes seconds."""
+
+
 def describe_data(data: DataSplits) -> dict[str, Any]:
     """Name, hash and sizes of the images. Of a directory only the last part: where it lies is nobody's business."""
-    sizes = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
-    return {"name": Path(data.name).name, "sha256": data.sha256} | sizes
+    if id(data) not in _DESCRIBED:
+        sizes = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+        _DESCRIBED[id(data)] = (data, {"name": Path(data.name).name, "sha256": data.sha256} | sizes)
+    return dict(_DESCRIBED[id(data)][1])
 
 
-def settings_of(recipe: RunRecipe, data: DataSplits) -> dict[str, Any]:
-    """All that a cell's result depends on: two cells with equal settings are the same run."""
+def settings_of(recipe: RunRecipe, data: DataSplits, device: str = "cpu") -> dict[str, Any]:
+    """All that a cell's result depends on: two cells with equal settings are the same run.
+
+    Runs on a CPU and on a GPU are not: the precision differs.
+    """
     value = recipe.to_json()
     value["data"] = describe_data(data)
     del value["about"], value["training"]["compile"]  # how fast, not what
-    return value
+    return value if torch.device(device).type == "cpu" else value | {"device": torch.device(device).type}
 
 
 def measure_cell(job: Job) -> dict[str, Any]:
@@ -131,12 +146,10 @@ def measure_cell(job: Job) -> dict[str, Any]:
     data = data_of(recipe, job.data)
     job.state.mkdir(parents=True, exist_ok=True)
     cuda = torch.device(job.device).type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     result = _train(job, recipe, data)
     training = _cost(recipe, data, result) | {"seconds": round(_clock(job, "training"), 2)}
     if cuda:
-        training["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        training["peak_memory_bytes"] = round(_clock(job, "memory"))
     report, curve = _judge(job, recipe, data, result)
     return {
         "format": FORMAT,
@@ -148,7 +161,7 @@ def measure_cell(job: Job) -> dict[str, Any]:
         "account": job.cell.account,
         "seed": job.cell.seed,
         "command": job.command,
-        "settings": settings_of(recipe, data),
+        "settings": settings_of(recipe, data, job.device),
         "recipe": recipe.to_json(),
         "hardware": hardware(job.threads) | ({"gpu": torch.cuda.get_device_name()} if cuda else {}),
         "versions": machine.versions(),
@@ -172,7 +185,7 @@ def _train(job: Job, recipe: RunRecipe, data: DataSplits) -> CompressResult:
     saved = job.state / "result"
     if saved.is_dir():
         return load(saved)
-    with _timed(job, "training"):
+    with _timed(job, "training"), _on_gpu(job):
         return recipe.run(
             data,
             device=job.device,
@@ -187,6 +200,9 @@ def _judge(
     job: Job, recipe: RunRecipe, data: DataSplits, result: CompressResult
 ) -> tuple[RobustReport, list[dict[str, float]]]:
     """Attack the test images; AutoAttack's finished chunks are kept."""
+    left = _left(job)
+    if left is not None and left < job.judge_s:
+        raise OutOfTime(f"trained; judging it takes more than the {left:.0f} s that are left")
     with _timed(job, "evaluation"):
         report = recipe.judge(
             result,
@@ -194,7 +210,7 @@ def _judge(
             device=job.device,
             resume_dir=job.state / "attacks",
             autoattack_config=job.autoattack,
-            time_limit_s=_left(job),
+            time_limit_s=None if left is None else max(0.001, left - job.judge_s / 2),
         )
         for found in report.attacks:
             if found.name == "autoattack" and found.n < min(recipe.evaluate.autoattack_images or report.n, report.n):
@@ -231,23 +247,39 @@ def _left(job: Job) -> float | None:
 
 
 @contextlib.contextmanager
+def _on_gpu(job: Job) -> Iterator[None]:
+    """Train as a GPU likes it, and note the most memory that any piece of the training took."""
+    if torch.device(job.device).type != "cuda":
+        yield
+        return
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # a phase has one shape
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+        most = max(_clock(job, "memory"), torch.cuda.max_memory_allocated())
+        write_text(job.state / "memory-so-far", f"{most}")
+
+
+@contextlib.contextmanager
 def _timed(job: Job, what: str) -> Iterator[None]:
     """Add the time that this takes to what it took before a stop."""
     before, start = _clock(job, what), time.perf_counter()
     try:
         yield
     finally:
-        write_text(job.state / f"{what}-seconds", f"{before + time.perf_counter() - start}")
+        write_text(job.state / f"{what}-so-far", f"{before + time.perf_counter() - start}")
 
 
 def _clock(job: Job, what: str) -> float:
-    path = job.state / f"{what}-seconds"
+    path = job.state / f"{what}-so-far"
     return float(path.read_text()) if path.is_file() else 0.0
 
 
 def _widths(result: CompressResult) -> dict[str, int]:
-    editor = StructuralEditor(result.model, torch.zeros(2, *result.image_shape))
-    return {group.name: group.width for group in editor.editable}
+    """What `fixed` needs to take this shape again."""
+    return dict(Fixed.of(result).widths)
 
 
 def _cost(recipe: RunRecipe, data: DataSplits, result: CompressResult) -> dict[str, Any]:

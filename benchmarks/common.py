@@ -30,8 +30,15 @@ FORMAT = 1
 _ABSOLUTE = re.compile(r"^(/|~|\.\./|[A-Za-z]:[\\/])")
 
 
-def make_parser(module: str, description: str | None, *, example: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has; its help opens with the module's own header."""
+def make_parser(module: str, description: str | None, *, example: str, cells: bool = False) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has; its help opens with the module's own header.
+
+    Args:
+        module: The benchmark's name.
+        description: Its header.
+        example: A command line.
+        cells: Its runs are cells of a grid, which say their own seeds.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}",
         description=description,
@@ -40,7 +47,8 @@ def make_parser(module: str, description: str | None, *, example: str) -> argpar
     )
     parser.add_argument("--quick", action="store_true", help="a small run that proves the script works, no figure")
     parser.add_argument("--threads", type=positive, default=1, help="torch threads (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and images (default: %(default)s)")
+    if not cells:
+        parser.add_argument("--seed", type=int, default=0, help="seed of weights and images (default: %(default)s)")
     return parser
 
 

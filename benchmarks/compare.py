@@ -22,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import STATE, Job, data_of, read_cells, read_failures, run_job, settings_of
+from benchmarks.cells import STATE, Job, data_of, note_failure, read_cells, read_failures, run_job, settings_of
 from benchmarks.common import RESULTS, ROOT, command, make_parser, positive
 from benchmarks.grid import Cell, Grid, read_grid, select
 from robustcompress.errors import RobustCompressError
@@ -76,21 +76,34 @@ class _Scheduler:
 
     def run(self) -> int:
         there = read_cells(self.out, [cell.name for cell in self.cells])
-        waiting = list(self.cells)
+        waiting = self._adopt(list(self.cells), there)
+        while self._time_left() and self._next(waiting) is not None:
+            waiting = self._work(waiting, there)
+        return self._close(waiting)
+
+    def _work(self, waiting: list[Cell], there: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+        """Run cells until none is left that can run, the time is over, or a worker dies; returns those that wait."""
         running: dict[Future[dict[str, Any]], Cell] = {}
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.options.workers, mp_context=context, initializer=_die_with_parent) as pool:
             while True:
-                waiting = self._adopt(waiting, there)
                 while len(running) < self.options.workers and self._time_left() and (cell := self._next(waiting)):
                     waiting.remove(cell)
                     running[pool.submit(run_job, self._job(cell))] = cell
                 if not running:
-                    break
+                    return waiting
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    self._note(running.pop(future), future, len(waiting) + len(running))
-        return self._close(waiting)
+                    cell = running.pop(future)
+                    try:
+                        record = future.result()
+                    except BrokenProcessPool:  # nobody can say whose process it was that died
+                        for lost in (cell, *running.values()):
+                            died = RuntimeError("a worker process was killed (too little memory?)")
+                            self._note(lost, note_failure(self.out, lost.name, died), len(waiting))
+                        return waiting
+                    self._note(cell, record, len(waiting) + len(running))
+                waiting = self._adopt(waiting, there)
 
     def _adopt(self, waiting: list[Cell], there: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
         """Take over cells that were finished before with the settings they would have now."""
@@ -98,7 +111,10 @@ class _Scheduler:
         for cell in waiting:
             if cell.name in there and all(parent in self.finished for parent in cell.parents):
                 recipe = self._recipe(cell)
-                if settings_of(recipe, data_of(recipe, self.options.data)) == there[cell.name]["settings"]:
+                if (
+                    settings_of(recipe, data_of(recipe, self.options.data), self.options.device)
+                    == there[cell.name]["settings"]
+                ):
                     self.finished[cell.name] = there[cell.name]
                     continue
                 if not self.options.overwrite:
@@ -137,11 +153,7 @@ class _Scheduler:
     def _time_left(self) -> bool:
         return self.until is None or time.time() < self.until
 
-    def _note(self, cell: Cell, future: Future[dict[str, Any]], left: int) -> None:
-        try:
-            record = future.result()
-        except BrokenProcessPool:
-            raise SystemExit(f"{cell.name}: its process was killed (too little memory?); the others are kept") from None
+    def _note(self, cell: Cell, record: Mapping[str, Any], left: int) -> None:
         minutes = (time.monotonic() - self.start) / 60
         at = f"[{minutes:5.1f} min, {left} left]"
         if "stopped" in record:
@@ -200,7 +212,7 @@ def _list(grid: Grid, cells: Sequence[Cell], out: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
-        MODULE, __doc__, example="python -m benchmarks.compare benchmarks/grids/digits.yaml --workers 2"
+        MODULE, __doc__, example="python -m benchmarks.compare benchmarks/grids/digits.yaml --workers 2", cells=True
     )
     add = parser.add_argument
     add("grid", type=Path, help=f"a grid, such as {Path('benchmarks/grids/digits.yaml')}")

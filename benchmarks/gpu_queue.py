@@ -10,13 +10,12 @@ images/s, and which share of the machine's measured peak of bf16 matrix products
 
 `--state` holds what runs go on from. A checkpoint of ResNet-18 is 179 MB; `--carry DIR` leaves a copy at the end that
 is small enough to carry to another machine (45 MB, in files of at most 15 MiB, rounded: the run goes on approximately),
-and takes it up again at the beginning of the next call.
+and takes it up again at the beginning of the next call. See `benchmarks/carry.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,13 +25,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.carry import check, leave, take_up
 from benchmarks.cells import Job, data_of, extend, read_cells, read_failures, run_job, settings_of
 from benchmarks.common import RESULTS, ROOT, command, make_parser
-from benchmarks.gpu_speed import Speed, measure_speed
+from benchmarks.gpu_speed import Speed, known_speed, shapes_of
 from benchmarks.grid import Cell, Grid, read_grid, select
-from robustcompress import checkpoint
 from robustcompress.errors import InputError, RobustCompressError
-from robustcompress.recipe import merged
+from robustcompress.recipe import RunRecipe, merged
 from robustcompress.robust import AutoAttackConfig
 
 MODULE = "gpu_queue"
@@ -48,8 +47,12 @@ SMOKE: dict[str, Any] = {
 SMOKE_AUTOATTACK = AutoAttackConfig(
     apgd_iterations=2, fab_iterations=2, square_queries=5, target_classes=2, chunk_size=4
 )
-RESERVE_S = 15.0
+RESERVE_S = 20.0
 """Seconds kept back for writing."""
+JUDGE_S = 90.0
+"""Seconds without which judging is not begun: all test images under PGD-20, and one chunk of AutoAttack."""
+CHUNK = 250
+"""Images that AutoAttack attacks together: 1,000 and 10,000 are whole chunks, so none is judged twice."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,33 +81,47 @@ class Queue:
         self.until = None if options.minutes is None else time.time() + 60 * options.minutes - self._reserve()
         self.grids = [_smoke(read_grid(p), options) for p in _paths(options.grids)]
         self.speed: Speed | None = None
-        if not options.list and torch.device(options.device).type == "cuda":
-            if not torch.cuda.is_available():
-                raise InputError("device='cuda' cannot be used: there is no GPU; --quick --device cpu is a smoke run")
-            torch.backends.cudnn.benchmark = True  # every phase has one shape
+        self.stale: list[str] = []
+        if options.carry is not None:
+            check(options.carry)
+        if not options.list and torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+            raise InputError("device='cuda' cannot be used: there is no GPU; --quick --device cpu is a smoke run")
 
     def _reserve(self) -> float:
         return 0.0 if self.options.quick else RESERVE_S
 
     def run(self) -> int:
         """Run what fits into the time."""
-        if self.options.carry is not None:
-            self._take_up()
+        carry = self.options.carry
+        if carry is not None and carry.exists():
+            for name in take_up(carry, self.state):
+                print(f"{name}: taken up from {carry}", file=sys.stderr)
         failures = 0
-        for grid, cell, finished in self._entries():
-            job = self._job(grid, cell, finished)
-            print(f"{grid.name} {cell.name} ...", file=sys.stderr, flush=True)
-            record = run_job(job)
-            if "stopped" in record:
-                print(f"{grid.name} {cell.name}: stopped in time: {record['stopped']}", file=sys.stderr, flush=True)
-                break
-            failures += "error" in record
-            print(self._said(grid, record), file=sys.stderr, flush=True)
-        else:
-            self._extend_all()
-        self._leave()
+        try:
+            for grid, cell, finished in self._entries():
+                print(f"{grid.name} {cell.name} ...", file=sys.stderr, flush=True)
+                record = run_job(self._job(grid, cell, finished))
+                failures += "error" in record
+                print(f"{grid.name} {cell.name}: {self._said(record)}", file=sys.stderr, flush=True)
+                if "stopped" in record:
+                    break
+            else:
+                failures += self._extend_all()
+        finally:
+            if carry is not None:
+                size = leave(self.state, carry, self._begun())
+                print(f"{carry}: {size / 1e6:.1f} MB to carry", file=sys.stderr)
         self.show(short=True)
-        return 1 if failures else 0
+        return 1 if failures or self.stale else 0
+
+    def _begun(self) -> list[str]:
+        """Runs that are not finished, as paths below the state."""
+        names = [(grid, cell.name) for grid in self.grids for cell in grid.cells]
+        return [
+            f"{grid.name}/{name}"
+            for grid, name in names
+            if self._state_of(grid, name).is_dir() and not (self.out / grid.name / f"{name}.json").is_file()
+        ]
 
     def show(self, *, short: bool = False) -> None:
         """List every cell and its state."""
@@ -131,10 +148,11 @@ class Queue:
                     continue
                 if cell.name in finished:
                     recipe = grid.recipe(cell, finished)
-                    there = finished[cell.name]["settings"]
-                    if settings_of(recipe, data_of(recipe, self.options.data)) != there:
+                    wanted = settings_of(recipe, data_of(recipe, self.options.data), self.options.device)
+                    if wanted != finished[cell.name]["settings"]:
+                        self.stale.append(f"{grid.name} {cell.name}")
                         at = out / f"{cell.name}.json"
-                        raise InputError(f"{at} was made with other settings: move it away, or choose another --out")
+                        print(f"{at} was made with other settings: move it away to run it anew", file=sys.stderr)
                     continue
                 if not self._time_left():
                     return
@@ -148,12 +166,13 @@ class Queue:
         return self.state / grid.name / name
 
     def _job(self, grid: Grid, cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> Job:
-        recipe = grid.recipe(cell, finished)
-        if self.speed is None:
-            self.speed = measure_speed(recipe, self.options.device, quick=self.options.quick)
-            print(self.speed, file=sys.stderr, flush=True)
-        steps = (recipe.epochs or 30) * len(data_of(recipe, self.options.data).train) / recipe.training.batch_size
-        recipe = replace(recipe, training=replace(recipe.training, compile=self.speed.compiling_pays(steps)))
+        recipe, state = grid.recipe(cell, finished), self._state_of(grid, cell.name)
+        compiles = False
+        if not (state / "result").is_dir():
+            speed = self._measured(recipe)
+            steps = (recipe.epochs or 0) * len(data_of(recipe, self.options.data).train) / recipe.training.batch_size
+            compiles = speed.compiling_pays(steps, shapes_of(recipe.strategy.to_json()))
+        recipe = replace(recipe, training=replace(recipe.training, compile=compiles))
         return Job(
             grid=grid.name,
             cell=cell,
@@ -161,30 +180,39 @@ class Queue:
             data=self.options.data,
             out=self.out / grid.name,
             command=command(MODULE, self.argv),
-            state=self._state_of(grid, cell.name),
+            state=state,
             device=self.options.device,
             threads=torch.get_num_threads(),
             progress=not self.options.quick,
             until=self.until,
             keep=True,
-            autoattack=SMOKE_AUTOATTACK if self.options.quick else AutoAttackConfig(chunk_size=500),
+            judge_s=0.0 if self.options.quick else JUDGE_S,
+            autoattack=SMOKE_AUTOATTACK if self.options.quick else AutoAttackConfig(chunk_size=CHUNK),
         )
 
-    def _said(self, grid: Grid, record: Mapping[str, Any]) -> str:
+    def _measured(self, recipe: RunRecipe) -> Speed:
+        """How fast this machine is, measured once."""
+        if self.speed is None:
+            self.state.mkdir(parents=True, exist_ok=True)
+            self.speed = known_speed(self.state / "speed.json", recipe, self.options.device, quick=self.options.quick)
+            print(self.speed, file=sys.stderr, flush=True)
+        return self.speed
+
+    def _said(self, record: Mapping[str, Any]) -> str:
+        if "stopped" in record:
+            return f"stopped in time: {record['stopped']}"
         if "error" in record:
-            return f"{grid.name} {record['name']}: FAILED: {record['error']}"
+            return f"FAILED: {record['error']}"
         results = record["results"]
-        accuracies = ", ".join(f"{a['name']} {100 * a['accuracy']:.2f}" for a in results["report"]["attacks"])
+        said = ", ".join(f"{a['name']} {100 * a['accuracy']:.2f}" for a in results["report"]["attacks"])
         training = results["training"]
         rate = 2 * training["macs"] / training["seconds"]
-        assert self.speed is not None
-        return (
-            f"{grid.name} {record['name']}: {accuracies}; {training['images_per_s']:.0f} images/s, "
-            f"{rate / 1e12:.2f} TFLOP/s, {100 * rate / self.speed.peak:.1f} % of the measured peak"
-        )
+        said += f"; {training['images_per_s']:.0f} images/s, {rate / 1e12:.2f} TFLOP/s"
+        return said if self.speed is None else f"{said}, {100 * rate / self.speed.peak:.1f} % of the measured peak"
 
-    def _extend_all(self) -> None:
-        """AutoAttack on all test images, where the trained network is still there."""
+    def _extend_all(self) -> int:
+        """AutoAttack on all test images, where the trained network is still there; returns how many failed."""
+        failures = 0
         for grid in self.grids:
             cells = {cell.name: cell for cell in _cells(grid, self.options)}
             finished = read_cells(self.out / grid.name, cells)
@@ -194,31 +222,14 @@ class Queue:
                 if attacks.get("autoattack", 0) == record["results"]["report"]["n"] or not saved.is_dir():
                     continue
                 if not self._time_left():
-                    return
+                    return failures
                 print(f"{grid.name} {name}: AutoAttack on all test images ...", file=sys.stderr, flush=True)
-                job = self._job(grid, cells[name], finished)
-                said = extend(job, record)
+                try:
+                    said = extend(self._job(grid, cells[name], finished), record)
+                except (RobustCompressError, RuntimeError) as error:  # the shorter report stands
+                    said, failures = f"FAILED: {error}", failures + 1
                 print(f"{grid.name} {name}: {said}", file=sys.stderr, flush=True)
-
-    def _take_up(self) -> None:
-        """Put carried checkpoints where runs look for them."""
-        for path in sorted(Path(self.options.carry).glob("*/*/checkpoint")):
-            target = self.state / path.relative_to(self.options.carry)
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copytree(path, target)
-
-    def _leave(self) -> None:
-        """Leave small copies of unfinished checkpoints."""
-        if self.options.carry is None:
-            return
-        carry = Path(self.options.carry)
-        shutil.rmtree(carry, ignore_errors=True)
-        for path in sorted(self.state.glob("*/*/checkpoint")):
-            target = carry / path.relative_to(self.state)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.shrink(path, target)
-            print(f"{target}: {sum(f.stat().st_size for f in target.iterdir()) / 1e6:.1f} MB", file=sys.stderr)
+        return failures
 
 
 def _paths(names: Sequence[str]) -> list[Path]:
@@ -230,12 +241,22 @@ def _cells(grid: Grid, options: argparse.Namespace) -> tuple[Cell, ...]:
 
 
 def _smoke(grid: Grid, options: argparse.Namespace) -> Grid:
-    """The grid itself; for a smoke run with a recipe of seconds."""
-    return replace(grid, base=merged(grid.base, SMOKE)) if options.quick else grid
+    """The grid itself; for a smoke run with a recipe of seconds, whatever its axes say of model, data and epochs."""
+    if not options.quick:
+        return grid
+    changed = [
+        replace(cell, changes={key: value for key, value in cell.changes.items() if key not in SMOKE})
+        if cell.matched is None
+        else cell
+        for cell in grid.cells
+    ]
+    return replace(grid, base=merged(grid.base, SMOKE), cells=tuple(changed))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser(MODULE, __doc__, example="python -m benchmarks.gpu_queue --data data/cifar10 --minutes 9")
+    parser = make_parser(
+        MODULE, __doc__, example="python -m benchmarks.gpu_queue --data data/cifar10 --minutes 9", cells=True
+    )
     add = parser.add_argument
     add("--grids", nargs="+", default=list(QUEUE), help=f"grids to run, in order (default: {' '.join(QUEUE)})")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="only cells of these names, and their parents")

@@ -161,7 +161,7 @@ def _check(value: Mapping[str, Any], problems: Problems) -> None:
     for key, found in (("axes", axes), ("arms", arms), ("matched", matched)):
         if not isinstance(found, Mapping):
             problems.add(f"{key}={found!r}: give names and values")
-    problems.raise_if_any()
+            return
     for key, axis in axes.items():
         if key not in AXES:
             problems.add(f"axis {key!r} does not exist{nearest(str(key), AXES)}")
@@ -170,7 +170,7 @@ def _check(value: Mapping[str, Any], problems: Problems) -> None:
     for name, arm in arms.items():
         if not isinstance(arm, Mapping):
             problems.add(f"arm {name!r}: give what it changes in the recipe, such as {{strategy: grape}}, not {arm!r}")
-    problems.raise_if_any()
+            return
     named = [("baselines", name) for name in value.get("baselines") or ()]
     named += [("retrain", arm["retrain"]) for arm in arms.values() if "retrain" in arm]
     if matched:

@@ -4,7 +4,8 @@ Two things vary: training (the seeds) and the choice of test images. The interva
 half-width = sqrt((t x s / sqrt(k))^2 + (1.96 x e)^2), where s is the standard deviation over the k seeds, t Student's
 quantile with k - 1 degrees of freedom, and e the standard error over the images of the flags averaged over the seeds.
 (The spread over seeds holds a part of the images' noise already, so the interval is rather too wide than too narrow.)
-For e, two imaginary images are added, one at each end of the scale: where all images agree they are still a sample.
+For e, four imaginary images are added, two at each end of the scale (after Agresti and Coull 1998): where all images
+agree they are still a sample.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def estimate(per_seed: Sequence[torch.Tensor], *, low: float = 0.0, high: float 
         half = math.inf
     else:
         training = STUDENT.get(seeds - 1, 2.26) * statistics.stdev(means) / math.sqrt(seeds)
-        padded = torch.cat([values.mean(0), torch.tensor([low, high], dtype=torch.float64)])
-        sampling = 1.96 * float(padded.std()) / math.sqrt(images + 2)
+        padded = torch.cat([values.mean(0), torch.tensor([low, low, high, high], dtype=torch.float64)])
+        sampling = 1.96 * float(padded.std()) / math.sqrt(images + 4)
         half = math.hypot(training, sampling)
     bounds = (mean - half, mean + half) if seeds < 2 else (max(low, mean - half), min(high, mean + half))
     return Estimate(mean=mean, low=bounds[0], high=bounds[1], seeds=seeds, images=images, values=tuple(means))

@@ -5,9 +5,10 @@ gradient to the weights. With K attack steps an image of a training step therefo
 
     pgd-at   2 K + 3        fgsm-rs   2 + 3        trades   1 + 2 K + 6        natural   3
 
-times the MACs; AWP and S2AP add one forward and backward pass (3) while they are on, and the clean look every tenth
-step adds 1/10. PGD-10 on the validation split, where the best epoch is chosen, and on the images that grape scores is
-counted too.
+times the MACs; an epoch under AWP or S2AP adds the passes of the loss once more (3, for trades 6), and the clean look
+every tenth step adds 1/10. A search for scores is counted like training, though it computes no gradients of weights;
+re-estimating batch-norm statistics is not counted. PGD-10 on the validation split, where the best epoch is chosen, and
+on the images that grape scores is counted too.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def training_cost(
         scored: Training images that a scoring growth event attacks with PGD-10, at one forward and one gradient more.
     """
     images = seconds = total = macs = 0.0
-    each = passes(objective)
+    each, again = passes(objective), 6 if objective["name"] == "trades" else 3
     steps_of = {id(entry): steps for entry, steps in epochs_of(history)}
     for entry in history:
         if id(entry) in steps_of:
@@ -64,7 +65,7 @@ def training_cost(
             images += trained
             seconds += trained / entry["images_per_s"]
             macs = entry["macs"]
-            total += trained * macs * (each + (3 if any(entry.get(key) for key in ASCENTS) else 0))
+            total += trained * macs * (each + (again if any(entry.get(key) for key in ASCENTS) else 0))
         # Scores are made before the network grows, so at the MACs of the epoch before.
         total += _looked(entry, macs, probes=probes, scored=scored)
     return {"images": int(images), "images_per_s": round(images / seconds, 2), "macs": round(total)}

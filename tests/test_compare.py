@@ -145,6 +145,13 @@ def test_what_is_wrong_with_a_grid_is_said_at_once(tmp_path: Path) -> None:
         read_grid(write(tmp_path, wrong))
     for said in ("'axis'", "'budgets'", "no arm 'c'", "no arm 'nothing'"):
         assert said in str(error.value)
+    shapes = {"arms": [1], "axes": {"seed": 3}, "matched": {"arms": ["none"]}}
+    for key, said in (("arms", r"arms=\[1\]"), ("axes", "axis 'seed'"), ("matched", "needs 'arms' and 'to'")):
+        with pytest.raises(InputError, match=said):
+            read_grid(write(tmp_path, SMALL | {key: shapes[key]}))
+    for arms in ({"a": {"retrain": "b"}, "b": {"retrain": "a"}}, {"b": {"retrain": "a"}, "a": {"strategy": "grape"}}):
+        with pytest.raises(InputError, match="must come before it"):
+            read_grid(write(tmp_path, SMALL | {"arms": arms, "baselines": [], "matched": {}}))
     with pytest.raises(InputError, match="did you mean 'grape'"):
         read_grid(
             write(
@@ -194,10 +201,10 @@ def test_finished_cells_are_skipped_and_others_refused(
 
 
 def test_a_failed_cell_is_listed_and_its_children_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arms = {"none": {"strategy": "none", "training": {"lr": 9.9, "ema": 0}}, "again": {"retrain": "grape"}}
+    arms = {"grape": {"strategy": "grape"}, "again": {"retrain": "grape"}}
     value = SMALL | {
         "axes": {"budget": [0.001], "seed": [0]},
-        "arms": arms | {"grape": {"strategy": "grape"}},
+        "arms": arms,
         "baselines": [],
         "matched": {},
     }
@@ -257,8 +264,8 @@ def test_differences_are_paired_by_seed_and_image(small: tuple[Path, Path]) -> N
     grid = read_grid(path)
     cells = read_cells(out, [cell.name for cell in grid.cells])
     rows = compare_report.rows_of(grid, cells)
-    grape = compare_report.find(rows, "grape", {"budget": "0.5"}, EPOCHS)
-    none = compare_report.find(rows, "none", {"budget": "0.5"}, MACS)
+    grape = compare_report.find(grid, rows, "grape", {"budget": "0.5"}, EPOCHS)
+    none = compare_report.find(grid, rows, "none", {"budget": "0.5"}, MACS)
     assert grape is not None and none is not None and none.arm == "none"
     found = grape.against(none, "clean")
     report_a, report_b = (compare_report.report_of(cells[name]) for name in ("grape_0.5_s3", "none_s3"))
@@ -267,12 +274,50 @@ def test_differences_are_paired_by_seed_and_image(small: tuple[Path, Path]) -> N
     assert not found.significant  # one seed says nothing about training
 
 
+def test_two_grids_in_one_page_keep_their_own_numbers(small: tuple[Path, Path], tmp_path: Path) -> None:
+    path, out = small
+    wrong = tmp_path / "other"
+    wrong.mkdir()
+    for cell in out.glob("*.json"):  # the same cells, all images wrong
+        value = read(cell)
+        for attack in value["results"]["report"]["attacks"]:
+            attack |= {"correct": "0" * attack["n"], "accuracy": 0.0, "low": 0.0}
+        (wrong / cell.name).write_text(json.dumps(value))
+    grid = read_grid(path)
+    right, none = compare_report.headline(grid, out), compare_report.headline(grid, wrong)
+    assert right != none
+    for _ in range(5):
+        assert compare_report.headline(grid, wrong) == none and compare_report.headline(grid, out) == right
+
+
+def test_seeds_judged_on_more_images_are_compared_on_the_common_ones(small: tuple[Path, Path]) -> None:
+    grid, out = read_grid(small[0]), small[1]
+    cells = read_cells(out, ["none_s3", "grape_0.5_s3"])
+    more = {name.replace("s3", "s4"): json.loads(json.dumps(cell)) for name, cell in cells.items()}
+    for cell in more.values():
+        cell["seed"] = 4
+        attack = cell["results"]["report"]["attacks"][-1]
+        attack |= {"correct": "1" * 9, "n": 9, "accuracy": 1.0, "low": 0.0, "high": 1.0}
+    rows = compare_report.rows_of(grid, cells | more)
+    grape, none = (compare_report.find(grid, rows, arm, {"budget": "0.5"}, EPOCHS) for arm in ("grape", "none"))
+    assert grape is not None and none is not None
+    found = grape.against(none, "autoattack")
+    assert found is not None and found.images == 4 and found.seeds == 2
+    assert "on the first 4 (some cells: 9)" in compare_report.setting(list((cells | more).values()))
+
+
+def test_only_what_is_matched_to_stands_under_both_accounts(small: tuple[Path, Path]) -> None:
+    grid, out = read_grid(small[0]), small[1]
+    rows = compare_report.rows_of(grid, read_cells(out, [cell.name for cell in grid.cells]))
+    assert compare_report.find(grid, rows, "grape", {"budget": "0.5"}, MACS) is None
+    none = compare_report.find(grid, rows, "none", {"budget": "0.5"}, MACS)
+    assert none is not None and none.account == EPOCHS
+
+
 def test_intervals() -> None:
     torch.manual_seed(0)
     covered = 0
-    for _ in range(
-        300
-    ):  # three seeds of 200 images: training noise on each seed's rate, and the images' own difficulty
+    for _ in range(300):  # three seeds of 200 images: training noise on each seed's rate, and the images' difficulty
         difficulty = torch.rand(200)
         flags = [(torch.rand(200) < (difficulty + 0.05 * torch.randn(())).clamp(0, 1)) for _ in range(3)]
         found = estimate([f.double() for f in flags])
@@ -280,8 +325,10 @@ def test_intervals() -> None:
     assert covered / 300 > 0.93
     single = estimate([torch.tensor([1.0, 0.0])])
     assert single.mean == 0.5 and not single.significant and single.points(signed=False) == "50.0"
-    same = estimate([torch.tensor([1.0, 0.0, 1.0, 1.0])] * 2)
-    assert same.high - same.mean == pytest.approx(1.96 * 0.5 / 2)
+    sure = estimate([torch.ones(64)] * 3)
+    assert sure.mean == sure.high == 1.0 and 0.94 < sure.low < 0.97, "64 of 64 are no certainty"
+    alike = estimate([torch.zeros(64)] * 3, low=-1.0)
+    assert alike.low == -alike.high and 0.03 < alike.high < 0.06
 
 
 def test_training_macs_by_hand() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_queue
-from benchmarks.gpu_speed import SHAPES, Speed, measure_peak
+import robustcompress as rc
+from benchmarks import carry, cells, gpu_queue
+from benchmarks.gpu_speed import Speed, measure_peak, shapes_of
 from benchmarks.grid import read_grid
 
 ONLY = ["--grids", "gpu-short", "--only", "none_s0"]
@@ -37,8 +38,7 @@ def test_a_queue_stopped_after_every_epoch_ends_as_one_that_was_not(
             said = capsys.readouterr().err
             if "stopped in time" not in said:
                 break
-            if "trained" not in said and (tmp_path / "a/state/gpu-short/none_s0/checkpoint").exists():
-                assert (tmp_path / "carry/gpu-short/none_s0/checkpoint").is_dir()
+            assert (tmp_path / "carry/gpu-short/none_s0").is_dir(), "wherever it stopped, that can be carried"
         else:
             raise AssertionError("the queue gets nowhere")
     assert gpu_queue.main(call(tmp_path / "b")) == 0
@@ -46,7 +46,9 @@ def test_a_queue_stopped_after_every_epoch_ends_as_one_that_was_not(
     assert "measured peak" in said and "images/s" in said and "% of the measured peak" in said
     stopped, whole = (read(tmp_path / place / "out/gpu-short/none_s0.json")["results"] for place in ("a", "b"))
     assert [h["loss"] for h in stopped["history"]] == [h["loss"] for h in whole["history"]]
-    assert not list((tmp_path / "carry").glob("*/*/checkpoint")), "nothing is left to carry of a finished run"
+    assert [p.name for p in (tmp_path / "carry").iterdir()] == ["carry.json"], (
+        "nothing is left to carry of a finished run"
+    )
     assert whole["report"]["attacks"][-1]["n"] == 16, "AutoAttack was extended to all images"
     assert gpu_queue.main(call(tmp_path / "b")) == 0
     assert "none_s0 ..." not in capsys.readouterr().err
@@ -78,11 +80,48 @@ def test_carried_checkpoints_are_taken_up(tmp_path: Path, monkeypatch: pytest.Mo
     assert epochs == list(range(1, len(epochs) + 1)), "the epochs before are in the history"
 
 
+def test_a_run_that_waits_for_its_judgement_is_carried_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: object) -> None:
+        raise rc.OutOfTime("no time to judge")
+
+    monkeypatch.setattr(carry, "PIECE", 1000)  # as if these files were too large
+    monkeypatch.setattr(cells, "_judge", late)
+    assert gpu_queue.main(call(tmp_path / "first", "--carry", str(tmp_path / "carry"))) == 0
+    there = tmp_path / "first/state/gpu-short/none_s0"
+    carried = tmp_path / "carry/gpu-short/none_s0"
+    assert (carried / "result/model.safetensors.piece1").is_file() and (carried / "training-so-far").is_file()
+    assert max(path.stat().st_size for path in carried.rglob("*") if path.is_file()) <= 1000
+    taken = carry.take_up(tmp_path / "carry", tmp_path / "second/state")
+    assert taken == ["gpu-short/none_s0"] and not carry.take_up(tmp_path / "carry", tmp_path / "second/state")
+    for path in (there / "result").iterdir():
+        assert (tmp_path / "second/state/gpu-short/none_s0/result" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_directory_with_other_things_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years")
+    assert gpu_queue.main(call(tmp_path / "a", "--carry", str(mine))) == 2
+    assert "holds other things" in capsys.readouterr().err and (mine / "thesis.tex").read_text() == "years"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gpu_queue.QUEUE)
+def test_every_cell_of_the_queue_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--quick", "--device", "cpu", "--out", str(tmp_path / "out"), "--state", str(tmp_path / "state")]
+    assert gpu_queue.main([*options, "--grids", name, "--only", "*_s0"]) == 0, capsys.readouterr().err
+    grid = read_grid(gpu_queue._paths([name])[0])
+    wanted = {cell.name for cell in grid.cells if cell.seed == 0}
+    assert {path.stem for path in (tmp_path / "out" / name).glob("*.json")} == wanted
+
+
 def test_compiling_pays_in_long_runs_only() -> None:
     speed = Speed(peak=1e12, eager_s=0.10, compiled_s=0.08, compile_s=60.0, macs=1e9, batch=256)
-    break_even = SHAPES * 60 / 0.02
-    assert speed.compiling_pays(break_even + 1) and not speed.compiling_pays(break_even - 1)
-    assert not Speed(peak=1e12, eager_s=0.1, compiled_s=None, compile_s=0.0, macs=1e9, batch=256).compiling_pays(1e9)
+    assert speed.compiling_pays(3001, 1) and not speed.compiling_pays(2999, 1) and not speed.compiling_pays(3001, 2)
+    shapes = {name: shapes_of(rc.STRATEGIES[name]().to_json()) for name in rc.STRATEGIES}
+    assert shapes["grape"] == 5 and shapes["hydra"] == shapes["s2ap"] == shapes["random"] == 2
+    assert shapes["none"] == shapes["uniform"] == shapes["fixed"] == shapes["scaling"] == 1
+    assert not Speed(peak=1e12, eager_s=0.1, compiled_s=None, compile_s=0.0, macs=1e9, batch=256).compiling_pays(1e9, 1)
     assert "2560 images/s" in str(speed) and "compiled: 3200 images/s" in str(speed)
 
 

@@ -55,6 +55,17 @@ def until_finished(run: Callable[[], rc.CompressResult], stop: type[BaseExceptio
     raise AssertionError("the run gets nowhere")
 
 
+def test_compiling_may_change_and_what_else_changed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustcompress.session.CompiledNetwork", lambda model: model)
+    kept: dict[str, Any] = {"checkpoint": tmp_path / "c", "checkpoint_every_s": 0, "deadline": 0}
+    with pytest.raises(rc.OutOfTime):
+        compress("residual", "uniform", **kept)
+    with pytest.raises(rc.InputError, match=r'recipe: \{"lr": [0-9.]+\} there, \{"lr": 0.01\} here'):
+        compress("residual", "uniform", **kept, recipe=dataclasses.replace(QUICK_RECIPE, lr=0.01))
+    with pytest.raises(rc.OutOfTime, match="after 6 of"):
+        compress("residual", "uniform", **kept, recipe=dataclasses.replace(QUICK_RECIPE, compile=True))
+
+
 class Killed(BaseException):
     """What no one catches."""
 
