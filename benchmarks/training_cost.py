@@ -92,7 +92,8 @@ def matched_epochs(
         macs = entry["macs"] if "steps" in entry else macs
         fixed += _looked(entry, macs, probes=probes, scored=scored)
     whole, wanted = mine["results"]["training"]["macs"], theirs["results"]["training"]["macs"]
-    return float(settings["epochs"]) * (wanted - fixed) / (whole - fixed)
+    # Where what does not shrink costs more than is allowed, a twentieth is left; the table shows what that cost.
+    return float(settings["epochs"]) * max(0.05, (wanted - fixed) / (whole - fixed))
 
 
 def _looked(entry: Mapping[str, Any], macs: float, *, probes: int, scored: int) -> float:
