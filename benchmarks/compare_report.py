@@ -13,7 +13,7 @@ import torch
 from benchmarks.cells import read_cells, read_failures
 from benchmarks.common import provenance, table
 from benchmarks.grid import EPOCHS, MACS, Grid
-from benchmarks.intervals import Estimate, estimate
+from benchmarks.intervals import Estimate, Noise, estimate, pooled
 from robustcompress.budget import human
 from robustcompress.errors import InputError
 from robustcompress.robust import RobustReport, ThreatModel
@@ -26,8 +26,9 @@ NOT_RUN = "*Not run yet.*"
 PREAMBLE = (
     "Robust accuracy means AutoAttack (standard) at the stated radius; PGD-20 is a progress meter. Means over the "
     "seeds; in brackets the 95 % interval over seeds and test images together (`benchmarks/intervals.py`). Differences "
-    "are in points, paired by seed and image; **bold** where the interval leaves out zero. Nothing is corrected for "
-    "the number of comparisons: of twenty differences, one is bold by chance."
+    "are in points, paired by seed and image; how much training varies is pooled over all rows; **bold** where the "
+    "interval leaves out zero. Nothing is corrected for the number of comparisons: of twenty differences, one is "
+    "bold by chance."
 )
 
 
@@ -58,11 +59,11 @@ class Row:
         n = min(len(f) for f in found)
         return [f[:n] for f in found]
 
-    def accuracy(self, attack: str) -> Estimate:
-        """Mean over the seeds."""
-        return estimate(self.flags(attack))
+    def accuracy(self, attack: str, noise: Noise | None = None) -> Estimate:
+        """Mean over the seeds; `noise` says how much training varies, where more is known than these seeds tell."""
+        return estimate(self.flags(attack), noise=noise)
 
-    def against(self, other: Row, attack: str) -> Estimate | None:
+    def against(self, other: Row, attack: str, noise: Noise | None = None) -> Estimate | None:
         """The difference from another row, by the seeds that both have; None where they share none."""
         seeds = [seed for seed in self.seeds if seed in other.cells]
         if not seeds:
@@ -76,7 +77,7 @@ class Row:
             n = min(len(a), len(b))
             differences.append(a[:n].double() - b[:n].double())
         n = min(len(difference) for difference in differences)  # some may have been judged on more images than others
-        return estimate([difference[:n] for difference in differences], low=-1.0)
+        return estimate([difference[:n] for difference in differences], low=-1.0, noise=noise)
 
     def mean(self, *keys: str) -> float:
         """Mean of a number in the results."""
@@ -134,6 +135,48 @@ def find(grid: Grid, rows: Sequence[Row], arm: str, labels: Mapping[str, str], a
     return None
 
 
+class Tables:
+    """Rows of a grid with what all of them together say about the noise of training.
+
+    Args:
+        grid: The grid.
+        rows: Its rows.
+    """
+
+    def __init__(self, grid: Grid, rows: Sequence[Row]) -> None:
+        self.grid, self.rows = grid, rows
+        self._noise: dict[tuple[str, str | None], Noise | None] = {}
+
+    def accuracy(self, row: Row, attack: str) -> str:
+        """Accuracy in per cent, with its interval."""
+        return row.accuracy(attack, self._noise_of(attack, None)).points(signed=False)
+
+    def baseline(self, name: str, row: Row) -> Row | None:
+        """What a row is compared with; None where that is not there, or is the row itself."""
+        other = find(self.grid, self.rows, name, row.labels, row.account)
+        return None if other is row else other
+
+    def difference(self, row: Row, name: str, attack: str) -> Estimate | None:
+        """From the baseline of that name; None where there is none."""
+        other = self.baseline(name, row)
+        return None if other is None else row.against(other, attack, self._noise_of(attack, name))
+
+    def shown(self, row: Row, name: str, attack: str) -> str:
+        """The difference in points with its interval, bold where that leaves out zero."""
+        found = self.difference(row, name, attack)
+        text = "" if found is None else found.points(signed=True)
+        return f"**{text}**" if found is not None and found.significant else text
+
+    def _noise_of(self, attack: str, name: str | None) -> Noise | None:
+        if (attack, name) not in self._noise:
+            found = [row.accuracy(attack) for row in self.rows]
+            if name is not None:
+                others = [(row, self.baseline(name, row)) for row in self.rows]
+                found = [f for row, other in others if other is not None and (f := row.against(other, attack))]
+            self._noise[attack, name] = pooled([f.values for f in found])
+        return self._noise[attack, name]
+
+
 def summarise(grid: Grid, out: Path) -> str:
     """Everything about a grid, as Markdown."""
     names = [cell.name for cell in grid.cells]
@@ -154,6 +197,7 @@ def headline(grid: Grid, out: Path) -> str:
     if not cells:
         return NOT_RUN
     rows = rows_of(grid, cells)
+    tables = Tables(grid, rows)
     attacks = attacks_of(cells.values())
     judged = ROBUST if ROBUST in attacks else attacks[-1]
     head = ["arm", "MACs", "training MACs", "clean %", f"{judged} %", *(f"- {name}" for name in grid.baselines)]
@@ -163,12 +207,8 @@ def headline(grid: Grid, out: Path) -> str:
         line = [row.arm + (" (matched)" if row.account == MACS else "")]
         line.append(f"{row.mean('after', 'macs') / row.mean('before', 'macs'):.2f}")
         line.append(f"{row.mean('training', 'macs') / whole.mean('training', 'macs'):.2f}x" if whole else "")
-        line += [f"{100 * row.accuracy('clean').mean:.1f}", row.accuracy(judged).points(signed=False)]
-        for name in grid.baselines:
-            other = find(grid, rows, name, row.labels, row.account)
-            found = None if other is None or other is row else row.against(other, judged)
-            text = "" if found is None else found.points(signed=True)
-            line.append(f"**{text}**" if found is not None and found.significant else text)
+        line += [f"{100 * row.accuracy('clean').mean:.1f}", tables.accuracy(row, judged)]
+        line += [tables.shown(row, name, judged) for name in grid.baselines]
         lines.append(line)
     state = f"{len(cells)} of {len(grid.cells)} cells finished."
     return f"{table(head, lines)}\n\n{setting(list(cells.values()))} {state}"
@@ -179,31 +219,35 @@ def verdict(grid: Grid, out: Path) -> str:
     cells = read_cells(out, [cell.name for cell in grid.cells])
     if not cells:
         return f"- {grid.about}: not run yet."
-    rows = rows_of(grid, cells)
+    tables = Tables(grid, rows_of(grid, cells))
     attacks = [a for a in (ROBUST, "pgd-20") if a in attacks_of(cells.values())]
     lines = []
     for account in (EPOCHS, MACS):
-        for labels in _places(rows, account):
-            mine = [r for r in rows if r.account == account and dict(r.labels) == dict(labels)]
+        for labels in _places(tables.rows, account):
+            mine = [r for r in tables.rows if r.account == account and dict(r.labels) == dict(labels)]
             for name in grid.baselines:
-                other = find(grid, rows, name, labels, account)
-                said = [_sorted_out(mine, other, attack) for attack in attacks] if other is not None else []
-                if any(said):
-                    place = ", ".join(["" if not labels else _place(labels), account]).lstrip(", ")
-                    lines.append(f"  - {place}, against `{name}`: {'; '.join(s for s in said if s)}.")
+                said = [text for attack in attacks if (text := _sorted_out(tables, mine, name, attack))]
+                if said:
+                    place = ", ".join(text for text in (_place(labels), account) if text)
+                    lines.append(f"  - {place}, against `{name}`: {'; '.join(said)}.")
     return "\n".join([f"- {grid.about}:", *lines])
 
 
-def _sorted_out(rows: Sequence[Row], other: Row, attack: str) -> str:
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "no difference shown": []}
-    for row in rows:
-        found = None if row is other else row.against(other, attack)
-        if found is not None and found.seeds > 1:
-            kind = "no difference shown" if not found.significant else "better" if found.mean > 0 else "worse"
-            groups[kind].append(row.arm)
-    said = [f"{kind}: {', '.join(arms)}" for kind, arms in groups.items() if arms]
-    name = "AutoAttack" if attack == ROBUST else attack.upper()
-    return f"{name} - {' / '.join(said)}" if said else ""
+def _sorted_out(tables: Tables, rows: Sequence[Row], name: str, attack: str) -> str:
+    """Which of some rows are better than a baseline, which worse; empty where that cannot be said."""
+    found = {row.arm: tables.difference(row, name, attack) for row in rows}
+    known = {arm: difference for arm, difference in found.items() if difference is not None and difference.seeds > 1}
+    if not known:
+        return ""
+    better = [arm for arm, difference in known.items() if difference.significant and difference.mean > 0]
+    worse = [arm for arm, difference in known.items() if difference.significant and difference.mean < 0]
+    said = [f"{kind} {', '.join(arms)}" for kind, arms in (("better:", better), ("worse:", worse)) if arms]
+    others = len(known) - len(better) - len(worse)
+    if not said:
+        said = [f"none of {others} arms differs"]
+    elif others:
+        said.append(f"no difference shown for the other {others}")
+    return f"under {'AutoAttack' if attack == ROBUST else attack.upper()} {', '.join(said)}"
 
 
 def setting(cells: Sequence[Record]) -> str:
@@ -272,23 +316,19 @@ def _whole(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str]) -> Row | 
 
 def _table(grid: Grid, mine: Sequence[Row], rows: Sequence[Row], labels: Mapping[str, str], account: str) -> str:
     attacks = attacks_of(mine[0].cells.values())
-    baselines = {name: find(grid, rows, name, labels, account) for name in grid.baselines}
+    tables = Tables(grid, rows)
     head = ["arm", "seeds", "MACs", "params", *(f"{attack} %" for attack in attacks)]
     judged = ROBUST if ROBUST in attacks else attacks[-1]
     compared = [a for a in ("pgd-20", judged) if a in attacks]
-    head += [f"{attack} - {name}" for name in baselines for attack in compared]
+    head += [f"{attack} - {name}" for name in grid.baselines for attack in compared]
     head += ["training MACs", "seconds"]
     whole = _whole(grid, rows, labels)
     lines = []
     for row in mine:
         line = [row.arm, str(len(row.cells))]
         line += [f"{row.mean('after', key) / row.mean('before', key):.2f}" for key in ("macs", "params")]
-        line += [row.accuracy(attack).points(signed=False) for attack in attacks]
-        for other in baselines.values():
-            for attack in compared:
-                found = None if other is None or other is row else row.against(other, attack)
-                text = "" if found is None else found.points(signed=True)
-                line.append(f"**{text}**" if found is not None and found.significant else text)
+        line += [tables.accuracy(row, attack) for attack in attacks]
+        line += [tables.shown(row, name, attack) for name in grid.baselines for attack in compared]
         cost = row.mean("training", "macs")
         line.append(f"{cost / whole.mean('training', 'macs'):.2f}x" if whole else human(cost))
         line.append(f"{row.mean('training', 'seconds'):.0f}")
