@@ -107,9 +107,7 @@ def data_of(recipe: RunRecipe, directory: str | None) -> DataSplits:
         options["source"] = directory
     key = json.dumps(options, sort_keys=True)
     if key not in _DATA:
-        from robustcompress.data import load_data
-
-        _DATA[key] = load_data(options.pop("source", None), **options)
+        _DATA[key] = replace(recipe, data=options).load_data()
     return _DATA[key]
 
 
@@ -170,7 +168,7 @@ def measure_cell(job: Job) -> dict[str, Any]:
             "before": result.before.to_json(),
             "after": result.after.to_json(),
             "meets_budget": result.meets_budget,
-            "widths": _widths(result),
+            "widths": dict(Fixed.of(result).widths),  # what `fixed` needs to take this shape again
             "training": training,
             "evaluation_seconds": round(_clock(job, "evaluation"), 2),
             "report": report.to_json(),
@@ -275,11 +273,6 @@ def _timed(job: Job, what: str) -> Iterator[None]:
 def _clock(job: Job, what: str) -> float:
     path = job.state / f"{what}-so-far"
     return float(path.read_text()) if path.is_file() else 0.0
-
-
-def _widths(result: CompressResult) -> dict[str, int]:
-    """What `fixed` needs to take this shape again."""
-    return dict(Fixed.of(result).widths)
 
 
 def _cost(recipe: RunRecipe, data: DataSplits, result: CompressResult) -> dict[str, Any]:

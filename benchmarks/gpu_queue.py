@@ -8,9 +8,9 @@ then AutoAttack on all of them, for the networks that are still in `--state`. Tr
 the images on the GPU; passes are compiled where a short measurement says that it pays. After each cell it says
 images/s, and which share of the machine's measured peak of bf16 matrix products the passes of the training reach.
 
-`--state` holds what runs go on from. A checkpoint of ResNet-18 is 179 MB; `--carry DIR` leaves a copy at the end that
-is small enough to carry to another machine (45 MB, in files of at most 15 MiB, rounded: the run goes on approximately),
-and takes it up again at the beginning of the next call. See `benchmarks/carry.py`.
+`--state` holds what runs go on from. `--carry DIR` leaves a copy at the end that is small enough to carry to another
+machine (in files of at most 15 MiB, rounded: the run goes on approximately), and takes it up again at the beginning of
+the next call. See `benchmarks/carry.py`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from robustcompress.data import Batches
 from robustcompress.recipe import RunRecipe
 from robustcompress.train import CompiledNetwork, make_optimizer, train
 
-REFERENCE_STEPS = 20
+TIMED_STEPS = 20
+"""Training steps that are timed, eager and compiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ def measure_speed(recipe: RunRecipe, device: str, *, quick: bool = False) -> Spe
     where = torch.device(device)
     model = build_model(recipe.model.name, **recipe.model.kwargs)[0].to(where, memory_format=torch.channels_last)
     batch = recipe.training.batch_size
-    steps = 1 if quick else REFERENCE_STEPS
+    steps = 1 if quick else TIMED_STEPS
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (steps * batch, 3, 32, 32), dtype=torch.uint8, generator=random)
     images = Images(pixels, torch.randint(10, (steps * batch,), generator=random))

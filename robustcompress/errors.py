@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class RobustCompressError(Exception):
@@ -58,6 +59,20 @@ class Problems:
         """Note one problem: the value at fault, then the remedy."""
         if problem not in self.items:
             self.items.append(problem)
+
+    def attempt(self, make: Callable[[], Any], *, also: tuple[type[Exception], ...] = ()) -> Any:
+        """Return what `make` makes; or note what it complains about and return None, so that all complaints are heard.
+
+        Args:
+            make: Makes something.
+            also: What else, beside the package's own errors, is a complaint.
+        """
+        complaints: tuple[type[Exception], ...] = (RobustCompressError, *also)
+        try:
+            return make()
+        except complaints as error:
+            self.add(str(error))
+            return None
 
     def raise_if_any(self, error: type[RobustCompressError] = InputError) -> None:
         """Raise `error` with everything noted so far, or return when nothing was."""

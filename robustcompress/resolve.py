@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 from robustcompress.budget import Budget
 from robustcompress.checkpoint import check_directory
 from robustcompress.data import DataSplits, load_data
-from robustcompress.errors import InputError, Problems, RobustCompressError
+from robustcompress.errors import InputError, Problems
 from robustcompress.models import ModelSpec, build_model, identify
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
@@ -110,22 +109,22 @@ def resolve(
         problems.add(f"epochs={epochs!r}: must be a positive number")
     if not isinstance(recipe, Recipe | None):
         problems.add(f"recipe={recipe!r}: give a Recipe, such as Recipe(lr=0.05)")
-    chosen = _try(problems, lambda: make_strategy(strategy))
-    limits = _try(problems, lambda: _budget(budget))
-    adversary = _try(problems, lambda: _threat(threat))
-    loss = _try(problems, lambda: _objective(objective))
+    chosen = problems.attempt(lambda: make_strategy(strategy))
+    limits = problems.attempt(lambda: _budget(budget))
+    adversary = problems.attempt(lambda: _threat(threat))
+    loss = problems.attempt(lambda: _objective(objective))
     specs = _attacks(problems, attacks)
-    target = _try(problems, lambda: resolve_device(device))
+    target = problems.attempt(lambda: resolve_device(device))
     if out is not None:
-        _try(problems, lambda: check_target(Path(out)))
+        problems.attempt(lambda: check_target(Path(out)))
     _check_checkpoint(problems, checkpoint, checkpoint_every_s, deadline, out)
-    splits = _try(problems, lambda: load_data(data))
+    splits = problems.attempt(lambda: load_data(data))
     if isinstance(splits, DataSplits) and adversary is not None and len(splits.test):
         check_images(splits.test.pixels, splits.test.labels, adversary, problems)
         if any(spec.kind == "autoattack" for spec in specs):
             for item in check_autoattack(adversary, splits.image_shape[1:]).items:
                 problems.add(item)
-    reference, spec = _try(problems, lambda: _reference(model, seed)) or (None, None)
+    reference, spec = problems.attempt(lambda: _reference(model, seed)) or (None, None)
     problems.raise_if_any()
     assert reference is not None
     return Request(
@@ -155,7 +154,7 @@ def _check_checkpoint(problems: Problems, checkpoint: Any, every_s: Any, deadlin
     if not isinstance(checkpoint, str | Path | None):
         problems.add(f"checkpoint={checkpoint!r}: name a directory")
     elif checkpoint is not None:
-        _try(problems, lambda: check_directory(Path(checkpoint)))
+        problems.attempt(lambda: check_directory(Path(checkpoint)))
         if out is not None and Path(checkpoint).resolve() == Path(out).resolve():
             problems.add(f"checkpoint={checkpoint} is where the result goes (out); choose another directory")
     if not _is_number(every_s) or every_s < 0:
@@ -164,15 +163,6 @@ def _check_checkpoint(problems: Problems, checkpoint: Any, every_s: Any, deadlin
         problems.add(f"deadline={deadline!r}: must be a number of seconds from now, at least 0")
     elif deadline is not None and checkpoint is None:
         problems.add(f"deadline={deadline!r} without a checkpoint would throw the work away: pass checkpoint=DIR too")
-
-
-def _try(problems: Problems, make: Callable[[], Any]) -> Any:
-    """Run `make`; note what it complains about and go on, so that all complaints are heard at once."""
-    try:
-        return make()
-    except RobustCompressError as error:
-        problems.add(str(error))
-        return None
 
 
 def _is_number(value: object) -> bool:
@@ -219,7 +209,7 @@ def _attacks(problems: Problems, attacks: object) -> tuple[AttackSpec, ...]:
     if not isinstance(attacks, list | tuple | set | frozenset):
         problems.add(f"attacks={attacks!r}: give names, such as ('clean', 'pgd-20'), or () for no report")
         return ()
-    read = [a if isinstance(a, AttackSpec) else _try(problems, functools.partial(attack_by_name, a)) for a in attacks]
+    read = [a if isinstance(a, AttackSpec) else problems.attempt(functools.partial(attack_by_name, a)) for a in attacks]
     return tuple(spec for spec in read if spec is not None)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from robustcompress.data import DataSplits, load_data
-from robustcompress.errors import InputError, Problems, RobustCompressError
+from robustcompress.errors import InputError, Problems
 from robustcompress.result import CompressResult, load
 
 
@@ -151,12 +151,3 @@ def result_from(arguments: argparse.Namespace) -> CompressResult:
         if arguments.model is None and "needs its reference model" in str(error):
             raise InputError(f"{arguments.directory}: pass --model MODULE:FACTORY, if you trust its code") from error
         raise
-
-
-def attempt(problems: Problems, make: Callable[[], Any]) -> Any:
-    """Return what `make` makes; or note what it complains about and return None, so that all complaints are heard."""
-    try:
-        return make()
-    except RobustCompressError as error:
-        problems.add(str(error))
-        return None

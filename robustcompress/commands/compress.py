@@ -14,7 +14,6 @@ from robustcompress.budget import Budget
 from robustcompress.commands.arguments import (
     add_data_arguments,
     assignment,
-    attempt,
     count_or_all,
     data_from,
     fraction,
@@ -128,21 +127,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Output:
     """Check everything, compress, save."""
     problems = Problems("compress cannot start")
-    strategy = attempt(problems, lambda: make_strategy(arguments.strategy, **dict(arguments.option)))
-    threat = attempt(problems, lambda: ThreatModel(arguments.norm, arguments.eps))
-    budget = attempt(problems, lambda: _budget(arguments))
-    objective = attempt(problems, lambda: objective_from_name(arguments.objective, steps=arguments.attack_steps))
-    recipe = attempt(problems, lambda: _recipe(arguments))
-    attempt(problems, lambda: resolve_device(arguments.device))
+    strategy = problems.attempt(lambda: make_strategy(arguments.strategy, **dict(arguments.option)))
+    threat = problems.attempt(lambda: ThreatModel(arguments.norm, arguments.eps))
+    budget = problems.attempt(lambda: _budget(arguments))
+    objective = problems.attempt(lambda: objective_from_name(arguments.objective, steps=arguments.attack_steps))
+    recipe = problems.attempt(lambda: _recipe(arguments))
+    problems.attempt(lambda: resolve_device(arguments.device))
     for attack in arguments.attacks:
-        attempt(problems, lambda attack=attack: attack_by_name(attack))  # type: ignore[misc]
+        problems.attempt(lambda attack=attack: attack_by_name(attack))  # type: ignore[misc]
     if arguments.out is not None:
-        attempt(problems, lambda: check_target(arguments.out))
+        problems.attempt(lambda: check_target(arguments.out))
     torch.manual_seed(arguments.seed)  # the reference's first weights belong to the seed
-    built = attempt(problems, lambda: build_model(arguments.model, **dict(arguments.model_arg)))
+    built = problems.attempt(lambda: build_model(arguments.model, **dict(arguments.model_arg)))
     if built is not None and arguments.pretrained_weights is not None:
-        attempt(problems, lambda: _load_weights(built[0], arguments.pretrained_weights))
-    data = attempt(problems, lambda: data_from(arguments, name=arguments.data, seed=arguments.seed))
+        problems.attempt(lambda: _load_weights(built[0], arguments.pretrained_weights))
+    data = problems.attempt(lambda: data_from(arguments, name=arguments.data, seed=arguments.seed))
     problems.raise_if_any()
     model, spec = built
     request = resolve(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from robustcompress.budget import Budget
-from robustcompress.errors import InputError, Problems, RobustCompressError, nearest
+from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.models import ModelSpec
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.objectives import Objective, objective_from_json
@@ -44,25 +44,16 @@ class Evaluation:
                 problems.add(f"{key}={getattr(self, key)!r}: must be a list")
         problems.raise_if_any()
         for name in self.attacks:
-            attempt(problems, lambda name=name: attack_by_name(name))  # type: ignore[misc]
+            problems.attempt(lambda name=name: attack_by_name(name))  # type: ignore[misc]
         if self.autoattack_images is not None and "autoattack" not in self.attacks:
             problems.add(f"autoattack_images={self.autoattack_images!r}: 'autoattack' is not among the attacks")
         for radius in self.curve:
-            attempt(problems, lambda radius=radius: ThreatModel("linf", radius))  # type: ignore[misc]
+            problems.attempt(lambda radius=radius: ThreatModel("linf", radius), also=(TypeError,))  # type: ignore[misc]
         for key in ("images", "autoattack_images", "curve_images"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 problems.add(f"{key}={value!r}: must be a positive whole number, or null for all")
         problems.raise_if_any()
-
-
-def attempt(problems: Problems, make: Callable[[], Any]) -> Any:
-    """Return what `make` makes; or note what it complains about and return None, so that all complaints are heard."""
-    try:
-        return make()
-    except (RobustCompressError, TypeError) as error:
-        problems.add(str(error))
-        return None
 
 
 def _named(value: Any, what: str) -> tuple[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.models import ModelSpec
 from robustcompress.recipe.plain import read_yaml
-from robustcompress.recipe.reading import READERS, Evaluation, attempt
+from robustcompress.recipe.reading import READERS, Evaluation
 from robustcompress.result import CompressResult
 from robustcompress.robust import RobustReport, ThreatModel, evaluate
 from robustcompress.robust.objectives import PGDAT, Objective
@@ -84,7 +84,7 @@ class RunRecipe:
         made: dict[str, Any] = {}
         for key, make in READERS.items():
             if value.get(key) is not None:
-                made[key] = attempt(problems, lambda make=make, key=key: make(value[key]))  # type: ignore[misc]
+                made[key] = problems.attempt(lambda make=make, key=key: make(value[key]), also=(TypeError,))  # type: ignore[misc]
         for key, kinds, kind in (
             ("epochs", (int, float), "a number"),
             ("round_to", (int,), "a whole number"),
