@@ -25,8 +25,8 @@ from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
 from robustcompress.session import Goal, Session
 from robustcompress.strategies import Strategy
-from robustcompress.strategies.base import floor_widths
 from robustcompress.structure import StructuralEditor
+from robustcompress.structure.weights import maskable_weights
 from robustcompress.train import Progress, Recipe, augmentation, describe, set_memory_format
 
 SMALL_DATA = 10_000
@@ -63,8 +63,8 @@ def compress(
         model: The reference: any network the editor supports, which maps images in [0, 1] to logits; it is copied and
             never touched. Or a name: a built-in ("resnet18"), "torchvision:resnet18", "package.module:factory"; or a
             `ModelSpec`, a name with arguments. A classifier whose size differs from the data's classes is replaced.
-        strategy: "grape", "hydra", "s2ap", "magnitude", "none", a control ("uniform", "scaling", "fixed", "random"), or
-            a strategy with options, such as `Grape(order="random")`.
+        strategy: "grape", "hydra", "s2ap", "harp", "awt", "magnitude", "taylor", "none", a control ("uniform",
+            "scaling", "fixed", "random"), or a strategy with options, such as `Hydra(granularity="weight")`.
         data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,
             a DataLoader, or what `load_data` returns.
         budget: What it may cost; a number is a fraction of the reference's multiply-adds.
@@ -186,8 +186,8 @@ def carry_out(
         spec=request.spec,
         strategy=chosen.to_json(),
         edits=editor.edits,
-        before=measure(untouched, cpu_example, latency=True),
-        after=measure(compact, cpu_example, latency=True),
+        before=measure(untouched, cpu_example, latency=True, compressed=True),
+        after=measure(compact, cpu_example, latency=True, compressed=True),
         budget=request.budget.to_json(),
         history=tuple(session.history),
         report=report,
@@ -281,11 +281,14 @@ def _check_budget(
 ) -> None:
     if strategy.direction == "none":
         return
+    if strategy.granularity == "weight":
+        _check_density(editor.model, budget, reference, progress)
+        return
     if not editor.editable:
         reasons = "; ".join(f"{group.name}: {group.reason}" for group in editor.groups.values())
         raise BudgetError(f"nothing in this model can be resized: {reasons}")
     cost_model = CostModel(editor, example)
-    smallest = cost_model.predict(floor_widths(editor, round_to))
+    smallest = cost_model.predict(strategy.narrowest(editor, round_to))
     largest = cost_model.predict(strategy.largest(editor.widths))
     limits = budget.limits(reference)
     asked = [f"{human(limit)} {unit}" for limit, unit in zip(limits, ("MACs", "params"), strict=True) if limit < 1e300]
@@ -309,6 +312,17 @@ def _check_budget(
     problems.raise_if_any(BudgetError)
 
 
+def _check_density(model: nn.Module, budget: Budget, reference: Cost, progress: Progress) -> None:
+    layers, weights = len(maskable_weights(model)), reference.weights or 0
+    wanted = int((budget.density or 0) * weights)
+    progress.say(f"{human(wanted)} of {human(weights)} weights may stay, in {layers} layers; the shape stays")
+    if wanted < layers:
+        raise BudgetError(
+            f"density={budget.density:g} leaves {wanted} weights for {layers} layers, which keep at least one each; "
+            f"give at least {layers / weights:.2g}"
+        )
+
+
 def _close(model: nn.Module) -> nn.Module:
     """A plain module: eval mode, contiguous tensors, gradients cleared, nothing attached."""
     set_memory_format(model, torch.contiguous_format)
@@ -324,7 +338,8 @@ def _check_outcome(
     cost = measure(model, example)
     if strategy.direction != "none" and not budget.allows(cost, reference):
         raise BudgetError(
-            f"{strategy.name} ended at {human(cost.macs)} MACs and {human(cost.params)} parameters, over {budget}"
+            f"{strategy.name} ended at {human(cost.macs)} MACs, {human(cost.params)} parameters and "
+            f"{human(cost.nonzeros or 0)} weights that are not zero, over {budget}"
         )
     if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
         raise RobustCompressError(f"{strategy.name} ended with weights that are not finite; lower the learning rate")

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -18,6 +19,7 @@ from robustcompress.errors import Problems
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.groups import Axis
 from robustcompress.structure.kinds import kind_of
+from robustcompress.structure.weights import count_weights
 
 DISAGREEMENT = 0.05
 """Relative difference between the two operation counters above which it is said."""
@@ -33,6 +35,9 @@ class Cost:
         params: Parameters, counted one by one.
         size: Bytes of the parameters and buffers in memory.
         latency_ms: Median time of one image through torch on the CPU, in milliseconds; None where not measured.
+        weights: Weights of convolutions and linear layers; None in records older than this count.
+        nonzeros: How many of them are not zero.
+        compressed: Bytes of parameters and buffers after zlib, where measured: what zeros save on disk.
         note: Said when thop and half of torch's own FLOP counter differ by more than 5 %; else empty.
     """
 
@@ -41,6 +46,14 @@ class Cost:
     size: int
     latency_ms: float | None = None
     note: str = ""
+    weights: int | None = None
+    nonzeros: int | None = None
+    compressed: int | None = None
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that are not zero."""
+        return 1.0 if self.weights is None or self.nonzeros is None else self.nonzeros / max(1, self.weights)
 
     def to_json(self) -> dict[str, Any]:
         """The cost as plain JSON."""
@@ -56,12 +69,15 @@ class Budget:
         params: Parameters, as a fraction of the reference model's.
         max_macs: Multiply-adds at batch 1.
         max_params: Parameters.
+        density: Weights of convolutions and linear layers that are not zero, as a fraction of the reference's weights:
+            0.1 is what the field calls 90 % sparsity. For strategies with granularity="weight".
     """
 
     macs: float | None = None
     params: float | None = None
     max_macs: float | None = None
     max_params: float | None = None
+    density: float | None = None
 
     def __post_init__(self) -> None:
         problems = Problems("the budget makes no sense")
@@ -71,11 +87,13 @@ class Budget:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
                 problems.add(f"{field.name}={value!r}: must be a positive number")
-            elif not field.name.startswith("max_") and value > 4:
+            elif field.name in ("macs", "params") and value > 4:
                 problems.add(
                     f"{field.name}={value!r} is a fraction of the reference; for an absolute limit use "
                     f"max_{field.name}, for {value:g} % write {value / 100:g}"
                 )
+        if isinstance(self.density, int | float) and self.density >= 1:
+            problems.add(f"density={self.density!r}: must be below 1; for 90 % zeros write 0.1")
         if all(getattr(self, field.name) is None for field in fields(self)):
             problems.add("no limit is given; for half the multiply-adds write Budget(macs=0.5)")
         problems.raise_if_any()
@@ -91,7 +109,10 @@ class Budget:
     def allows(self, cost: Cost, reference: Cost) -> bool:
         """Whether `cost` keeps every limit."""
         macs, params = self.limits(reference)
-        return cost.macs <= macs and cost.params <= params
+        if self.density is not None and (cost.nonzeros is None or reference.weights is None):
+            return False
+        dense = self.density is None or (cost.nonzeros or 0) <= self.density * (reference.weights or 0)
+        return cost.macs <= macs and cost.params <= params and dense
 
     def to_json(self) -> dict[str, float]:
         """The limits that are given."""
@@ -114,7 +135,7 @@ def human(value: float) -> str:
     return f"{value:.4g}"
 
 
-def measure(model: nn.Module, example: torch.Tensor, *, latency: bool = False) -> Cost:
+def measure(model: nn.Module, example: torch.Tensor, *, latency: bool = False, compressed: bool = False) -> Cost:
     """Count a model's operations and parameters at batch 1.
 
     thop runs on a deep copy, because it leaves buffers in what it profiles.
@@ -123,6 +144,7 @@ def measure(model: nn.Module, example: torch.Tensor, *, latency: bool = False) -
         model: The network; not touched.
         example: One input batch `[N, 3, H, W]`; its first image is used.
         latency: Also time it.
+        compressed: Also compress the parameters and buffers, as a download of them would be.
     """
     macs, _ = _profile(model, example)
     flops = _flop_counter(model, example)
@@ -134,7 +156,24 @@ def measure(model: nn.Module, example: torch.Tensor, *, latency: bool = False) -
             f"thop counts {human(macs)} MACs, torch's FLOP counter {human(flops)}: thop also counts batch norm and "
             "pooling, and neither sees every functional operation"
         )
-    return Cost(round(macs), params, size, _latency(model, example) if latency else None, note)
+    weights, nonzeros = count_weights(model)
+    return Cost(
+        macs=round(macs),
+        params=params,
+        size=size,
+        latency_ms=_latency(model, example) if latency else None,
+        note=note,
+        weights=weights,
+        nonzeros=nonzeros,
+        compressed=_compressed(model) if compressed else None,
+    )
+
+
+def _compressed(model: nn.Module) -> int:
+    packer, size = zlib.compressobj(), 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        size += len(packer.compress(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()))
+    return size + len(packer.flush())
 
 
 def _latency(model: nn.Module, example: torch.Tensor, *, runs: int = 20) -> float:

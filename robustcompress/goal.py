@@ -38,3 +38,9 @@ class Goal:
     seed: int
     pretrained: bool
     round_to: int
+
+    @property
+    def kept_weights(self) -> int:
+        """How many weights of convolutions and linear layers may be other than zero."""
+        density = 1.0 if self.budget.density is None else self.budget.density
+        return max(1, int(density * (self.reference.weights or 0)))

@@ -111,6 +111,8 @@ def resolve(
         problems.add(f"recipe={recipe!r}: give a Recipe, such as Recipe(lr=0.05)")
     chosen = problems.attempt(lambda: make_strategy(strategy))
     limits = problems.attempt(lambda: _budget(budget))
+    if chosen is not None and limits is not None:
+        _check_granularity(problems, chosen, limits)
     adversary = problems.attempt(lambda: _threat(threat))
     loss = problems.attempt(lambda: _objective(objective))
     specs = _attacks(problems, attacks)
@@ -183,6 +185,23 @@ def _budget(budget: object) -> Budget:
     raise InputError(
         f"budget={budget!r}: give a Budget, or a number: the fraction of the multiply-adds that may be left"
     )
+
+
+def _check_granularity(problems: Problems, strategy: Strategy, budget: Budget) -> None:
+    """Zeros in a network of the same shape are counted by density, removed channels by everything else."""
+    others = [name for name in budget.to_json() if name != "density"]
+    if strategy.direction == "none":
+        return
+    if strategy.granularity == "weight" and (others or budget.density is None):
+        problems.add(
+            f"granularity='weight' zeroes single weights, which leaves {' and '.join(others)} as they are: give "
+            "Budget(density=0.1) for 90 % zeros, or granularity='channel'"
+        )
+    elif strategy.granularity == "channel" and budget.density is not None:
+        problems.add(
+            f"density={budget.density:g} counts single zeros, and {strategy.name} removes channels: give "
+            "granularity='weight' (a strategy's option, where it has one), or Budget(macs=...)"
+        )
 
 
 def _threat(threat: object) -> ThreatModel:

@@ -80,16 +80,7 @@ class CompressResult:
     @property
     def meets_budget(self) -> bool:
         """Whether every limit is kept; always true for strategy "none", to which no budget applies."""
-        limits = {
-            "macs": self.before.macs * self.budget.get("macs", math.inf),
-            "params": self.before.params * self.budget.get("params", math.inf),
-            "max_macs": self.budget.get("max_macs", math.inf),
-            "max_params": self.budget.get("max_params", math.inf),
-        }
-        return self.strategy["name"] == "none" or (
-            self.after.macs <= min(limits["macs"], limits["max_macs"])
-            and self.after.params <= min(limits["params"], limits["max_params"])
-        )
+        return self.strategy["name"] == "none" or Budget(**self.budget).allows(self.after, self.before)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write the result to a directory: JSON, safetensors, no pickle.
@@ -172,10 +163,16 @@ class CompressResult:
             ("parameters", human(before.params), human(after.params), f"{after.params / before.params:.3f}"),
             ("size", f"{human(before.size)}B", f"{human(after.size)}B", f"{after.size / before.size:.3f}"),
         ]
+        if before.nonzeros and after.nonzeros and after.density < 0.999:  # a weight may be zero by chance
+            ratio = f"{after.nonzeros / before.nonzeros:.3f}"
+            rows.append(("weights not zero", human(before.nonzeros), human(after.nonzeros), ratio))
+            if before.compressed and after.compressed:
+                ratio = f"{after.compressed / before.compressed:.3f}"
+                rows.append(("size, compressed", f"{human(before.compressed)}B", f"{human(after.compressed)}B", ratio))
         if before.latency_ms and after.latency_ms:
-            ratio = after.latency_ms / before.latency_ms
+            slower = after.latency_ms / before.latency_ms
             rows.append(
-                ("latency (torch, CPU)", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", f"{ratio:.3f}")
+                ("latency (torch, CPU)", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", f"{slower:.3f}")
             )
         return rows
 
@@ -287,7 +284,8 @@ def load(
 
 def _checked_cost(record: Any) -> Cost:
     cost = Cost(**record)
-    counts = (cost.macs, cost.params, cost.size)
+    counts = [cost.macs, cost.params, cost.size]
+    counts += [n for n in (cost.weights, cost.nonzeros, cost.compressed) if n is not None]
     timed = cost.latency_ms is None or (type(cost.latency_ms) in (int, float) and cost.latency_ms >= 0)
     if not all(type(n) is int and n > 0 for n in counts) or not timed or not isinstance(cost.note, str):
         raise ValueError(f"not a cost: {str(record)[:200]}")

@@ -16,6 +16,7 @@ from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.data import Batches
 from robustcompress.goal import Goal
 from robustcompress.robust.attacks import eval_mode, pgd
+from robustcompress.robust.objective import Objective
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
     Ascent,
@@ -113,6 +114,11 @@ class Session:
         """The averaged network where there is one, else the network: what scores and selections look at."""
         return self._ema.module if self._ema is not None else self.model
 
+    @property
+    def replaying(self) -> bool:
+        """Whether a resumed run is still catching up, on weights that mean nothing."""
+        return self._journal is not None and self._journal.replaying
+
     def fits(self, widths: Mapping[str, int]) -> bool:
         """Whether the network with these widths keeps the budget."""
         macs, params = self.cost_model.predict(widths)
@@ -202,6 +208,8 @@ class Session:
         lr: float,
         schedule: Schedule = "cosine",
         ascent: Ascent | None = None,
+        objective: Objective | None = None,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Train only these parameters (scores, batch-norm affines) with Adam; all others are frozen meanwhile.
 
@@ -212,6 +220,8 @@ class Session:
             lr: Peak learning rate.
             schedule: Its course.
             ascent: Compute gradients one ascent above, from its beginning on; the recipe's `awp` is for weights alone.
+            objective: What is minimised; the goal's objective by default.
+            on_epoch: Called with each epoch's record before it is written, to which it may add.
         """
         moving = {id(p) for group in parameter_groups for p in group["params"]}
         frozen = [p for p in self.model.parameters() if id(p) not in moving and p.requires_grad]
@@ -219,7 +229,7 @@ class Session:
             parameter.requires_grad_(False)
         try:
             optimizer = torch.optim.Adam([dict(group) for group in parameter_groups], lr=lr)
-            self._loop(phase, share, optimizer, lr, schedule, None, None, ascent)
+            self._loop(phase, share, optimizer, lr, schedule, None, None, ascent, objective, on_epoch)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -243,6 +253,8 @@ class Session:
         ema: AveragedModel | None,
         selection: Selection | None,
         ascent: Ascent | None,
+        objective: Objective | None = None,
+        look: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self._spent += share
         self._lay_out()
@@ -259,6 +271,8 @@ class Session:
             record |= {"macs": round(macs), "params": round(params)}
             if selection is not None:
                 selection.look(record)
+            if look is not None:
+                look(record)
             self.record(record)
             if self._journal is not None and state is not None:
                 self._journal.epoch_done(record["steps"], self.history, state)
@@ -267,7 +281,7 @@ class Session:
         train(
             CompiledNetwork(self.model) if compiles else self.model,
             self._batches,
-            self.goal.objective,
+            objective or self.goal.objective,
             self.goal.threat,
             self.goal.recipe,
             epochs=share * self.goal.epochs,
@@ -320,7 +334,7 @@ class Session:
         Args:
             batches: How many batches to average over.
         """
-        if self._journal is not None and self._journal.replaying:
+        if self.replaying:
             return
         update_bn((x for _, (x, _) in zip(range(batches), self._batches, strict=False)), self.model)
 
@@ -362,7 +376,7 @@ class Session:
 
     def say(self, line: str) -> None:
         """Tell the person who waits; what a resumed run has said is not said again."""
-        if self._journal is None or not self._journal.replaying:
+        if not self.replaying:
             self.progress.say(line)
 
     def validate(self) -> tuple[float, float]:

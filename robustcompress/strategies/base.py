@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from robustcompress.structure import StructuralEditor
 from robustcompress.structure.kinds import slots_of
 
 Direction = Literal["grow", "prune", "search", "none"]
+Granularity = Literal["channel", "weight"]
 Widths = dict[str, int]
 
 
@@ -35,9 +36,18 @@ class Strategy(ABC):
     def run(self, session: Session) -> None:
         """Bring `session.model` under the budget and train it."""
 
+    @property
+    def granularity(self) -> Granularity:
+        """What is removed: channels, or single weights, which become zeros in a network of the same shape."""
+        return "channel"
+
     def largest(self, widths: Widths) -> Widths:
         """The widest network this strategy can end with, given the reference's widths."""
         return dict(widths)
+
+    def narrowest(self, editor: StructuralEditor, round_to: int) -> Widths:
+        """The narrowest."""
+        return floor_widths(editor, round_to)
 
     def to_json(self) -> dict[str, Any]:
         """The strategy's name and options as plain JSON."""
@@ -65,11 +75,16 @@ def rounded(width: float, round_to: int, low: int, high: int) -> int:
     return int(min(high, max(low, round(width / round_to) * round_to)))
 
 
-def uniform_widths(session: Session) -> Widths:
-    """Every group scaled by one ratio, the largest that keeps the budget (MobileNet's width multiplier)."""
+def uniform_widths(session: Session, *, only: Collection[str] | None = None) -> Widths:
+    """Every group scaled by one ratio, the largest that keeps the budget (MobileNet's width multiplier).
+
+    Args:
+        session: Knows the network and the budget.
+        only: The groups that may change; all by default.
+    """
     editor, round_to = session.editor, session.goal.round_to
     floor = floor_widths(editor, round_to)
-    full = {group.name: group.width for group in editor.editable}
+    full = {group.name: group.width for group in editor.editable if only is None or group.name in only}
 
     def widths_at(ratio: float) -> Widths:
         return {name: rounded(ratio * width, round_to, floor[name], width) for name, width in full.items()}

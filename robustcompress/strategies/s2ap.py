@@ -12,9 +12,10 @@ from torch import Tensor
 
 from robustcompress.errors import InputError, Problems
 from robustcompress.session import Session
-from robustcompress.strategies.base import Direction, Strategy, Widths, check_numbers
+from robustcompress.strategies.base import Direction, Granularity, Strategy, Widths, check_numbers
 from robustcompress.strategies.scores import ScoreBased
-from robustcompress.structure.gates import Gates
+from robustcompress.structure import StructuralEditor
+from robustcompress.structure.masks import ScoreMasks
 from robustcompress.train import Ascent
 
 SMALLEST, LARGEST = 1e-6, 1.0
@@ -79,13 +80,24 @@ class S2AP(Strategy):
         assert isinstance(self.host, Strategy)
         return self.host.largest(widths)
 
+    @property
+    def granularity(self) -> Granularity:
+        """The host's."""
+        assert isinstance(self.host, Strategy)
+        return self.host.granularity
+
+    def narrowest(self, editor: StructuralEditor, round_to: int) -> Widths:
+        """The host's narrowest."""
+        assert isinstance(self.host, Strategy)
+        return self.host.narrowest(editor, round_to)
+
     def to_json(self) -> dict[str, Any]:
         """The options as plain JSON; the host's are in it with its name."""
         assert isinstance(self.host, Strategy)
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"name": self.name, **options, "host": self.host.to_json()}
 
-    def _ascent(self, gates: Gates) -> Ascent:
+    def _ascent(self, gates: ScoreMasks) -> Ascent:
         return ScoreAscent(gates, gamma=self.gamma, flips=self.flips, begins=self.warmup)
 
 
@@ -101,7 +113,7 @@ class ScoreAscent(Ascent):
 
     label: ClassVar[str] = "gamma"
 
-    def __init__(self, gates: Gates, *, gamma: float | None, flips: float, begins: float = 0.0) -> None:
+    def __init__(self, gates: ScoreMasks, *, gamma: float | None, flips: float, begins: float = 0.0) -> None:
         super().__init__(gates.parameters(), LARGEST if gamma is None else gamma, begins=begins)
         self._gates = gates
         self._target = flips if gamma is None else None
@@ -126,11 +138,11 @@ class ScoreAscent(Ascent):
 
     def _share(self, steps: Sequence[Tensor], gamma: float) -> Tensor:
         """The share of mask bits, over all groups, that differ between the scores and `gamma * steps` above them."""
-        rule, changed, total = self._gates.rule, [], 0
-        for (name, scores), step in zip(self._gates.scores.items(), steps, strict=True):
-            changed.append((rule(name, scores) != rule(name, scores + gamma * step)).sum())
-            total += len(scores)
-        return torch.stack(changed).sum() / total
+        scores = self._gates.scores
+        moved = {name: s + gamma * step for (name, s), step in zip(scores.items(), steps, strict=True)}
+        here, there = self._gates.kept(), self._gates.kept(moved)
+        changed = [(here[name] != there[name]).sum() for name in scores]
+        return torch.stack(changed).sum() / sum(values.numel() for values in scores.values())
 
 
 def calibrate(share: Callable[[float], float], target: float) -> float:

@@ -1,37 +1,174 @@
-"""What a strategy offers that learns scores under masks: its search can be perturbed from outside."""
+"""The search that HYDRA, HARP and AWT share: scores learnt under the masks they stand for."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor, nn
+
+from robustcompress.robust.objective import Objective
 from robustcompress.session import Session
-from robustcompress.strategies.base import Strategy
-from robustcompress.structure.gates import Gates
+from robustcompress.strategies.pruning import Pruning, cut
+from robustcompress.strategies.units import Channels, Scores, Weights
+from robustcompress.structure.masks import MaskRule, ScoreMasks, TopK
 from robustcompress.train import Ascent
 
-MakeAscent = Callable[[Gates], Ascent | None]
-"""Makes the ascent of a search from its gates: their scores are what it may move, their rule is what it may flip."""
+MakeAscent = Callable[[ScoreMasks], Ascent | None]
+"""Makes the ascent of a search from its masks: their scores are what it may move, their rule is what it may flip."""
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 
-class ScoreBased(Strategy):
-    """A strategy that learns one score a channel, by the gradient that a mask of the scores lets through.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreBased(Pruning):
+    """A strategy that learns one score a unit, by the gradient that a mask of the scores lets through.
 
     Abstract. Whoever derives from it can be the host of `S2AP`.
+
+    Attributes:
+        search: Share of the epochs in the search; at 0 this is exactly `magnitude`.
+        score_lr: Adam's peak learning rate for the scores: of channels, which start in [0, 2.45], and of weights as a
+            share of their layer's root mean square.
     """
+
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"search": (0.0, 0.99), "score_lr": (1e-9, 10.0)}
+    pretrain: float = 0.45
+    search: float = 0.10
+    score_lr: float = 0.02
 
     def run(self, session: Session) -> None:
         """As `run_with`, with nothing added."""
         self.run_with(session)
 
-    @abstractmethod
     def run_with(
         self, session: Session, *, ascent: MakeAscent | None = None, finetune_awp: float | None = None
     ) -> None:
-        """Compress.
+        """Pretrain, search, cut, fine-tune.
 
         Args:
             session: What to compress.
             ascent: Gives the ascent under which scores are learnt; None for none.
             finetune_awp: Radius of adversarial weight perturbation in the fine-tuning; None for the recipe's.
         """
+        spent, units = self.begin(session), self.units(session)
+        found: Callable[[], Scores] = units.magnitudes
+        if self.search:
+            learnt = self.learn(session, units, ascent)
+            found = lambda: learnt  # noqa: E731
+        share = 1 - spent - self.search
+        with cut(session, units, found):
+            session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True, awp=finetune_awp)
+
+    @abstractmethod
+    def learn(self, session: Session, units: Channels | Weights, ascent: MakeAscent | None) -> Scores:
+        """Search, for the share of the epochs that is set aside for it.
+
+        Returns:
+            Scores by group or weight; those with the largest magnitudes are kept.
+        """
+
+
+def search(
+    strategy: ScoreBased,
+    session: Session,
+    units: Channels | Weights,
+    *,
+    first: Callable[[], Scores],
+    rule: MaskRule | None = None,
+    also: Sequence[dict[str, Any]] = (),
+    ascent: MakeAscent | None = None,
+    objective: Objective | None = None,
+    watch: Callable[[ScoreMasks, dict[str, Any]], None] | None = None,
+) -> Scores:
+    """Learn scores while the weights stay and batch-norm affines and statistics move.
+
+    Args:
+        strategy: Says for how long, and how fast.
+        session: The network under compression.
+        units: What the scores are of.
+        first: The scores to begin with; asked once in all of a run, however often it is resumed.
+        rule: What the scores mean; by default the largest are kept, as many as `units` counts.
+        also: Further Adam parameter groups, moved too.
+        ascent: As in `ScoreBased.run_with`.
+        objective: What is minimised; the goal's by default.
+        watch: Called with the masks and each epoch's record, to which it may add.
+
+    Returns:
+        The scores that were found.
+    """
+    start = units.remember("scores to begin with", first)
+    rule = rule or TopK(units.counts)
+    affine = [p for m in session.model.modules() if isinstance(m, NORMS) for p in m.parameters()]
+    with units.gates(start, rule) as gates:
+        session.recalibrate()
+        groups = [*_score_groups(units, start, gates), {"params": affine, "lr_scale": 0.02}, *also]
+        trail = MaskTrail(session, gates)
+
+        def on_epoch(record: dict[str, Any]) -> None:
+            record |= trail.step()
+            if watch is not None:
+                watch(gates, record)
+
+        session.train_only(
+            "search",
+            [group for group in groups if group["params"]],
+            share=strategy.search,
+            lr=strategy.score_lr,
+            ascent=ascent(gates) if ascent is not None else None,
+            objective=objective,
+            on_epoch=on_epoch,
+        )
+        trail.close()
+        learnt = {name: values.detach().clone() for name, values in gates.scores.items()}
+        then, now = gates.kept({name: s.to(learnt[name].device) for name, s in start.items()}), gates.kept(learnt)
+    if isinstance(units, Weights):
+        session.forget("scores to begin with")
+    swapped, total = sum(int((then[n] != now[n]).sum()) for n in now), sum(bits.numel() for bits in now.values())
+    session.record({"phase": "search", "event": "scores", "changed": swapped / total})
+    session.say(f"search changed {swapped} of {total} decisions")
+    return {name: values.cpu() for name, values in learnt.items()} if isinstance(units, Channels) else learnt
+
+
+def _score_groups(units: Channels | Weights, start: Mapping[str, Tensor], gates: ScoreMasks) -> list[dict[str, Any]]:
+    if isinstance(units, Channels):
+        return [{"params": gates.parameters()}]
+    return [{"params": [s], "lr_scale": units.pace(start[name])} for name, s in gates.scores.items()]
+
+
+class MaskTrail:
+    """How far masks move from one epoch to the next: normalised Hamming distances.
+
+    Args:
+        session: Its checkpoints hold the masks of the last epoch.
+        gates: Whose masks.
+    """
+
+    def __init__(self, session: Session, gates: ScoreMasks) -> None:
+        self._session = session
+        self._gates = gates
+        self._last = gates.kept()
+        session.keep("masks", self)
+
+    def step(self) -> dict[str, float]:
+        """The share of all mask bits that differ from those of the last call (or of the start)."""
+        now = self._gates.kept()
+        differ = sum(int((now[name] != self._last[name]).sum()) for name in now)
+        self._last = now
+        return {"hamming": differ / sum(bits.numel() for bits in now.values())}
+
+    def close(self) -> None:
+        """Leave the session's checkpoints."""
+        self._session.forget("masks")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The masks of the last epoch."""
+        return dict(self._last)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None:
+        """Take them back."""
+        device = next(iter(self._last.values())).device
+        self._last = {name: state[name].to(device, torch.bool) for name in self._last}

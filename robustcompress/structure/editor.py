@@ -12,10 +12,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.errors import InputError, Problems, nearest
-from robustcompress.structure.gates import Gates, MaskRule
+from robustcompress.structure.gates import Gates
 from robustcompress.structure.groups import NEW, ChannelGroup, Edit
 from robustcompress.structure.initial import INITS, fill, resolve_clones
 from robustcompress.structure.layout import Layout
+from robustcompress.structure.masks import MaskRule
 from robustcompress.structure.support import check_supported
 from robustcompress.structure.surgery import apply_gathers, copy_fresh, migrate_optimizer, plan_edit
 from robustcompress.structure.trace import trace
@@ -145,7 +146,7 @@ class StructuralEditor:
 
         Args:
             scores: Per group, its first scores `[C]`; each becomes a parameter on the model's device.
-            rule: Turns a group's scores into gate values (see `gates.top_k_mask`); the scores themselves by default.
+            rule: Turns scores into gate values (see `masks.TopK`); the scores themselves by default.
 
         Raises:
             InputError: A group that does not exist or cannot be edited, or scores of the wrong length.

@@ -1,0 +1,105 @@
+"""What strategies that cut a trained network have in common: their options, and the order of their phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+from robustcompress.errors import Problems, nearest
+from robustcompress.session import Session
+from robustcompress.strategies.base import Direction, Granularity, Strategy, Widths, check_numbers, floor_widths
+from robustcompress.strategies.units import Allocation, Channels, Residual, Scores, Weights, granular
+from robustcompress.structure import StructuralEditor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruning(Strategy):
+    """Robust pretraining, a cut, robust fine-tuning. Abstract: who derives from it says by which scores is cut.
+
+    Attributes:
+        pretrain: Share of the epochs spent before the cut; the rest fine-tunes. Skipped for a pretrained model.
+        finetune_lr: Factor on the recipe's learning rate while fine-tuning.
+        granularity: "channel" removes channels and makes the network smaller; "weight" zeroes single weights, which
+            leaves its shape, and needs a budget that says a density.
+        allocation: "uniform" keeps the same share everywhere, "global" ranks all scores together.
+        residual: "coupled" cuts residual streams too, in all layers that write and read them; "freeze" cuts inside
+            blocks alone.
+    """
+
+    direction: ClassVar[Direction] = "prune"
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Of further options that are numbers."""
+
+    pretrain: float = 0.5
+    finetune_lr: float = 1.0
+    granularity: Granularity = "channel"
+    allocation: Allocation = "uniform"
+    residual: Residual = "coupled"
+
+    def __post_init__(self) -> None:
+        problems = Problems(f"{self.name} cannot run")
+        ranges = {"pretrain": (0.0, 0.99), "finetune_lr": (1e-9, 10.0), **self.ranges}
+        check_numbers(problems, self, ranges)
+        for name, kind in (("granularity", Granularity), ("allocation", Allocation), ("residual", Residual)):
+            value, choices = getattr(self, name), get_args(kind)
+            if value not in choices:
+                problems.add(f"{name}={value!r} does not exist{nearest(str(value), choices)}")
+        search = getattr(self, "search", 0.0)
+        if not problems.items and self.pretrain + search >= 1:
+            problems.add(f"pretrain={self.pretrain!r} and search={search!r} leave no epochs to fine-tune")
+        problems.raise_if_any()
+
+    def narrowest(self, editor: StructuralEditor, round_to: int) -> Widths:
+        """Residual streams stay where they are frozen."""
+        floor = floor_widths(editor, round_to)
+        if self.residual == "coupled":
+            return floor
+        return {g.name: g.width if g.kind == "residual" else floor[g.name] for g in editor.editable}
+
+    def units(self, session: Session) -> Channels | Weights:
+        """What is chosen among."""
+        return granular(session, granularity=self.granularity, allocation=self.allocation, residual=self.residual)
+
+    def begin(self, session: Session) -> float:
+        """Pretrain.
+
+        Returns:
+            The share of the epochs that it took.
+        """
+        share = 0.0 if session.goal.pretrained else self.pretrain
+        if share:
+            session.train("pretrain", share=share)
+            session.settle()
+        return share
+
+
+def one_shot(strategy: Pruning, session: Session, score: Callable[[Channels | Weights], Scores]) -> None:
+    """Pretrain, cut once, fine-tune.
+
+    Args:
+        strategy: Its options are followed.
+        session: The network under compression.
+        score: Asked after pretraining; what has the largest scores stays.
+    """
+    spent = strategy.begin(session)
+    units = strategy.units(session)
+    with cut(session, units, lambda: score(units)):
+        session.train("finetune", share=1 - spent, lr_scale=strategy.finetune_lr, select=True)
+
+
+@contextmanager
+def cut(session: Session, units: Channels | Weights, scores: Callable[[], Scores]) -> Iterator[None]:
+    """Cut, re-estimate batch-norm statistics, and note how accurate the network is before it is fine-tuned.
+
+    What was cut stays cut while the context is open.
+    """
+    with units.cut(scores):
+        session.recalibrate()
+        if len(session.goal.data.val) and session.goal.recipe.val_images:
+            clean, robust = session.decide("accuracy before fine-tuning", session.validate)
+            macs = session.cost_model.predict(session.editor.widths)[0]
+            record = {"phase": "prune", "event": "mask", "val_clean": clean, "val_robust": robust, "macs": round(macs)}
+            session.record(record)
+        yield
