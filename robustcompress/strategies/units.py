@@ -232,6 +232,8 @@ class Weights(Units):
         session.record({"phase": "prune", "event": "prune", "weights": kept, "density": density})
         with sparsity:
             yield
+        session.settle()
+        sparsity.set_masks(sparsity.masks)  # gradients of either sign have made some of the zeros negative ones
         session.forget("sparsity")
 
 
