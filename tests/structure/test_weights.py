@@ -89,7 +89,8 @@ def test_under_the_gates_it_runs_as_with_zeros_in_the_weights(net: str) -> None:
     for name, slope, gradient in zip(scores, slopes, inner, strict=True):
         signs = torch.where(scores[name] < 0, -1.0, 1.0)
         assert torch.allclose(slope, gradient * weights[name].detach() * signs, atol=1e-4), name
-    assert same(state(model), before) and not any(parametrize.is_parametrized(m) for m in model.modules())
+    assert same(state(model), before) and list(state(model)) == list(before), "and in the same order"
+    assert not any(parametrize.is_parametrized(m) for m in model.modules())
     assert maskable_weights(model) == weights, "the very same parameters"
 
 
