@@ -40,7 +40,7 @@ class Harp(ScoreBased):
 
     Attributes:
         rate_lr: Adam's peak learning rate for the rates r.
-        cost_weight: The published gamma: 0.01 for small images, 0.1 for large ones.
+        cost_weight: The published gamma: there 0.01 for small images, 0.1 for large ones; searches here are shorter.
         floor: No layer may fall below this share of the target's keep rate.
     """
 
@@ -51,8 +51,8 @@ class Harp(ScoreBased):
         "cost_weight": (0.0, 1000.0),
         "floor": (0.0, 0.99),
     }
-    rate_lr: float = 0.02
-    cost_weight: float = 0.01
+    rate_lr: float = 0.1
+    cost_weight: float = 0.1
     floor: float = 0.1
 
     splits_objective: ClassVar[bool] = True

@@ -161,6 +161,10 @@ class Channels(Units):
         return fill_budget(session, widths_at(high), self.widths)
 
 
+PACE = 5.0
+"""So that one score learning rate does for channels and weights. Chosen on the digits' validation images."""
+
+
 class Weights(Units):
     """The single weights of convolutions and linear layers, first and last layer included.
 
@@ -194,8 +198,8 @@ class Weights(Units):
         return {name: (6 / w[0].numel()) ** 0.5 * w / largest[name] for name, w in magnitudes.items()}
 
     def pace(self, first: Tensor) -> float:
-        """Their root mean square: the largest of many weights says little about where the others lie."""
-        return float(first.square().mean().sqrt())
+        """Five times their root mean square: the largest of many weights says little about where the others lie."""
+        return PACE * float(first.square().mean().sqrt())
 
     def counts(self, scores: Mapping[str, Tensor]) -> Counts:
         """How many weights of each layer are kept; together no more than the budget's density allows."""
