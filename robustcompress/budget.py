@@ -23,6 +23,10 @@ DISAGREEMENT = 0.05
 """Relative difference between the two operation counters above which it is said."""
 
 
+NOISE = 0.03
+"""Two measurements of one network's latency may differ by this much before it is said that a limit is missed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one network costs.
@@ -34,6 +38,8 @@ class Cost:
         size: Bytes of the parameters and buffers in memory.
         latency_ms: Median time of one image through torch on the CPU, in milliseconds; None where not measured.
         note: Said when thop and half of torch's own FLOP counter differ by more than 5 %; else empty.
+        onnx_ms: Median time of one image through onnxruntime on the CPU, one thread, in milliseconds; None where no
+            limit on latency asked for it.
     """
 
     macs: int
@@ -41,10 +47,11 @@ class Cost:
     size: int
     latency_ms: float | None = None
     note: str = ""
+    onnx_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The cost as plain JSON."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "onnx_ms" or value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +63,17 @@ class Budget:
         params: Parameters, as a fraction of the reference model's.
         max_macs: Multiply-adds at batch 1.
         max_params: Parameters.
+        latency: Milliseconds of one image through onnxruntime on the CPU, one thread, as a fraction of the reference
+            model's.
+        max_latency_ms: Those milliseconds, on the machine that compresses.
     """
 
     macs: float | None = None
     params: float | None = None
     max_macs: float | None = None
     max_params: float | None = None
+    latency: float | None = None
+    max_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         problems = Problems("the budget makes no sense")
@@ -72,9 +84,10 @@ class Budget:
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
                 problems.add(f"{field.name}={value!r}: must be a positive number")
             elif not field.name.startswith("max_") and value > 4:
+                absolute = "max_latency_ms" if field.name == "latency" else f"max_{field.name}"
                 problems.add(
                     f"{field.name}={value!r} is a fraction of the reference; for an absolute limit use "
-                    f"max_{field.name}, for {value:g} % write {value / 100:g}"
+                    f"{absolute}, for {value:g} % write {value / 100:g}"
                 )
         if all(getattr(self, field.name) is None for field in fields(self)):
             problems.add("no limit is given; for half the multiply-adds write Budget(macs=0.5)")
@@ -88,10 +101,22 @@ class Budget:
         params += [self.max_params] if self.max_params is not None else []
         return min(macs, default=math.inf), min(params, default=math.inf)
 
+    @property
+    def limits_latency(self) -> bool:
+        """Whether anything is said about latency."""
+        return self.latency is not None or self.max_latency_ms is not None
+
+    def latency_limit(self, reference_ms: float) -> float:
+        """The milliseconds this allows for a reference that takes `reference_ms`; infinite where nothing is said."""
+        limits = [self.latency * reference_ms] if self.latency is not None else []
+        limits += [self.max_latency_ms] if self.max_latency_ms is not None else []
+        return min(limits, default=math.inf)
+
     def allows(self, cost: Cost, reference: Cost) -> bool:
-        """Whether `cost` keeps every limit."""
+        """Whether `cost` keeps every limit; that on latency within noise (3 %), and only where both were measured."""
         macs, params = self.limits(reference)
-        return cost.macs <= macs and cost.params <= params
+        latency = self.latency_limit(reference.onnx_ms or math.inf)
+        return cost.macs <= macs and cost.params <= params and (cost.onnx_ms or 0.0) <= latency * (1 + NOISE)
 
     def to_json(self) -> dict[str, float]:
         """The limits that are given."""
@@ -102,7 +127,8 @@ class Budget:
         said = []
         for key, value in self.to_json().items():
             absolute = key.startswith("max_")
-            said.append(f"{key.removeprefix('max_')} <= " + (human(value) if absolute else f"{value:.3g} x reference"))
+            name, unit = key.removeprefix("max_").removesuffix("_ms"), " ms" if key.endswith("_ms") else ""
+            said.append(f"{name} <= " + (f"{human(value)}{unit}" if absolute else f"{value:.3g} x reference"))
         return ", ".join(said)
 
 

@@ -80,16 +80,7 @@ class CompressResult:
     @property
     def meets_budget(self) -> bool:
         """Whether every limit is kept; always true for strategy "none", to which no budget applies."""
-        limits = {
-            "macs": self.before.macs * self.budget.get("macs", math.inf),
-            "params": self.before.params * self.budget.get("params", math.inf),
-            "max_macs": self.budget.get("max_macs", math.inf),
-            "max_params": self.budget.get("max_params", math.inf),
-        }
-        return self.strategy["name"] == "none" or (
-            self.after.macs <= min(limits["macs"], limits["max_macs"])
-            and self.after.params <= min(limits["params"], limits["max_params"])
-        )
+        return self.strategy["name"] == "none" or Budget(**self.budget).allows(self.after, self.before)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write the result to a directory: JSON, safetensors, no pickle.
@@ -176,6 +167,11 @@ class CompressResult:
             ratio = after.latency_ms / before.latency_ms
             rows.append(
                 ("latency (torch, CPU)", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", f"{ratio:.3f}")
+            )
+        if before.onnx_ms and after.onnx_ms:
+            ratio = after.onnx_ms / before.onnx_ms
+            rows.append(
+                ("latency (onnxruntime)", f"{before.onnx_ms:.3f} ms", f"{after.onnx_ms:.3f} ms", f"{ratio:.3f}")
             )
         return rows
 
@@ -288,7 +284,8 @@ def load(
 def _checked_cost(record: Any) -> Cost:
     cost = Cost(**record)
     counts = (cost.macs, cost.params, cost.size)
-    timed = cost.latency_ms is None or (type(cost.latency_ms) in (int, float) and cost.latency_ms >= 0)
+    times = [ms for ms in (cost.latency_ms, cost.onnx_ms) if ms is not None]
+    timed = all(type(ms) in (int, float) and ms >= 0 for ms in times)
     if not all(type(n) is int and n > 0 for n in counts) or not timed or not isinstance(cost.note, str):
         raise ValueError(f"not a cost: {str(record)[:200]}")
     return cost
