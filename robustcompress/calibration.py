@@ -19,7 +19,7 @@ from robustcompress.strategies.base import Widths, floor_widths
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import Progress
 
-NETWORKS = 24
+NETWORKS = 20
 """How many networks the predictor is fitted to."""
 
 SECONDS = 0.5
@@ -46,8 +46,9 @@ def limit_latency(session: Session, strategy: Strategy, stopwatch: Stopwatch, ex
     budget, editor, round_to = session.goal.budget, session.editor, session.goal.round_to
     if not budget.limits_latency or strategy.direction == "none":
         return
-    floor = {**editor.widths, **floor_widths(editor, round_to)}
-    most = {name: min(width, WIDEST * editor.widths[name]) for name, width in strategy.largest(editor.widths).items()}
+    full, largest = editor.widths, strategy.largest(editor.widths)
+    floor = {**full, **floor_widths(editor, round_to)}
+    most = {**full, **{g.name: min(largest[g.name], WIDEST * g.width) for g in editor.editable}}
     record = session.decide(
         "latency table", lambda: _table(editor, example, floor, most, round_to, stopwatch, session.progress)
     )
@@ -95,7 +96,7 @@ def _table(
     """The predictor, as JSON; from memory where this process has measured the same networks."""
     sampled = sample_widths(editor.widths, floor, most, round_to=round_to, count=NETWORKS)
     structure = fingerprint(editor.model)["model structure"]
-    key = json.dumps([structure, list(example.shape[1:]), sampled, type(stopwatch).__name__], sort_keys=True)
+    key = json.dumps([structure, list(example.shape[1:]), sampled], sort_keys=True)
     if key not in _known:
         progress.say(f"measuring the latency of {len(sampled)} networks")
         timings = [stopwatch.time(stopwatch.resized(widths), seconds=SECONDS) for widths in sampled]

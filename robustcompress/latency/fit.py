@@ -13,9 +13,6 @@ from torch import nn
 from robustcompress.latency.model import LatencyModel, Side, Term
 from robustcompress.structure import StructuralEditor
 
-PADS = (1, 4, 8, 16)
-"""Blocks of channels that are tried; onnxruntime's are 8 (AVX2, NEON) or 16 (AVX-512)."""
-
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 """Pulls towards "time in proportion to multiply-adds" that are tried."""
 
@@ -97,8 +94,7 @@ def fit(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]], ms: Sequen
     """Fit the predictor to measured networks, on relative errors.
 
     Coefficients are not negative, so that the prediction never falls as a width rises. How strongly they are pulled
-    towards "in proportion to multiply-adds", and the block of channels, are those whose predictions of left-out
-    networks are best.
+    towards "in proportion to multiply-adds" is what predicts left-out networks best.
 
     Args:
         layers: What `layers_of` found.
@@ -106,14 +102,11 @@ def fit(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]], ms: Sequen
         ms: The median milliseconds of each.
     """
     full, times = dict(widths[0]), np.asarray(ms, dtype=np.float64)
-    fits: list[tuple[float, int, float, Array, Array]] = []
-    for pad in PADS:
-        columns, prior = _columns(layers, widths, pad), _prior(layers, widths, times, pad)
-        for ridge in RIDGES:
-            fits.append((_held_out(columns, times, prior, ridge), pad, ridge, columns, prior))
-    # The first wins where several are alike, and a difference within rounding is none.
-    best = min(entry[0] for entry in fits)
-    error, pad, ridge, columns, prior = next(entry for entry in fits if entry[0] <= best + 1e-9)
+    columns, prior = _columns(layers, widths), _prior(layers, widths, times)
+    errors = [_held_out(columns, times, prior, ridge) for ridge in RIDGES]
+    error = min(errors)
+    # The weakest pull of several alike; a difference within rounding is none.
+    ridge = next(ridge for ridge, found in zip(RIDGES, errors, strict=True) if found <= error + 1e-9)
     constant, *found = _solve(columns, times, prior, ridge).tolist()
     families = _families(layers)
     terms = []
@@ -127,7 +120,6 @@ def fit(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]], ms: Sequen
         narrowest_ms=float(min(times)),
         constant=constant,
         terms=tuple(term for term in terms if term.ms > 0),
-        pad=pad,
         widths=full,
         held_out=error,
         networks=len(times),
@@ -141,22 +133,22 @@ def _families(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
     return families
 
 
-def _columns(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]], pad: int) -> Array:
+def _columns(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]]) -> Array:
     """`[networks, 1 + 2 families]`: a constant, then each family's multiply-adds and outputs over the reference's."""
     columns = [np.ones(len(widths))]
     for members in _families(layers).values():
         macs, outputs = np.zeros(len(widths)), np.zeros(len(widths))
         for layer in members:
             for row, known in enumerate(widths):
-                macs[row] += layer.macs * float(np.prod([side.ratio(known, pad) for side in layer.sides]))
-                outputs[row] += layer.outputs * float(np.prod([side.ratio(known, pad) for side in layer.written]))
+                macs[row] += layer.macs * float(np.prod([side.ratio(known) for side in layer.sides]))
+                outputs[row] += layer.outputs * float(np.prod([side.ratio(known) for side in layer.written]))
         columns += [macs / sum(layer.macs for layer in members), outputs / sum(layer.outputs for layer in members)]
     return np.stack(columns, axis=1)
 
 
-def _prior(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]], times: Array, pad: int) -> Array:
+def _prior(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]], times: Array) -> Array:
     """Coefficients if all multiply-adds cost the same and nothing else costs anything but a constant."""
-    columns, families = _columns(layers, widths, pad), _families(layers)
+    columns, families = _columns(layers, widths), _families(layers)
     macs = np.array([sum(layer.macs for layer in members) for members in families.values()])
     share = macs / macs.sum()
     both = np.stack([np.ones(len(times)), columns[:, 1::2] @ share], axis=1)

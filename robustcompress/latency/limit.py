@@ -10,11 +10,14 @@ from typing import Any
 from robustcompress.budget import NOISE
 from robustcompress.latency.model import LatencyModel
 
-ROUNDS = 8
-"""How often widths are chosen again at most."""
+ROUNDS = 10
+"""How many networks are measured at most."""
 
 NEAR = 0.99
 """From this share of the limit on, a network that keeps it is as near as it need be."""
+
+PROBE = 0.01
+"""How much further each look beyond the first network that is too slow goes."""
 
 AIM = 1.003
 """A correction aims this much below the limit, so that noise does not decide."""
@@ -80,11 +83,6 @@ class LatencyLimit:
         """Milliseconds, corrected by what was measured last."""
         return self.factor * self.model.predict(widths)
 
-    def price(self, widths: Mapping[str, int], group: str) -> float:
-        """Milliseconds for one more channel of a group, on average over the next block of channels."""
-        wider = {**widths, group: widths[group] + self.model.pad}
-        return (self.predict(wider) - self.predict(widths)) / self.model.pad
-
     @property
     def missed(self) -> bool:
         """Whether the widths chosen last are over the limit by more than noise."""
@@ -125,8 +123,8 @@ class LatencyLimit:
             Of all networks measured the slowest within the limit; the fastest where none is.
         """
         tried: dict[tuple[tuple[str, int], ...], Choice] = {}
-        before, over, under = self.factor, 0.0, math.inf
-        for _ in range(2 * ROUNDS):
+        before, over, under, probes = self.factor, 0.0, math.inf, 0
+        for _ in range(4 * ROUNDS):
             widths = pick()
             key = tuple(sorted(widths.items()))
             if key not in tried:
@@ -144,9 +142,13 @@ class LatencyLimit:
                 under = min(under, self.factor)
             wanted = now.factor * AIM
             if not over < wanted < under:
-                if over == 0 or under == math.inf or under / over < 1 + 1e-3:
+                if over == 0 or under == math.inf:
                     break  # nothing wider or narrower is to be had
-                wanted = math.sqrt(over * under)
+                if under / over > 1 + 1e-3:
+                    wanted = math.sqrt(over * under)
+                else:  # the next step is too slow; one further on may be faster again, with channels that fill blocks
+                    probes += 1
+                    wanted = over * (1 - PROBE * probes)
             self.factor = wanted
         self.factor = before
         kept = [choice for choice in tried.values() if choice.ms <= self.limit]

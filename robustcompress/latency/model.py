@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
-import torch
 from torch import Tensor
 
 
@@ -25,12 +23,9 @@ class Side:
     fixed: int
     reference: int
 
-    def ratio(self, widths: Mapping[str, Any], pad: int) -> Any:
-        """Positions at these widths over those of the reference, both as a multiple of `pad`, rounded up."""
-        if any(copies > 1 for _, copies in self.groups):
-            pad = 1  # behind a flatten, positions are no channels
-        total = sum((copies * widths[name] for name, copies in self.groups), self.fixed)
-        return _rounded_up(total, pad) / _rounded_up(self.reference, pad)
+    def ratio(self, widths: Mapping[str, Any]) -> Any:
+        """Positions at these widths (numbers or tensors) over those of the reference."""
+        return sum((copies * widths[name] for name, copies in self.groups), self.fixed) / self.reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +46,15 @@ class LatencyModel:
     """Predicts the time of one image through onnxruntime, for any widths; the same every time it is asked.
 
     Ours, after the look-up tables of resource-aware search (NetAdapt, Yang et al. 2018), with few coefficients in
-    place of a table: `constant + sum over layers (a * product of both sides' ratios + b * written side's ratio)`.
+    place of a table: `constant + sum over layers (a * product of both sides' ratios + b * written side's ratio)`. It
+    never falls as a width rises. The truth does: onnxruntime works on blocks of channels, so that of two networks the
+    wider may be the faster. What that is worth to the widths that are chosen is measured (see `LatencyLimit`).
 
     Attributes:
         reference_ms: Median of the reference, measured.
         narrowest_ms: The narrowest network, measured.
         constant: Milliseconds that no width changes.
         terms: What the widths decide.
-        pad: onnxruntime works on blocks of channels: a width costs what the next multiple of this costs.
         widths: The reference's, for groups that are not named in a question.
         held_out: Mean relative error on networks that a fit had not seen.
         networks: How many networks were measured.
@@ -68,7 +64,6 @@ class LatencyModel:
     narrowest_ms: float
     constant: float
     terms: tuple[Term, ...]
-    pad: int
     widths: Mapping[str, int]
     held_out: float
     networks: int
@@ -83,15 +78,15 @@ class LatencyModel:
         """Milliseconds of the network with these group widths.
 
         Args:
-            widths: Numbers, or scalar tensors; gradients run through them as if nothing were rounded to blocks. Groups
-                that are not named have the reference's width.
+            widths: Numbers, or scalar tensors, through which gradients run. Groups that are not named have the
+                reference's width.
         """
         known = {**self.widths, **widths}
         total: Any = self.constant
         for term in self.terms:
             share: Any = term.ms
             for side in term.sides:
-                share = share * side.ratio(known, self.pad)
+                share = share * side.ratio(known)
             total = total + share
         return total
 
@@ -108,11 +103,3 @@ class LatencyModel:
 
 def _side(record: Mapping[str, Any]) -> Side:
     return Side(tuple((name, copies) for name, copies in record["groups"]), record["fixed"], record["reference"])
-
-
-def _rounded_up(count: Any, pad: int) -> Any:
-    if pad == 1:
-        return count
-    if isinstance(count, Tensor):
-        return count + (torch.ceil(count.detach() / pad) * pad - count.detach())
-    return math.ceil(count / pad) * pad

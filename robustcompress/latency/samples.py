@@ -13,8 +13,8 @@ def sample_widths(
 ) -> list[dict[str, int]]:
     """Widths of networks that tell layers apart; the same for the same arguments.
 
-    The reference, the narrowest network, a quarter scaled evenly, and the rest at random: a ratio for the network and,
-    around it, one for each group.
+    The reference, the narrowest network, the widest, a quarter scaled evenly, and the rest at random: a ratio for the
+    network and, around it, one for each group.
 
     Args:
         full: The reference's widths.
@@ -31,7 +31,7 @@ def sample_widths(
         nearest = {name: round(ratio * full[name] / round_to) * round_to for name, ratio in ratios.items()}
         return {name: int(min(most[name], max(floor[name], width))) for name, width in nearest.items()}
 
-    found = [dict(full), dict(floor)]
+    found = [dict(full), dict(floor), dict(most)]
     found += [widths_at(dict.fromkeys(full, least ** ((i + 1) / (even + 1)))) for i in range(even)]
     while len(found) < count:
         base, *around = torch.rand(1 + len(full), generator=generator).tolist()

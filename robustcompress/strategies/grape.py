@@ -167,7 +167,7 @@ def _spend(session: Session, now: Widths, shares: Mapping[str, float], caps: Map
         wider = session.cost_model.predict({**now, name: now[name] + 1})
         price = [wider[0] - macs, wider[1] - params]
         if session.latency is not None:
-            price.append(session.latency.price(now, name))
+            price.append(session.latency.predict({**now, name: now[name] + 1}) - session.latency.predict(now))
         channels = min(f * share / total / max(p, 1e-9) for f, p in zip(free, price, strict=True) if f != float("inf"))
         whole = int(max(0.0, channels) // round_to * round_to)
         wanted[name] = min(now[name] + whole, max(now[name], caps[name] // round_to * round_to))
