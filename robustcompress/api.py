@@ -70,7 +70,8 @@ def compress(
             a strategy with options, such as `Grape(order="random")`.
         data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,
             a DataLoader, or what `load_data` returns.
-        budget: What it may cost; a number is a fraction of the reference's multiply-adds.
+        budget: What it may cost; a number is a fraction of the reference's multiply-adds. A limit on latency has about
+            20 networks measured first.
         threat: What it must withstand; a number is an linf radius.
         objective: Loss of every phase; PGD-10 adversarial training by default.
         epochs: Passes over the training images, all phases together; by default 10 for fewer than 10,000 training
@@ -298,7 +299,7 @@ def _check_budget(
     asked = [f"{human(limit)} {unit}" for limit, unit in zip(limits, ("MACs", "params"), strict=True) if limit < 1e300]
     progress.say(
         f"reachable: {human(smallest[0])} to {human(largest[0])} MACs, {human(smallest[1])} to {human(largest[1])} "
-        f"params; asked for at most {' and '.join(asked) or 'any'} (reference: {human(reference.macs)} MACs, "
+        f"params; asked for at most {' and '.join(asked) or 'any number'} (reference: {human(reference.macs)} MACs, "
         f"{human(reference.params)} params); widths in steps of {round_to}"
     )
     problems = Problems("the budget cannot be used")

@@ -156,7 +156,8 @@ def test_the_report_says_both_times_and_survives_a_directory(tmp_path: Path) -> 
         rc.load(tmp_path / "r")
 
 
-def test_no_budget_applies_to_the_reference(clockwork: type[Clockwork]) -> None:
+def test_nothing_is_timed_where_no_limit_on_latency_applies(clockwork: type[Clockwork]) -> None:
+    assert compress("resnet8", budget=rc.Budget(macs=0.5)).after.onnx_ms is None and clockwork.timed == 0
     result = compress("resnet8", "none")
     assert clockwork.timed == 0 and result.after.onnx_ms is None and result.meets_budget
 
@@ -203,10 +204,29 @@ def test_a_real_stopwatch_measures_something_and_the_narrow_network_is_the_faste
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("robustcompress.api.Stopwatch", Stopwatch)
-    editor = rc.StructuralEditor(rc.build_model("resnet20", width=2.0)[0], torch.zeros(2, 3, 32, 32))
+    editor = rc.StructuralEditor(rc.build_model("resnet8")[0], torch.zeros(2, 3, 32, 32))
     before = state(editor.model)
     stopwatch = Stopwatch(editor, (3, 32, 32))
     narrow = dict.fromkeys((group.name for group in editor.editable), 2)
     timing = stopwatch.time(stopwatch.resized(narrow), seconds=0.2)
     assert 0 < timing.ms < timing.reference_ms < math.inf and timing.ratio < 1
     assert same(state(editor.model), before) and editor.edits == ()
+
+
+def test_the_command_line_and_recipes_take_a_limit_on_latency(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from robustcompress.cli import main
+
+    small = ["resnet8", "--data", "digits", "--image-size", "16", "--train-limit", "64", "--test-limit", "10"]
+    options = [*small, "--strategy", "uniform", "--epochs", "0.1", "--attack-steps", "1", "--attacks", "clean"]
+    limits = ["--latency", "0.5", "--max-latency-ms", "1e3", "--out", str(tmp_path / "r"), "--json", "--quiet"]
+    assert main(["compress", *options, *limits]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["budget"] == {"latency": 0.5, "max_latency_ms": 1e3} and document["meets_budget"]
+    assert document["after"]["onnx_ms"] <= 0.5 * document["before"]["onnx_ms"]
+    recipe = rc.RunRecipe.from_mapping({"model": "resnet8", "strategy": "uniform", "budget": {"latency": 0.5}})
+    assert recipe.budget == rc.Budget(latency=0.5)
+    assert rc.RunRecipe.from_mapping(recipe.to_json()) == recipe
+    with pytest.raises(rc.InputError, match="'latensy' does not exist; did you mean 'latency'"):
+        rc.RunRecipe.from_mapping({"model": "resnet8", "strategy": "uniform", "budget": {"latensy": 0.5}})
