@@ -31,8 +31,8 @@ class Harp(ScoreBased):
     sum of its layer's mask gradients; `cost_weight * (epoch + 1) * max(cost / target - 1, 0)` is added to the robust
     loss, and the weight stays once the target is met.
 
-    Ours: for channels, one rate a coupled group, and the cost of the real network of those widths (multiply-adds and
-    parameters; on residual networks the released chain formula counts another network); scores start from the norm of
+    Ours: for channels, one rate a coupled group, and the cost of the real network of those widths (multiply-adds,
+    parameters, latency; on residual networks the released chain formula counts another network); scores start from the norm of
     what reads a channel, over outputs and kernel (the released code reshapes without transposing, and so mixes
     channels); rates start where the uniform network meets the budget, because a short search cannot come down from a
     dense one; the epoch of the cost's weight is counted on the published 20, however long the search is; in the end one
@@ -159,8 +159,11 @@ class Rates:
         if isinstance(self._units, Weights):
             return sum(kept.values()) / self._units.total
         costs = self._session.cost_model.relaxed(kept)
-        limits = self._session.limits
-        return max(cost / limit for cost, limit in zip(costs, limits, strict=True))
+        ratios = [cost / limit for cost, limit in zip(costs, self._session.limits, strict=True)]
+        latency = self._session.latency
+        if latency is not None:
+            ratios.append(latency.factor * latency.model.predict(kept) / latency.limit)
+        return max(ratios)
 
     def _target(self) -> float:
         """The one rate for all at which the budget is met."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -100,6 +101,8 @@ class Channels(Units):
         open_groups = [g for g in session.editor.editable if residual == "coupled" or g.kind != "residual"]
         self.widths: Widths = {group.name: group.width for group in open_groups}
         """By group that may be cut, its width now."""
+        # At once: where latency is limited, it is measured and put down in the journal, which has an order.
+        self._uniform = uniform_widths(session, only=self.widths) if allocation == "uniform" else {}
 
     def magnitudes(self) -> Scores:
         """Norm of all weights that touch each channel, `[C]`."""
@@ -116,8 +119,7 @@ class Channels(Units):
     def counts(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
         """Widths that meet the budget."""
         if self._allocation == "uniform":
-            widths = uniform_widths(self._session, only=self.widths)
-            return {name: widths[name] for name in self.widths}
+            return {name: self._uniform[name] for name in self.widths}
         return self._global(scores)
 
     def gates(self, scores: Mapping[str, Tensor], rule: MaskRule) -> ScoreMasks:
@@ -131,12 +133,17 @@ class Channels(Units):
     @contextlib.contextmanager
     def cut(self, choose: Callable[[], Choice]) -> Iterator[None]:
         """Remove channels; there is nothing to hold down."""
+        once = functools.cache(choose)
 
-        def keep() -> tuple[Widths, Scores]:
-            choice = choose()
-            return choice.counts() if choice.counts is not None else self.counts(choice.scores), choice.scores
+        def pick() -> Widths:
+            counts = once().counts
+            return counts() if counts is not None else self.counts(once().scores)
 
-        prune_by(self._session, keep)
+        if self._session.latency is None:  # nothing is measured, so all of it can be one decision
+            prune_by(self._session, lambda: (pick(), once().scores))
+        else:
+            widths = self._session.choose("widths to keep", pick)
+            prune_by(self._session, lambda: (widths, once().scores))
         yield
 
     def _chosen(self, scores: Mapping[str, Tensor]) -> Scores:
