@@ -18,6 +18,7 @@ from robustcompress.goal import Goal
 from robustcompress.latency import LatencyLimit
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective
+from robustcompress.robust.probe import accuracies
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
     Ascent,
@@ -401,14 +402,7 @@ class Session:
 
     def validate(self) -> tuple[float, float]:
         """Clean and PGD-10 accuracy of the averaged network on (at most `recipe.val_images`) validation images."""
-        net = self.averaged
         images = self.goal.data.val.first(self.goal.recipe.val_images)
+        batches = Batches(images, self.goal.recipe.batch_size, device=self._device)
         generator = torch.Generator(self._device).manual_seed(self.goal.seed)  # the same noise every time
-        clean = robust = 0
-        with eval_mode(net):
-            for x, y in Batches(images, self.goal.recipe.batch_size, device=self._device):
-                x_adv = pgd(net, x, y, self.goal.threat, steps=10, generator=generator)
-                with torch.no_grad():
-                    clean += int((net(x).argmax(1) == y).sum())
-                    robust += int((net(x_adv).argmax(1) == y).sum())
-        return clean / max(1, len(images)), robust / max(1, len(images))
+        return accuracies(self.averaged, batches, self.goal.threat, generator=generator)

@@ -81,6 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--latency", type=float, metavar="F", help="onnxruntime's time for one image, as a fraction of the reference"
     )
     budget.add_argument("--max-latency-ms", type=float, metavar="MS", help="onnxruntime's time for one image, here")
+    budget.add_argument(
+        "--density", type=float, metavar="F", help="share of the weights that stay, for granularity=weight"
+    )
     budget.add_argument("--round-to", type=int, metavar="N", help="widths become multiples of N (default: by size)")
     threat = parser.add_argument_group("threat")
     threat.add_argument("--eps", type=fraction, default=8 / 255, help="radius, such as 8/255 or 0.1 (default: 8/255)")
