@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from robustcompress.errors import InputError, nearest
-from robustcompress.models import densenet, mobilenet, resnet, vgg, wrn
+from robustcompress.models import densenet, mobilenet, resnet, vgg, vit, wrn
 
 Factory = Callable[..., nn.Module]
 
@@ -35,6 +35,8 @@ BUILT_IN: dict[str, Factory] = {
     "vgg16_bn": vgg.vgg16_bn,
     "mobilenet_v2": mobilenet.mobilenet_v2,
     "densenet121": densenet.densenet121,
+    "vit_tiny": vit.vit_tiny,
+    "vit_micro": vit.vit_micro,
 }
 
 # These two return a tuple in training mode unless told not to, and warn unless told how to initialise.
