@@ -130,7 +130,7 @@ def vit_tiny(
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
 ) -> nn.Module:
-    """ViT-Ti (Touvron et al. 2021, table 1) at half its depth, on 4x4 patches: 2,693,386 parameters.
+    """ViT-Ti (Touvron et al. 2021, table 1) at half its depth, on 4x4 patches: 2,693,194 parameters, 180 M multiply-adds.
 
     `width` multiplies the embedding, and with it the heads' and the hidden width, not the number of heads;
     `stem_stride` multiplies the patch; `image_size` says for how many patches positions are learned.
@@ -153,5 +153,5 @@ def vit_micro(
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
 ) -> nn.Module:
-    """A very small vision transformer for quick runs; its arguments are those of `vit_tiny`."""
+    """A very small vision transformer for quick runs: 62,890 parameters; its arguments are those of `vit_tiny`."""
     return _build(num_classes, width, stem_stride, depth, dim, heads, patch, mlp_ratio, image_size, mean, std)

@@ -11,7 +11,7 @@ from robustcompress.models.resnet import BasicBlock, PreActBlock
 
 # Parameters and multiply-adds of convolutions and linear layers at 32x32, 10 classes. ResNet-18, WRN-28-10,
 # DenseNet-121 and MobileNetV2 (torchvision's layers with 10 classes) are the published counts; the rest follow
-# from the papers' tables.
+# from the papers' tables. For transformers the two products of attention are in them.
 COUNTS = {
     "resnet8": (78_042, 12_501_632),
     "resnet20": (272_474, 40_813_184),
@@ -26,6 +26,8 @@ COUNTS = {
     "vgg16_bn": (14_724_042, 313_201_664),
     "mobilenet_v2": (2_236_682, 87_976_448),
     "densenet121": (6_956_298, 888_350_720),
+    "vit_tiny": (2_693_194, 179_898_240),
+    "vit_micro": (62_890, 4_866_528),
 }
 ALLOWED = (
     nn.Conv2d,
@@ -36,6 +38,8 @@ ALLOWED = (
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
     nn.Linear,
+    nn.LayerNorm,
+    nn.GELU,
     Normalize,
 )
 
@@ -60,6 +64,15 @@ def test_resnet20_follows_the_closed_form_of_its_table() -> None:
     for c_in, c, side in ((16, 16, 32), (16, 32, 16), (32, 64, 8)):
         parts += [block(c_in, c, side), block(c, c, side), block(c, c, side)]
     assert tuple(map(sum, zip(*parts, strict=True))) == COUNTS["resnet20"]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_micro"])
+def test_transformers_follow_the_closed_form_of_their_table(name: str) -> None:
+    depth, c, hidden, tokens = {"vit_tiny": (6, 192, 768, 64), "vit_micro": (3, 48, 96, 64)}[name]
+    weights, biases = 4 * c * c + 2 * c * hidden, 5 * c + hidden
+    params = depth * (weights + biases + 2 * 2 * c) + (48 * c + c) + tokens * c + 2 * c + (10 * c + 10)
+    macs = depth * (tokens * weights + 2 * tokens * tokens * c) + tokens * 48 * c + 10 * c
+    assert (params, macs) == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", list_models())
