@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from robustcompress.errors import InputError, nearest
-from robustcompress.models import densenet, mobilenet, resnet, vgg, vit, wrn
+from robustcompress.models import attention, densenet, mobilenet, resnet, vgg, vit, wrn
 
 Factory = Callable[..., nn.Module]
 
@@ -172,14 +172,17 @@ def _built_in_spec(model: nn.Module) -> ModelSpec:
 
 
 def build_torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """Build one of torchvision's classifiers without weights; InputError for an argument it does not take."""
+    """Build one of torchvision's classifiers without weights; InputError for an argument it does not take.
+
+    Attention comes with heads that can be removed (see `open_attention`).
+    """
     import torchvision
 
     try:
         model: nn.Module = torchvision.models.get_model(name, weights=None, **kwargs)
     except TypeError as error:
         raise InputError(f"torchvision:{name} refuses {kwargs}: {error}") from error
-    return model
+    return attention.open_attention(model)
 
 
 def _call(factory: Factory, name: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -92,7 +92,7 @@ class Grape(Strategy):
         """Seed, then train and grow by turns, then train on without growth."""
         reference = session.editor.widths
         target = uniform_widths(session)
-        hidden = [g.name for g in session.editor.editable if g.kind == "hidden"] or list(target)
+        hidden = [g.name for g in session.editor.editable if g.kind in ("hidden", "heads")] or list(target)
         caps = {name: max(target[name], int(self.cap * reference[name])) for name in hidden}
         self._plant(session, target, hidden)
         share = self.grow_until / self.events
