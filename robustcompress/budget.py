@@ -188,9 +188,9 @@ class CostModel:
     """Predicts the cost of any widths without building the network.
 
     Every layer's share is thop's own count of the reference, scaled by the widths it reads and writes, so that the
-    prediction is exact for convolutions, linear layers, batch norms and layer norms. What thop counts for layers that hold no
-    channels of their own (pooling) is bounded from above: it stays where groups shrink, and grows with the group that
-    grows most. So a network that is predicted to keep a budget keeps it.
+    prediction is exact for convolutions, linear layers, batch norms and layer norms. What thop counts for layers that
+    hold no channels of their own (pooling) is bounded from above: it stays where groups shrink, and grows with the
+    group that grows most. So a network that is predicted to keep a budget keeps it.
 
     Args:
         editor: The editor of the model as it is now.

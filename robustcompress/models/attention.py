@@ -91,7 +91,7 @@ def open_attention(model: nn.Module) -> nn.Module:
 
     Raises:
         UnsupportedModelError: An attention that cannot be replaced: with keys or values of another width, of added
-            biases or zeros, not batch first, or inside torch's own encoder layers, whose fast path reads its parameters.
+            biases or zeros, not batch first, or inside torch's own encoder layers, which read its parameters.
     """
     problems = Problems(f"the attention of {type(model).__name__} cannot be replaced")
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]

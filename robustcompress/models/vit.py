@@ -80,7 +80,7 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images `[N, 3, H, W]` in [0, 1] to logits `[N, num_classes]`."""
         x = self.patch(self.normalize(x))
-        position = self.position
+        position: Tensor = self.position
         if position.shape[2:] != x.shape[2:]:
             position = F.interpolate(position, size=x.shape[2:], mode="bicubic", align_corners=False)
         tokens = (x + position).flatten(2).transpose(1, 2)
@@ -130,7 +130,7 @@ def vit_tiny(
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
 ) -> nn.Module:
-    """ViT-Ti (Touvron et al. 2021, table 1) at half its depth, on 4x4 patches: 2,693,194 parameters, 180 M multiply-adds.
+    """ViT-Ti (Touvron et al. 2021, table 1) at half its depth, on 4x4 patches: 2,693,194 parameters.
 
     `width` multiplies the embedding, and with it the heads' and the hidden width, not the number of heads;
     `stem_stride` multiplies the patch; `image_size` says for how many patches positions are learned.

@@ -39,7 +39,8 @@ class Grape(Strategy):
     weights as the stabiliser, and the growth-free tail.
 
     The seed takes the residual streams at the width that uniform scaling would give them under the budget, and hidden
-    groups at `seed` of that. Optimizer moments and averaged weights are carried across every event.
+    groups (attention heads are one) at `seed` of that. Optimizer moments and averaged weights are carried across every
+    event.
 
     Attributes:
         order: Where width goes: "guided" by the score; "uniform" (all groups towards the uniform network);

@@ -138,7 +138,7 @@ def test_removing_a_head_takes_its_rows_of_queries_keys_and_values_and_its_colum
 
 def test_layers_under_other_names_are_taught(taught: None) -> None:
     frozen = editor_of(Apart())
-    assert not any(g.kind == "heads" or "attn" in g.name and g.editable for g in frozen.groups.values())
+    assert not any(g.kind == "heads" or ("attn" in g.name and g.editable) for g in frozen.groups.values())
     kind = AttentionKind(writers=(("query", 1), ("key", 1), ("value", 1)), reader="out", head_dim="size")
     teach_attention(Apart, kind)
     editor = editor_of(type("Subclass", (Apart,), {})())
@@ -164,7 +164,7 @@ def test_heads_that_cannot_leave_stay_with_the_reason(make: Callable[[], nn.Modu
     editor = editor_of(make())
     assert reason in editor.groups["attn.qkv"].reason
     assert editor.editable == ()
-    with pytest.raises(InputError, match="group 'attn.qkv' cannot be edited"):
+    with pytest.raises(InputError, match=r"group 'attn\.qkv' cannot be edited"):
         editor.prune("attn.qkv", [0])
 
 
@@ -261,7 +261,10 @@ def test_opened_attention_keeps_its_dropout() -> None:
         (lambda: Around(Torchs(add_bias_kv=True)), "attn.inner: it adds a bias or zeros"),
         (lambda: Around(Torchs(batch_first=False)), "attn.inner: .*use batch_first=True"),
         (lambda: Torchs().inner, "attention: it is the model itself"),
-        (lambda: Around(nn.TransformerEncoderLayer(DIM, 5, 8)), "attn.self_attn: it is part of TransformerEncoderLayer"),
+        (
+            lambda: Around(nn.TransformerEncoderLayer(DIM, 5, 8)),
+            "attn.self_attn: it is part of TransformerEncoderLayer",
+        ),
     ],
 )
 def test_attention_that_cannot_be_opened_is_named(make: Callable[[], nn.Module], message: str) -> None:

@@ -55,7 +55,7 @@ EVERY: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "torchvision:vit": (torchvision_vit, 32),
 }
 
-# The residual stream of a transformer goes through layer norms: it keeps its width. Its patches are flattened on the way.
+# A transformer's residual stream goes through layer norms and keeps its width; its patches are flattened on the way.
 EMBEDDING = {"vit_micro": ("patch", "blocks.0.attention.proj"), "torchvision:vit": ("conv_proj", TORCHVISION_PROJ)}
 
 EXPORTED = ("resnet8", "wrn_16_4", "torchvision:squeezenet1_1", "vit_micro")
@@ -132,7 +132,9 @@ def test_every_group_but_the_output_is_editable(name: str) -> None:
     assert editor.groups[editor.layout.output].kind == "output"
     # Every convolution and linear layer writes into some group, and what a group says of its width is true.
     writers = {axis.module for group in editor.groups.values() for axis in group.members}
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d | nn.LayerNorm)]
+    layers = [
+        n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d | nn.LayerNorm)
+    ]
     assert sorted(writers & set(layers)) == sorted(layers)
     output = model.get_submodule(editor.layout.output)
     assert editor.widths[editor.layout.output] == CLASSES
