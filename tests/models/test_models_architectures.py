@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustcompress.errors import InputError
-from robustcompress.models import Normalize, build_model, list_models, resnet18, resnet20
+from robustcompress.models import Normalize, build_model, list_models, resnet18, resnet20, vit_micro
 from robustcompress.models.densenet import DenseLayer
 from robustcompress.models.mobilenet import InvertedResidual
 from robustcompress.models.resnet import BasicBlock, PreActBlock
@@ -141,6 +141,40 @@ def test_blocks_add_or_join_their_input() -> None:
     assert torch.equal(preact(x), x)
     assert torch.equal(inverted(x), x)
     assert torch.equal(dense(x), torch.cat([x, torch.zeros(2, 8, 8, 8)], 1))
+
+
+def test_positions_follow_the_size_of_the_images() -> None:
+    """Where every position is the same, how many there are makes no difference."""
+    torch.manual_seed(0)
+    small, large = vit_micro(image_size=16).eval(), vit_micro(image_size=32).eval()
+    assert small.position.shape == (1, 48, 4, 4) and large.position.shape == (1, 48, 8, 8)
+    x, same = torch.rand(2, 3, 16, 16), torch.randn(1, 48, 1, 1)
+    large.load_state_dict({key: v for key, v in small.state_dict().items() if key != "position"}, strict=False)
+    small.position.data, large.position.data = same.expand(1, 48, 4, 4), same.expand(1, 48, 8, 8)
+    torch.testing.assert_close(large(x), small(x))
+    large.position.data = torch.randn(1, 48, 8, 8) * 5
+    shifted = large(x.roll(4, -1))
+    assert not torch.allclose(shifted, large(x), atol=1e-3), "positions are not used"
+
+
+def test_every_parameter_of_a_transformer_can_be_drawn_anew() -> None:
+    model = vit_micro()
+    for key, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            assert callable(getattr(module, "reset_parameters", None)), key
+    before = model.position.detach().clone()
+    model.reset_parameters()
+    assert not torch.equal(model.position, before)
+    assert model.position.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"depth": 0}, {"heads": 1.5}, {"dim": True}, {"patch": -4}, {"mlp_ratio": 0}, {"depth": 0, "heads": 0}]
+)
+def test_bad_arguments_of_transformers(kwargs: dict[str, object]) -> None:
+    with pytest.raises(InputError) as caught:
+        vit_micro(**kwargs)  # type: ignore[arg-type]
+    assert all(f"{key}={value!r}: " in str(caught.value) for key, value in kwargs.items())
 
 
 def test_weights_have_the_scale_of_he() -> None:
