@@ -34,8 +34,9 @@ class Cost:
     """What one network costs.
 
     Attributes:
-        macs: Multiply-adds for one image, as thop counts them (convolution, linear, and its small change for batch
-            norm and pooling).
+        macs: Multiply-adds for one image, as thop counts them (convolution, linear, and its small change for
+            normalisation and pooling; not the two products between tokens inside attention, which every head takes with
+            it when it goes).
         params: Parameters, counted one by one.
         size: Bytes of the parameters and buffers in memory.
         latency_ms: Median time of one image through torch on the CPU, in milliseconds; None where not measured.
@@ -180,8 +181,8 @@ def measure(model: nn.Module, example: torch.Tensor, *, latency: bool = False, c
     note = ""
     if abs(macs - flops) > DISAGREEMENT * max(macs, flops):
         note = (
-            f"thop counts {human(macs)} MACs, torch's FLOP counter {human(flops)}: thop also counts batch norm and "
-            "pooling, and neither sees every functional operation"
+            f"thop counts {human(macs)} MACs, torch's FLOP counter {human(flops)}: thop also counts normalisation "
+            "and pooling, but not what attention multiplies token by token, and neither sees every functional operation"
         )
     weights, nonzeros = count_weights(model)
     return Cost(
@@ -253,9 +254,9 @@ class CostModel:
     """Predicts the cost of any widths without building the network.
 
     Every layer's share is thop's own count of the reference, scaled by the widths it reads and writes, so that the
-    prediction is exact for convolutions, linear layers and batch norms. What thop counts for layers that hold no
-    channels of their own (pooling) is bounded from above: it stays where groups shrink, and grows with the group that
-    grows most. So a network that is predicted to keep a budget keeps it.
+    prediction is exact for convolutions, linear layers, batch norms and layer norms. What thop counts for layers that
+    hold no channels of their own (pooling) is bounded from above: it stays where groups shrink, and grows with the
+    group that grows most. So a network that is predicted to keep a budget keeps it.
 
     Args:
         editor: The editor of the model as it is now.

@@ -35,7 +35,7 @@ def conv_and_linear_macs(model: nn.Module, example: torch.Tensor) -> int:
         if isinstance(module, nn.Conv2d):
             total += output[0].numel() * module.weight[0].numel()
         elif isinstance(module, nn.Linear):
-            total += module.weight.numel()
+            total += output[0].numel() * module.in_features
 
     hooks = [module.register_forward_hook(count) for module in model.modules()]
     with eval_mode(model), torch.no_grad():

@@ -6,6 +6,7 @@ that can be physically edited: no channel number is used in any `forward`.
 
 from __future__ import annotations
 
+from robustcompress.models.attention import Attention, open_attention
 from robustcompress.models.densenet import densenet121
 from robustcompress.models.identify import identify
 from robustcompress.models.mobilenet import mobilenet_v2
@@ -26,9 +27,11 @@ from robustcompress.models.resnet import (
     resnet56,
 )
 from robustcompress.models.vgg import vgg16_bn
+from robustcompress.models.vit import vit_micro, vit_tiny
 from robustcompress.models.wrn import wrn_16_4, wrn_28_4, wrn_28_10
 
 __all__ = [
+    "Attention",
     "ModelSpec",
     "Normalize",
     "build_model",
@@ -37,6 +40,7 @@ __all__ = [
     "list_models",
     "list_torchvision_models",
     "mobilenet_v2",
+    "open_attention",
     "preact_resnet18",
     "resnet8",
     "resnet18",
@@ -45,6 +49,8 @@ __all__ = [
     "resnet44",
     "resnet56",
     "vgg16_bn",
+    "vit_micro",
+    "vit_tiny",
     "wrn_16_4",
     "wrn_28_4",
     "wrn_28_10",

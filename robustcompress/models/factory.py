@@ -65,6 +65,11 @@ def _check(name: str, arguments: dict[str, Any]) -> None:
         problems.add(f"width={width!r}: a positive multiplier of every layer's channels, such as 0.5")
     if not _is_int(stem_stride) or stem_stride < 1:
         problems.add(f"stem_stride={stem_stride!r}: must be 1 (32x32 images), 2 or more (larger ones)")
+    for key in ("depth", "dim", "heads", "patch", "image_size"):
+        if key in arguments and (not _is_int(arguments[key]) or arguments[key] < 1):
+            problems.add(f"{key}={arguments[key]!r}: must be an integer of at least 1")
+    if "mlp_ratio" in arguments and (not _is_number(arguments["mlp_ratio"]) or arguments["mlp_ratio"] <= 0):
+        problems.add(f"mlp_ratio={arguments['mlp_ratio']!r}: a positive multiple of the embedding, such as 4")
     for key in ("mean", "std"):
         value = arguments[key]
         if not isinstance(value, tuple) or len(value) != 3 or not all(_is_number(v) for v in value):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from robustcompress.errors import InputError, nearest
-from robustcompress.models import densenet, mobilenet, resnet, vgg, wrn
+from robustcompress.models import attention, densenet, mobilenet, resnet, vgg, vit, wrn
 
 Factory = Callable[..., nn.Module]
 
@@ -35,6 +35,8 @@ BUILT_IN: dict[str, Factory] = {
     "vgg16_bn": vgg.vgg16_bn,
     "mobilenet_v2": mobilenet.mobilenet_v2,
     "densenet121": densenet.densenet121,
+    "vit_tiny": vit.vit_tiny,
+    "vit_micro": vit.vit_micro,
 }
 
 # These two return a tuple in training mode unless told not to, and warn unless told how to initialise.
@@ -170,14 +172,17 @@ def _built_in_spec(model: nn.Module) -> ModelSpec:
 
 
 def build_torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """Build one of torchvision's classifiers without weights; InputError for an argument it does not take."""
+    """Build one of torchvision's classifiers without weights; InputError for an argument it does not take.
+
+    Attention comes with heads that can be removed (see `open_attention`).
+    """
     import torchvision
 
     try:
         model: nn.Module = torchvision.models.get_model(name, weights=None, **kwargs)
     except TypeError as error:
         raise InputError(f"torchvision:{name} refuses {kwargs}: {error}") from error
-    return model
+    return attention.open_attention(model)
 
 
 def _call(factory: Factory, name: str, kwargs: dict[str, Any]) -> nn.Module:

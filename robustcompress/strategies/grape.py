@@ -39,7 +39,8 @@ class Grape(Strategy):
     weights as the stabiliser, and the growth-free tail.
 
     The seed takes the residual streams at the width that uniform scaling would give them under the budget, and hidden
-    groups at `seed` of that. Optimizer moments and averaged weights are carried across every event.
+    groups (attention heads are one) at `seed` of that. Optimizer moments and averaged weights are carried across every
+    event.
 
     Attributes:
         order: Where width goes: "guided" by the score; "uniform" (all groups towards the uniform network);
@@ -92,7 +93,7 @@ class Grape(Strategy):
         """Seed, then train and grow by turns, then train on without growth."""
         reference = session.editor.widths
         target = uniform_widths(session)
-        hidden = [g.name for g in session.editor.editable if g.kind == "hidden"] or list(target)
+        hidden = [g.name for g in session.editor.editable if g.kind in ("hidden", "heads")] or list(target)
         caps = {name: max(target[name], int(self.cap * reference[name])) for name in hidden}
         self._plant(session, target, hidden)
         share = self.grow_until / self.events

@@ -9,12 +9,13 @@ of a plain parameter.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from robustcompress.structure.attention import Heads
 from robustcompress.structure.groups import Axis, Side
 from robustcompress.structure.kinds import kind_of, slots_of, width_of
 
@@ -31,6 +32,7 @@ class Couplings:
     Args:
         graph: A built `torch_pruning.DependencyGraph`.
         twin: The module the graph was built on.
+        heads: Attention heads, which are units beforehand: nothing is followed from their writers.
 
     Attributes:
         unit_at: Per axis, the unit at each position that belongs to one.
@@ -40,7 +42,7 @@ class Couplings:
         param_dims: Per plain parameter, the dimension its channels lie along.
     """
 
-    def __init__(self, graph: Any, twin: nn.Module) -> None:
+    def __init__(self, graph: Any, twin: nn.Module, heads: Sequence[Heads] = ()) -> None:
         self.unit_at: dict[Axis, dict[int, Unit]] = defaultdict(dict)
         self.outputs: set[Unit] = set()
         self.parted: set[Unit] = set()
@@ -52,10 +54,15 @@ class Couplings:
         self._parent: list[Unit] = []
         self._seen: dict[tuple[Any, Any], dict[int, Unit]] = defaultdict(dict)
         self._relations: dict[tuple[Any, Any], Relation | None] = {}
+        self._products = _products(graph)
         order = {name: number for number, (name, _) in enumerate(twin.named_modules())}
+        told = {axis.module for found in heads for axis in found.axes if axis.side == "out"}
         roots = [m for m in graph.module2node if isinstance(m, nn.Module) and m in self._names and _writes(m)]
         for module in sorted(roots, key=lambda m: order[self._names[m]]):
-            self._walk(module)
+            if self._names[module] not in told:
+                self._walk(module)
+        for found in heads:
+            self._declare(found)
 
     def find(self, unit: Unit) -> Unit:
         """The unit that stands for everything `unit` has been joined with."""
@@ -72,6 +79,14 @@ class Couplings:
                 unit = self.find(positions[position])
                 found.setdefault(unit, {}).setdefault(axis, []).append(position)
         yield from found.items()
+
+    def _declare(self, heads: Heads) -> None:
+        """Make each head one unit, in place of whatever a walk has brought there."""
+        units = list(range(len(self._parent), len(self._parent) + heads.width))
+        self._parent.extend(units)
+        for axis, segments in heads.axes.items():
+            owners = [unit for segment in segments for unit in units for _ in range(segment.copies)]
+            self.unit_at[axis] = dict(enumerate(owners))
 
     def _walk(self, module: nn.Module) -> None:
         """Follow everything `module` writes that no earlier walk has reached."""
@@ -140,7 +155,7 @@ class Couplings:
         forward = target in source.outputs
         edge = (source, target) if forward else (target, source)
         if edge not in self._relations:
-            self._relations[edge] = _relate(*edge)
+            self._relations[edge] = _relate(*edge, self._products)
         relation = self._relations[edge]
         if relation is None:
             self.opaque.update(units.tolist())
@@ -166,8 +181,37 @@ def _follow(positions: torch.Tensor, units: torch.Tensor, start: torch.Tensor, e
     return end[first + torch.arange(int(counts.sum()))], torch.repeat_interleave(units, counts)
 
 
-def _relate(producer: Any, consumer: Any) -> Relation | None:
+def _products(graph: Any) -> dict[Any, int]:
+    """The matrix products inside linear layers, each with the number of features its layer reads.
+
+    For inputs of more than two dimensions autograd records a linear layer as several operations, of which torch-pruning
+    takes only the last for the layer; what arrives at the others are still the features that the layer reads.
+    """
+    found: dict[Any, int] = {}
+    for module, node in graph.module2node.items():
+        if not isinstance(module, nn.Linear) or _is_product(node.grad_fn):
+            continue
+        inside = [node.grad_fn] if node.grad_fn.name().startswith((*_VIEWS, "AddBackward")) else []  # the bias is added
+        while inside:
+            for function, _ in inside.pop().next_functions:
+                if function is not None and (_is_product(function) or function.name().startswith(_VIEWS)):
+                    found[function] = module.in_features
+                    inside += [] if _is_product(function) else [function]
+    return found
+
+
+_VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward")
+
+
+def _is_product(function: Any) -> bool:
+    return bool(function.name().startswith(("AddmmBackward", "MmBackward", "BmmBackward")))
+
+
+def _relate(producer: Any, consumer: Any, products: Mapping[Any, int]) -> Relation | None:
     """Pair the producer's positions with the consumer's, or None where the channels cannot be followed."""
+    if producer.grad_fn in products:
+        here = torch.arange(products[producer.grad_fn])
+        return here, here
     pairs: list[Relation] = []
     functions = consumer.grad_fn.next_functions
     for slot, (function, number) in enumerate(functions):
@@ -176,6 +220,10 @@ def _relate(producer: Any, consumer: Any) -> Relation | None:
         inside = _shape(producer, number)
         width = inside[_channel_dim(inside)]
         here = torch.arange(width)
+        if consumer.grad_fn in products and _is_product(consumer.grad_fn):
+            if function.name() == "TBackward0":  # the layer's own weight
+                return here[:0], here[:0]
+            return (here, here) if width == products[consumer.grad_fn] else None
         start = sum(_channels(producer, k) for k in range(number)) if _kind(producer) == "_SplitOp" else 0
         there = _through(consumer, slot, here, inside)
         if there is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Side = Literal["out", "in", "both", "param"]
-Kind = Literal["hidden", "residual", "concat", "split", "output", "frozen"]
+Kind = Literal["hidden", "residual", "concat", "split", "heads", "output", "frozen"]
 
 NEW = -1
 """The source of a channel that did not exist before."""
@@ -36,7 +36,7 @@ class Segment:
 
     Attributes:
         group: The group's name; None for positions that never change (for example the image's own channels).
-        copies: Positions per channel, side by side: 1 usually, H*W behind a flatten.
+        copies: Positions per channel, side by side: 1 usually, H*W behind a flatten, a head's width for a head.
         fixed: The number of positions, for a run that belongs to no group.
     """
 
@@ -57,7 +57,8 @@ class ChannelGroup:
         name: The first layer that writes the group, in the model's own order ("layer1.0.conv1").
         width: The number of channels now.
         kind: "hidden" (one writer), "residual" (several, joined by addition or product), "concat" (read beside other
-            groups on one axis), "split" (one writer, several equal parts), "output" (the model's logits), or "frozen".
+            groups on one axis), "split" (one writer, several equal parts), "heads" (a channel is an attention head),
+            "output" (the model's logits), or "frozen".
         writers: Layers whose output axis holds the group.
         readers: Layers whose input axis holds it.
         passers: Layers and parameters through which each channel passes by itself.

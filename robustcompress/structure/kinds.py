@@ -18,7 +18,8 @@ class LayerKind:
     """One kind of layer.
 
     Attributes:
-        name: The role its tensors play when channels are born: "dense", "norm", "depthwise" or "prelu".
+        name: The role its tensors play when channels are born: "dense", "norm", "depthwise" or "prelu"; "layer norm"
+            passes channels that are never resized.
         slots: Per side, the tensors and the dimension along which that side's channels lie.
         widths: Per side, the attributes that count the channels.
         refuse: Returns why this very layer cannot be edited, or an empty string.
@@ -37,6 +38,13 @@ def _refuse_conv(module: nn.Module) -> str:
     if module.groups == 1 or is_depthwise(module):
         return ""
     return f"grouped convolution (groups={module.groups}) cannot be edited yet; use groups=1 or depthwise"
+
+
+def _refuse_layer_norm(module: nn.Module) -> str:
+    assert isinstance(module, nn.LayerNorm)
+    if len(module.normalized_shape) == 1:
+        return ""
+    return "layer norm mixes all it normalises, and over more than the last dimension it cannot be edited yet"
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -76,6 +84,13 @@ BATCH_NORM = LayerKind(
     slots={"both": (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))},
     widths={"both": ("num_features",)},
 )
+LAYER_NORM = LayerKind(
+    name="layer norm",
+    slots={"both": (("weight", 0), ("bias", 0))},
+    widths={"both": ("normalized_shape",)},
+    refuse=_refuse_layer_norm,
+    channel_dim=-1,
+)
 PRELU = LayerKind(name="prelu", slots={"both": (("weight", 0),)}, widths={"both": ("num_parameters",)})
 
 KINDS: dict[type[nn.Module], LayerKind] = {
@@ -83,6 +98,7 @@ KINDS: dict[type[nn.Module], LayerKind] = {
     nn.modules.conv._ConvNd: CONV,
     nn.Linear: LINEAR,
     nn.modules.batchnorm._BatchNorm: BATCH_NORM,
+    nn.LayerNorm: LAYER_NORM,
     nn.PReLU: PRELU,
 }
 """Looked up in order, by isinstance: put subclasses before their bases."""
@@ -111,7 +127,8 @@ def width_of(module: nn.Module, side: Side) -> int:
     """The number of positions along `side` of `module`."""
     kind = kind_of(module)
     assert kind is not None
-    return int(getattr(module, kind.widths[side][0]))
+    count = getattr(module, kind.widths[side][0])
+    return int(count[0] if isinstance(count, tuple) else count)
 
 
 def set_width(module: nn.Module, side: Side, width: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,12 +19,14 @@ class Layout:
         axes: For each axis that a group touches, the runs it is made of, in order.
         param_dims: For each plain parameter that holds channels, the dimension they lie along.
         output: The name of the group that holds the logits.
+        attention: For each group of heads, the attention module that counts them.
     """
 
     groups: Mapping[str, ChannelGroup]
     axes: Mapping[Axis, tuple[Segment, ...]]
     param_dims: Mapping[str, int]
     output: str
+    attention: Mapping[str, str] = field(default_factory=dict)
 
     def widths(self) -> dict[str, int]:
         """The traced width of every group."""

@@ -13,8 +13,7 @@ from robustcompress.errors import Problems, UnsupportedModelError
 from robustcompress.structure.kinds import kind_of
 
 _UNSUPPORTED: dict[type, str] = {
-    nn.MultiheadAttention: "attention cannot be edited yet",
-    nn.LayerNorm: "layer norm mixes the channels it normalises and cannot be edited yet",
+    nn.MultiheadAttention: "torch's attention asserts its number of heads; call open_attention(model) first",
     nn.GroupNorm: "group norm mixes the channels it normalises and cannot be edited yet; use BatchNorm2d",
     nn.LocalResponseNorm: "local response norm mixes neighbouring channels and cannot be edited",
     nn.RNNBase: "recurrent layers cannot be edited",

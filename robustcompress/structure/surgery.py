@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from robustcompress.structure.attention import set_heads
 from robustcompress.structure.groups import NEW, Axis, Edit, Side
 from robustcompress.structure.kinds import gather, kind_of, set_width, slots_of
 from robustcompress.structure.layout import Layout
@@ -114,6 +115,8 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
     for axis in layout.groups[edit.group].members:
         if axis.side != "param":
             set_width(model.get_submodule(axis.module), axis.side, layout.axis_width(axis, new_widths))
+    if edit.group in layout.attention:
+        set_heads(model.get_submodule(layout.attention[edit.group]), len(edit.sources))
     return replaced
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from robustcompress.structure.attention import Heads, find_heads
 from robustcompress.structure.couplings import Couplings, Unit
 from robustcompress.structure.groups import Axis, ChannelGroup, Kind, Segment
 from robustcompress.structure.kinds import kind_of, width_of
@@ -32,7 +35,8 @@ def trace(model: nn.Module, example: torch.Tensor) -> Layout:
     for tensor in twin.parameters():
         tensor.grad = None
         tensor.requires_grad_(True)
-    return _layout(Couplings(_dependency_graph(twin, example), twin), twin)
+    heads = tuple(find_heads(twin))
+    return _layout(Couplings(_dependency_graph(twin, example), twin, heads), twin, heads)
 
 
 def _dependency_graph(twin: nn.Module, example: torch.Tensor) -> Any:
@@ -45,7 +49,7 @@ def _dependency_graph(twin: nn.Module, example: torch.Tensor) -> Any:
         return torch_pruning.DependencyGraph().build_dependency(twin, example_inputs=example, verbose=False)
 
 
-def _layout(couplings: Couplings, twin: nn.Module) -> Layout:
+def _layout(couplings: Couplings, twin: nn.Module, heads: Sequence[Heads]) -> Layout:
     outputs = {couplings.find(unit) for unit in couplings.outputs}
     # Units with the same members are interchangeable: together they are one group.
     by_signature: dict[tuple[object, ...], list[tuple[Unit, dict[Axis, list[int]]]]] = {}
@@ -72,14 +76,17 @@ def _layout(couplings: Couplings, twin: nn.Module) -> Layout:
         described.append((name, any(u in outputs for units, _ in family for u in units), axes, len(family[0][0]) > 1))
 
     axes_runs, irregular = _axes(couplings, channel_of, widths, twin)
+    for found in heads:
+        axes_runs.update(found.axes)  # with a single head its runs cannot be told apart by looking
+    attention = {found.group: found.module for found in heads}
     opaque = {channel_of[couplings.find(unit)][0] for unit in couplings.opaque}
     groups: dict[str, ChannelGroup] = {}
     output = ""
     for name, is_output, axes, is_split in sorted(described, key=lambda d: order[d[0].split("#")[0]]):
         group = _describe(name, widths[name], axes, is_output, is_split, axes_runs, irregular | opaque, twin)
-        groups[name] = group
+        groups[name] = replace(group, kind="heads") if name in attention and group.editable else group
         output = name if is_output else output
-    return Layout(groups, axes_runs, couplings.param_dims, output)
+    return Layout(groups, axes_runs, couplings.param_dims, output, attention)
 
 
 def _tie_parts(
@@ -146,6 +153,8 @@ def _describe(
     reason = ""
     if is_output:
         kind, reason = "output", "holds the model's output"
+    elif any(isinstance(twin.get_submodule(a.module), nn.LayerNorm) for a in passers if a.side == "both"):
+        kind, reason = "frozen", "a layer norm takes its mean and variance over these channels: all depend on each"
     elif name in irregular:
         kind, reason = "frozen", "its channels pass through an operation in which they cannot be followed"
     elif not readers:

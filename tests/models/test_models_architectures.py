@@ -4,14 +4,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustcompress.errors import InputError
-from robustcompress.models import Normalize, build_model, list_models, resnet18, resnet20
+from robustcompress.models import Normalize, build_model, list_models, resnet18, resnet20, vit_micro
 from robustcompress.models.densenet import DenseLayer
 from robustcompress.models.mobilenet import InvertedResidual
 from robustcompress.models.resnet import BasicBlock, PreActBlock
 
 # Parameters and multiply-adds of convolutions and linear layers at 32x32, 10 classes. ResNet-18, WRN-28-10,
 # DenseNet-121 and MobileNetV2 (torchvision's layers with 10 classes) are the published counts; the rest follow
-# from the papers' tables.
+# from the papers' tables. For transformers the two products of attention are in them.
 COUNTS = {
     "resnet8": (78_042, 12_501_632),
     "resnet20": (272_474, 40_813_184),
@@ -26,6 +26,8 @@ COUNTS = {
     "vgg16_bn": (14_724_042, 313_201_664),
     "mobilenet_v2": (2_236_682, 87_976_448),
     "densenet121": (6_956_298, 888_350_720),
+    "vit_tiny": (2_693_194, 179_898_240),
+    "vit_micro": (62_890, 4_866_528),
 }
 ALLOWED = (
     nn.Conv2d,
@@ -36,6 +38,8 @@ ALLOWED = (
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
     nn.Linear,
+    nn.LayerNorm,
+    nn.GELU,
     Normalize,
 )
 
@@ -60,6 +64,15 @@ def test_resnet20_follows_the_closed_form_of_its_table() -> None:
     for c_in, c, side in ((16, 16, 32), (16, 32, 16), (32, 64, 8)):
         parts += [block(c_in, c, side), block(c, c, side), block(c, c, side)]
     assert tuple(map(sum, zip(*parts, strict=True))) == COUNTS["resnet20"]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_micro"])
+def test_transformers_follow_the_closed_form_of_their_table(name: str) -> None:
+    depth, c, hidden, tokens = {"vit_tiny": (6, 192, 768, 64), "vit_micro": (3, 48, 96, 64)}[name]
+    weights, biases = 4 * c * c + 2 * c * hidden, 5 * c + hidden
+    params = depth * (weights + biases + 2 * 2 * c) + (48 * c + c) + tokens * c + 2 * c + (10 * c + 10)
+    macs = depth * (tokens * weights + 2 * tokens * tokens * c) + tokens * 48 * c + 10 * c
+    assert (params, macs) == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -128,6 +141,40 @@ def test_blocks_add_or_join_their_input() -> None:
     assert torch.equal(preact(x), x)
     assert torch.equal(inverted(x), x)
     assert torch.equal(dense(x), torch.cat([x, torch.zeros(2, 8, 8, 8)], 1))
+
+
+def test_positions_follow_the_size_of_the_images() -> None:
+    """Where every position is the same, how many there are makes no difference."""
+    torch.manual_seed(0)
+    small, large = vit_micro(image_size=16).eval(), vit_micro(image_size=32).eval()
+    assert small.position.shape == (1, 48, 4, 4) and large.position.shape == (1, 48, 8, 8)
+    x, same = torch.rand(2, 3, 16, 16), torch.randn(1, 48, 1, 1)
+    large.load_state_dict({key: v for key, v in small.state_dict().items() if key != "position"}, strict=False)
+    small.position.data, large.position.data = same.expand(1, 48, 4, 4), same.expand(1, 48, 8, 8)
+    torch.testing.assert_close(large(x), small(x))
+    large.position.data = torch.randn(1, 48, 8, 8) * 5
+    shifted = large(x.roll(4, -1))
+    assert not torch.allclose(shifted, large(x), atol=1e-3), "positions are not used"
+
+
+def test_every_parameter_of_a_transformer_can_be_drawn_anew() -> None:
+    model = vit_micro()
+    for key, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            assert callable(getattr(module, "reset_parameters", None)), key
+    before = model.position.detach().clone()
+    model.reset_parameters()
+    assert not torch.equal(model.position, before)
+    assert model.position.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"depth": 0}, {"heads": 1.5}, {"dim": True}, {"patch": -4}, {"mlp_ratio": 0}, {"depth": 0, "heads": 0}]
+)
+def test_bad_arguments_of_transformers(kwargs: dict[str, object]) -> None:
+    with pytest.raises(InputError) as caught:
+        vit_micro(**kwargs)  # type: ignore[arg-type]
+    assert all(f"{key}={value!r}: " in str(caught.value) for key, value in kwargs.items())
 
 
 def test_weights_have_the_scale_of_he() -> None:

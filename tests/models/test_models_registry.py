@@ -117,7 +117,8 @@ def test_identify_reads_the_classes_of_a_replaced_classifier() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "mobilenet_v2", "squeezenet1_0", "vgg11_bn", "densenet121", "googlenet"]
+    "name",
+    ["resnet18", "resnet50", "mobilenet_v2", "squeezenet1_0", "vgg11_bn", "densenet121", "vit_b_16", "googlenet"],
 )
 def test_identify_torchvision(name: str) -> None:
     with torch.device("meta"):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustcompress import Budget, DataSplits, Recipe, StructuralEditor, ThreatModel, load_data, measure
+from robustcompress.models.vit import Block
 from robustcompress.robust.objectives import PGDAT, Objective
 from robustcompress.session import Goal, Session
 
@@ -92,7 +93,27 @@ class Imported(nn.Module):
         return self.classifier(self.features(x))
 
 
-NETS: dict[str, type[nn.Module]] = {"chain": Chain, "residual": Residual, "joined": Joined, "imported": Imported}
+class Transformer(nn.Module):
+    """Two blocks of attention over 4x4 patches."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.patch, self.position = nn.Conv2d(3, 16, 4, stride=4), nn.Parameter(torch.randn(1, 16, 4, 4) * 0.02)
+        self.blocks = nn.Sequential(Block(16, 4, 6, 32), Block(16, 4, 6, 32))
+        self.norm, self.fc = nn.LayerNorm(16), nn.Linear(16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (self.patch(x) + self.position).flatten(2).transpose(1, 2)
+        return self.fc(self.norm(self.blocks(x)).mean(1))
+
+
+NETS: dict[str, type[nn.Module]] = {
+    "chain": Chain,
+    "residual": Residual,
+    "joined": Joined,
+    "imported": Imported,
+    "transformer": Transformer,
+}
 
 
 def build(name: str = "residual", *, seed: int = 0, **kwargs: Any) -> nn.Module:

@@ -46,7 +46,7 @@ def test_phases_and_events_come_in_the_planned_order(events: int) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("net", ["residual", "joined", "chain"])
+@pytest.mark.parametrize("net", ["residual", "joined", "chain", "transformer"])
 def test_every_order_ends_within_budget_and_caps(order: Any, net: str) -> None:
     reference = make_session(build(net))
     full, target = reference.editor.widths, uniform_widths(reference)
@@ -54,7 +54,8 @@ def test_every_order_ends_within_budget_and_caps(order: Any, net: str) -> None:
     assert session.cost().macs <= session.limits[0]
     assert session.cost().macs > 0.85 * session.limits[0]
     for group in session.editor.editable:
-        cap = max(target[group.name], int(1.25 * full[group.name])) if group.kind == "hidden" else target[group.name]
+        grows = group.kind in ("hidden", "heads")
+        cap = max(target[group.name], int(1.25 * full[group.name])) if grows else target[group.name]
         assert group.width <= cap, group.name
     if order in ("uniform", "sequential"):
         assert {g.name: g.width for g in session.editor.editable} == target
@@ -89,7 +90,7 @@ def test_scheduled_growth_is_on_its_way_after_every_event(order: Any) -> None:
 
 
 @pytest.mark.parametrize("init", ["pair", "zero_out", "clone"])
-@pytest.mark.parametrize("net", ["residual", "joined"])
+@pytest.mark.parametrize("net", ["residual", "joined", "transformer"])
 def test_growth_changes_no_output_and_keeps_every_moment(net: str, init: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each event, of the raw and of the averaged network; old channels keep their momentum bit for bit."""
     grow, events = Grape._grow, []

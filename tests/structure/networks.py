@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from robustcompress.models.attention import Attention
+from robustcompress.models.vit import Block
+
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 
 
@@ -136,6 +139,33 @@ class Net(nn.Module):
             x = torch.flatten(F.adaptive_avg_pool2d(x, 2), 1)
             return self.fc(self.act(self.hidden(x)))
         return torch.flatten(F.adaptive_avg_pool2d(F.relu(self.fc(x)), 1), 1)
+
+
+class Encoder(nn.Module):
+    """A transformer of one or two blocks, with a token of its own beside the four patches."""
+
+    def __init__(self, heads: list[int], head_dim: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        dim = 6
+        self.patch, self.token = nn.Conv2d(3, dim, 4, stride=4), nn.Parameter(torch.rand(1, 1, dim))
+        self.blocks = nn.Sequential(*(Block(dim, count, head_dim, hidden) for count in heads))
+        for block in self.blocks:
+            block.attention = Attention(dim, len(block.attention.qkv.weight) // head_dim // 3, head_dim, bias=bias)
+        self.norm, self.fc = nn.LayerNorm(dim), nn.Linear(dim, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = self.blocks(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+        return self.fc(self.norm(x)[:, 0])
+
+
+@st.composite
+def transformers(draw: st.DrawFn) -> Encoder:
+    """A random transformer on 8x8 images; one head, and heads that are not as wide as the embedding, among them."""
+    heads = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    net = Encoder(heads, draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.booleans()))
+    return randomise(net)
 
 
 @st.composite

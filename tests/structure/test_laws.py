@@ -15,10 +15,11 @@ from robustcompress.structure import NEW, Axis, Edit, StructuralEditor
 from robustcompress.structure.gates import top_channels
 from robustcompress.structure.masks import TopK
 from robustcompress.structure.verify import silence_readers
-from tests.structure.networks import EXAMPLE, images, networks
+from tests.structure.networks import EXAMPLE, images, networks, transformers
 
 generated = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 TIGHT = 1e-9
+any_network = st.one_of(networks(), networks(), transformers())
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TIGHT) -> bool:
@@ -52,7 +53,17 @@ def test_everything_but_the_output_is_editable(net: nn.Module, data: st.DataObje
 
 
 @generated
-@given(net=networks(), data=st.data())
+@given(net=transformers())
+def test_heads_and_hidden_widths_of_transformers_are_editable(net: nn.Module) -> None:
+    editor = StructuralEditor(net, EXAMPLE)
+    assert [g.kind for g in editor.editable] == ["heads", "hidden"] * len(net.blocks)
+    assert [g.width for g in editor.editable if g.kind == "heads"] == [
+        block.attention.proj.in_features // block.attention.head_dim for block in net.blocks
+    ]
+
+
+@generated
+@given(net=any_network, data=st.data())
 def test_law_1_pruning_equals_silencing_the_readers(net: nn.Module, data: st.DataObject) -> None:
     editor, silent = StructuralEditor(net, EXAMPLE), copy.deepcopy(net)
     for _ in range(2):
@@ -68,7 +79,7 @@ def test_law_1_pruning_equals_silencing_the_readers(net: nn.Module, data: st.Dat
 
 @generated
 @given(
-    net=networks(),
+    net=any_network,
     data=st.data(),
     init=st.sampled_from(["pair", "zero_out", "clone"]),
     training=st.booleans(),
@@ -84,7 +95,7 @@ def test_law_2_growing_changes_no_output(net: nn.Module, data: st.DataObject, in
 
 
 @generated
-@given(net=networks(), data=st.data(), init=st.sampled_from(["pair", "zero_out", "kaiming"]))
+@given(net=any_network, data=st.data(), init=st.sampled_from(["pair", "zero_out", "kaiming"]))
 def test_law_3_grow_then_drop_is_identity_bit_for_bit(net: nn.Module, data: st.DataObject, init: str) -> None:
     before = {k: v.clone() for k, v in net.state_dict().items()}
     editor = StructuralEditor(net, EXAMPLE)
@@ -98,7 +109,7 @@ def test_law_3_grow_then_drop_is_identity_bit_for_bit(net: nn.Module, data: st.D
 
 
 @generated
-@given(net=networks(), data=st.data())
+@given(net=any_network, data=st.data())
 def test_law_4_edits_compose(net: nn.Module, data: st.DataObject) -> None:
     other = copy.deepcopy(net)
     editor, at_once = StructuralEditor(net, EXAMPLE), StructuralEditor(other, EXAMPLE)
@@ -113,7 +124,7 @@ def test_law_4_edits_compose(net: nn.Module, data: st.DataObject) -> None:
 
 
 @generated
-@given(net=networks(), data=st.data())
+@given(net=any_network, data=st.data())
 def test_law_5_replay_then_strict_load_is_bit_equal(net: nn.Module, data: st.DataObject) -> None:
     fresh = copy.deepcopy(net)
     editor = StructuralEditor(net, EXAMPLE)
@@ -131,7 +142,7 @@ def test_law_5_replay_then_strict_load_is_bit_equal(net: nn.Module, data: st.Dat
 
 
 @generated
-@given(net=networks(), data=st.data())
+@given(net=any_network, data=st.data())
 def test_law_6_a_closed_gate_is_a_removed_channel_gradients_included(net: nn.Module, data: st.DataObject) -> None:
     editor = StructuralEditor(net, EXAMPLE)
     names = [g.name for g in editor.editable]
@@ -171,7 +182,7 @@ def test_law_6_a_closed_gate_is_a_removed_channel_gradients_included(net: nn.Mod
 
 
 @generated
-@given(net=networks(), data=st.data())
+@given(net=any_network, data=st.data())
 def test_law_7_names_survive_edits(net: nn.Module, data: st.DataObject) -> None:
     editor = StructuralEditor(net, EXAMPLE)
     for _ in range(2):
@@ -190,7 +201,7 @@ OPTIMIZERS = {
 
 
 @generated
-@given(net=networks(), data=st.data(), kind=st.sampled_from(sorted(OPTIMIZERS)))
+@given(net=any_network, data=st.data(), kind=st.sampled_from(sorted(OPTIMIZERS)))
 def test_law_8_optimizer_and_ema_follow(net: nn.Module, data: st.DataObject, kind: str) -> None:
     net.train()
     frozen = data.draw(st.sampled_from([n for n, _ in net.named_parameters()]))
@@ -251,7 +262,7 @@ def _shares_axis(editor: StructuralEditor, axis: Axis) -> bool:
 
 
 @generated
-@given(net=networks(), data=st.data(), init=st.sampled_from(["pair", "zero_out", "clone"]))
+@given(net=any_network, data=st.data(), init=st.sampled_from(["pair", "zero_out", "clone"]))
 def test_growing_changes_no_output_of_the_ema_twin_either(net: nn.Module, data: st.DataObject, init: str) -> None:
     ema = AveragedModel(net)
     for parameter in ema.module.parameters():
