@@ -111,7 +111,8 @@ def search(
     affine = [p for m in session.model.modules() if isinstance(m, NORMS) for p in m.parameters()]
     with units.gates(start, rule) as gates:
         session.recalibrate()
-        groups = [*_score_groups(units, start, gates), {"params": affine, "lr_scale": 0.02}, *also]
+        paces = session.decide("pace of the scores", lambda: {name: units.pace(first) for name, first in start.items()})
+        groups = [*_score_groups(units, paces, gates), {"params": affine, "lr_scale": 0.02}, *also]
         trail = MaskTrail(session, gates)
 
         def on_epoch(record: dict[str, Any]) -> None:
@@ -141,10 +142,10 @@ def search(
     return {name: values.cpu() for name, values in learnt.items()} if isinstance(units, Channels) else learnt
 
 
-def _score_groups(units: Channels | Weights, start: Mapping[str, Tensor], gates: ScoreMasks) -> list[dict[str, Any]]:
+def _score_groups(units: Channels | Weights, paces: Mapping[str, float], gates: ScoreMasks) -> list[dict[str, Any]]:
     if isinstance(units, Channels):
         return [{"params": gates.parameters()}]
-    return [{"params": [s], "lr_scale": units.pace(start[name])} for name, s in gates.scores.items()]
+    return [{"params": [s], "lr_scale": paces[name]} for name, s in gates.scores.items()]
 
 
 class MaskTrail:
