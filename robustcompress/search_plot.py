@@ -119,7 +119,7 @@ def _sharpness(axes: Any, searches: Searches, colours: Mapping[str, str]) -> Non
     axes.axhline(0, color=GREY, linewidth=0.8)
     for name, records in searches.items():
         _line(axes, records, "sharpness", colours[name])
-    _finish(axes, searches, "Sharpness: rise of the loss as 1 % of bits flip", "L(s + z) - L(s)")
+    _finish(axes, searches, "Sharpness: rise of the loss in the ball of S2AP", "L(s + z) - L(s)")
 
 
 def _ascents(axes: Any, searches: Searches, colours: Mapping[str, str]) -> None:

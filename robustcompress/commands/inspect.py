@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> Output:
         output = _groups(arguments, arguments.models[0], next(iter(results.values()), None))
     if arguments.plot is None:
         return output
-    path = plot_search(results, arguments.plot)
+    names = _short(results)
+    path = plot_search({names[name]: result for name, result in results.items()}, arguments.plot)
     document = {**output.document, "plot": str(path)}
     return Output(document=document, parts=(*output.parts, f"the searches are drawn in {path}"))
 
@@ -88,17 +89,27 @@ def _results(arguments: argparse.Namespace) -> dict[str, CompressResult]:
 
 def _compared(results: Mapping[str, CompressResult]) -> Output:
     found = stability(results)
+    names = _short(results)
     rows = [
-        (name, *("-" if name == other else f"{value:.4f}" for other, value in zip(found.names, row, strict=True)))
+        (
+            names[name],
+            *("-" if name == other else f"{value:.4f}" for other, value in zip(found.names, row, strict=True)),
+        )
         for name, row in zip(found.names, found.matrix, strict=True)
     ]
     title = "Normalised Hamming distances between masks"
     summary = f"mean {found.mean:.4f}; masks of these sizes drawn at random would be {found.chance:.4f} apart"
-    parts = [table(title, ("result", *found.names), rows, left=("result",)), summary]
+    parts = [table(title, ("result", *names.values()), rows, left=("result",)), summary]
     searches = {name: records for name, result in results.items() if (records := search_records(result))}
     if searches:
-        parts.append(_searches(searches))
+        parts.append(_searches({names[name]: records for name, records in searches.items()}))
     return Output(document={"hamming": found.to_json(), "searches": searches}, parts=tuple(parts))
+
+
+def _short(results: Mapping[str, CompressResult]) -> dict[str, str]:
+    """The last part of each directory where that tells them apart."""
+    short = {name: Path(name).resolve().name for name in results}
+    return short if len(set(short.values())) == len(short) else {name: name for name in results}
 
 
 MEASURES = {

@@ -56,7 +56,7 @@ def top_eigenvalue(
         gates: Open gates on channels or on weights; the rule's values are where the Hessian is taken. They, their
             scores, and the network with its buffers and gradients are left as they were.
         loss: Computes a scalar loss through the network whose gates these are; called once. The images should be
-            attacked beforehand (`attacked_loss`). In the mode of the network: eval mode makes it a mean over images.
+            attacked beforehand (`attacked_loss`). In the mode of the network.
         steps: Products with the Hessian at most; each costs about three forward passes.
         tolerance: Stop where the residual is at most this share of the value.
         generator: Draws the first vector.

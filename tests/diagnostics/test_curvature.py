@@ -95,11 +95,12 @@ def dense_hessian(net: Tiny, granularity: Granularity, mask: dict[str, Tensor], 
 @pytest.mark.parametrize("granularity", ["channel", "weight"])
 @pytest.mark.parametrize("objective", [PGDAT(steps=2), TRADES(steps=2, beta=3.0)], ids=lambda o: o.name)
 @settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 10_000), width=st.integers(2, 4), smooth=st.booleans())
+@given(seed=st.integers(0, 10_000), width=st.integers(2, 4), smooth=st.booleans(), training=st.booleans())
 def test_it_is_the_largest_of_the_dense_hessian(
-    granularity: Granularity, objective: Objective, seed: int, width: int, smooth: bool
+    granularity: Granularity, objective: Objective, seed: int, width: int, smooth: bool, training: bool
 ) -> None:
     net, x, y = tiny(seed, width=width, smooth=smooth)
+    net.train(training)
     gates = open_gates(net, granularity, seed)
     mask = {name: bits.double() for name, bits in gates.kept().items()}
     noise = torch.Generator().manual_seed(seed)

@@ -76,21 +76,27 @@ def test_a_run_stopped_after_every_epoch_saw_what_one_that_was_not_saw(granulari
 
 
 def test_it_looks_at_the_mask_that_is_there() -> None:
-    """The accuracies are those of the network without the rejected channels, with the statistics of the moment."""
-    session = make_session(build("residual"), epochs=4.0)
+    """The accuracies are those of the network without the rejected channels, with statistics re-estimated for it."""
+    session = make_session(build("residual"), epochs=8.0)
     session.train("before", share=1.0)
     session.settle()
     scores = {g.name: torch.rand(g.width) for g in session.editor.editable}
     half = TopK(lambda values: {name: len(s) // 2 for name, s in values.items()})
-    before = state(session.model)
+    session.model.bn1.eval()
+    before, modes = state(session.model), [m.training for m in session.model.modules()]
+    drawn = torch.get_rng_state()
     with session.editor.gates(scores, half) as gates:
         record = look_at_search(session, gates)
         again = look_at_search(session, gates)
         kept = gates.kept()
     assert record == again and record.keys() == SEEN
-    assert same(before, state(session.model)) and session.model.training
+    assert same(before, state(session.model)) and torch.equal(drawn, torch.get_rng_state())
+    assert modes == [m.training for m in session.model.modules()]
     for name, bits in kept.items():
         session.editor.prune(name, bits.nonzero().flatten().tolist())
+    order = torch.randperm(len(session.goal.data.train), generator=torch.Generator().manual_seed(0))
+    batches = [session.goal.data.train.subset(part).as_float() for part in order.split(32) if len(part) == 32]
+    torch.optim.swa_utils.update_bn(batches, session.model)
     assert (record["mask_clean"], record["mask_robust"]) == session.validate()
 
 
