@@ -49,7 +49,7 @@ def top_eigenvalue(
 
     Products with the Hessian are second derivatives (double backward). They are combined by the Lanczos process: power
     iteration that keeps a tridiagonal summary of all it has seen. Plain power iteration finds the eigenvalue of
-    largest *magnitude*, and the Hessian of a network at a mask is indefinite, so that it would take a negative one or
+    largest *magnitude*, and the Hessian of a network at a mask is indefinite, so that it may take a negative one or
     hover between two signs. Two vectors are kept, whatever the number of steps.
 
     Args:

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from robustcompress.data import Batches
 from robustcompress.diagnostics.curvature import top_eigenvalue
 from robustcompress.diagnostics.loss import attacked_loss
 from robustcompress.diagnostics.sharpness import sharpness
 from robustcompress.robust.attacks import kept_buffers
 from robustcompress.session import Session
 from robustcompress.structure.masks import ScoreMasks
+from robustcompress.train import augmentation
 
 IMAGES = 128
 """Training images that curvature and sharpness are measured on: the same in every run over the same data."""
@@ -30,11 +32,12 @@ FLIPS = 0.01
 def look_at_search(session: Session, gates: ScoreMasks) -> dict[str, float]:
     """Measure the mask as it is now, and leave nothing of the run changed: no score, buffer, mode or generator.
 
-    Running statistics lag behind masks that move, so they are first re-estimated for this mask, and put back at the
-    end. Curvature and sharpness are those of the loss that the search descends: the goal's objective with batch
-    statistics, without dropout; on 128 training images that depend on neither seed nor strategy, without augmentation,
-    attacked anew at the present mask from the same noise. The accuracies are those that select epochs elsewhere
-    (PGD-10 on the validation split); left out where there is no such split or `val_images` is 0.
+    Running statistics lag behind masks that move, so they are first re-estimated for this mask, on as many images of
+    the same kind as before the cut, and put back at the end. Curvature and sharpness are those of the loss that the
+    search descends: the goal's objective with batch statistics, without dropout; on 128 training images that depend on
+    neither seed nor strategy, without augmentation, attacked anew at the present mask from the same noise. The
+    accuracies are those that select epochs elsewhere (PGD-10 on the validation split); left out where there is no such
+    split or `val_images` is 0.
 
     Args:
         session: The network under compression, in a search.
@@ -46,15 +49,22 @@ def look_at_search(session: Session, gates: ScoreMasks) -> dict[str, float]:
         before any fine-tuning). What is not finite is left out.
     """
     goal, model, device = session.goal, session.model, next(session.model.parameters()).device
-    size = min(goal.recipe.batch_size, len(goal.data.train))
     order = torch.randperm(len(goal.data.train), generator=torch.Generator().manual_seed(0))
     images = goal.data.train.subset(order[:IMAGES]).to(device)
     x, y, noise = images.as_float(), images.labels, torch.Generator(device).manual_seed(0)
-    parts = [part for part in torch.split(order, size)[:BATCHES] if len(part) == size]
+    batches = Batches(
+        goal.data.train,
+        min(goal.recipe.batch_size, len(goal.data.train)),
+        device=device,
+        augment=augmentation(goal.recipe, goal.data.name),
+        generator=torch.Generator().manual_seed(0),
+        drop_last=True,
+        channels_last=False,
+    )
     # What draws from torch's own generators (dropout in train mode) must not move them.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), kept_buffers(model):
         with _kept_modes(model):
-            update_bn((goal.data.train.subset(part).to(device).as_float() for part in parts), model)
+            update_bn((x for _, (x, _) in zip(range(BATCHES), batches, strict=False)), model)
         loss = attacked_loss(model, x, y, goal.objective, goal.threat, generator=noise)
         with _batch_statistics(model):
             top = top_eigenvalue(gates, loss, generator=torch.Generator().manual_seed(0))

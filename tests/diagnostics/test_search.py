@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import robustcompress as rc
+from robustcompress.data import Batches
 from robustcompress.diagnostics import look_at_search
 from robustcompress.diagnostics import search as module
 from robustcompress.robust.objectives import PGDAT, TRADES
@@ -94,8 +95,9 @@ def test_it_looks_at_the_mask_that_is_there() -> None:
     assert modes == [m.training for m in session.model.modules()]
     for name, bits in kept.items():
         session.editor.prune(name, bits.nonzero().flatten().tolist())
-    order = torch.randperm(len(session.goal.data.train), generator=torch.Generator().manual_seed(0))
-    batches = [session.goal.data.train.subset(part).as_float() for part in order.split(32) if len(part) == 32]
+    batches = Batches(
+        session.goal.data.train, 32, augment="crop", generator=torch.Generator().manual_seed(0), drop_last=True
+    )
     torch.optim.swa_utils.update_bn(batches, session.model)
     assert (record["mask_clean"], record["mask_robust"]) == session.validate()
 
