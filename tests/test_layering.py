@@ -17,7 +17,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"structure", "robust", "data", "models"},
-    {"budget"},
+    {"budget", "latency"},
     {"train"},
     {"checkpoint", "goal"},
     {"session", "terminal", "machine"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"strategies", "result"},
     {"export", "plots", "stability"},
     {"search_plot"},
-    {"resolve"},
+    {"resolve", "calibration"},
     {"api"},
     {"recipe"},
     {"quickstart"},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,7 +20,7 @@ from robustcompress.strategies.base import (
     fill_budget,
     floor_widths,
     group_norms,
-    prune_to,
+    prune_by,
     rounded,
     uniform_widths,
 )
@@ -28,6 +30,20 @@ from robustcompress.structure.weights import Sparsity, WeightGates, maskable_wei
 Allocation = Literal["uniform", "global"]
 Residual = Literal["coupled", "freeze"]
 Scores = dict[str, Tensor]
+Counts = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """By which scores is cut, and how many units are kept.
+
+    Attributes:
+        scores: By group or weight; those with the largest magnitudes stay.
+        counts: Tells how many stay of each; None for as many as the allocation says.
+    """
+
+    scores: Scores
+    counts: Callable[[], Counts] | None = None
 
 
 class Units(ABC):
@@ -46,7 +62,7 @@ class Units(ABC):
         """In what a step of the score learning rate is measured, for a tensor of first scores."""
 
     @abstractmethod
-    def counts(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    def counts(self, scores: Mapping[str, Tensor]) -> Counts:
         """How many units of each tensor are kept, so that the budget is met."""
 
     @abstractmethod
@@ -61,11 +77,11 @@ class Units(ABC):
         """
 
     @abstractmethod
-    def cut(self, scores: Callable[[], Scores]) -> AbstractContextManager[None]:
+    def cut(self, choose: Callable[[], Choice]) -> AbstractContextManager[None]:
         """Keep the units with the largest scores alone, and hold the others down while the context is open.
 
         Args:
-            scores: Asked for once; not asked while a resumed run catches up.
+            choose: Asked once; not asked while a resumed run catches up.
         """
 
 
@@ -85,6 +101,8 @@ class Channels(Units):
         open_groups = [g for g in session.editor.editable if residual == "coupled" or g.kind != "residual"]
         self.widths: Widths = {group.name: group.width for group in open_groups}
         """By group that may be cut, its width now."""
+        # At once: where latency is limited, it is measured and put down in the journal, which has an order.
+        self._uniform = uniform_widths(session, only=self.widths) if allocation == "uniform" else {}
 
     def magnitudes(self) -> Scores:
         """Norm of all weights that touch each channel, `[C]`."""
@@ -101,8 +119,7 @@ class Channels(Units):
     def counts(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
         """Widths that meet the budget."""
         if self._allocation == "uniform":
-            widths = uniform_widths(self._session, only=self.widths)
-            return {name: widths[name] for name in self.widths}
+            return {name: self._uniform[name] for name in self.widths}
         return self._global(scores)
 
     def gates(self, scores: Mapping[str, Tensor], rule: MaskRule) -> ScoreMasks:
@@ -114,10 +131,19 @@ class Channels(Units):
         return self._session.decide(name, compute)
 
     @contextlib.contextmanager
-    def cut(self, scores: Callable[[], Scores]) -> Iterator[None]:
+    def cut(self, choose: Callable[[], Choice]) -> Iterator[None]:
         """Remove channels; there is nothing to hold down."""
-        values = scores()
-        prune_to(self._session, self.counts(values), values)
+        once = functools.cache(choose)
+
+        def pick() -> Widths:
+            counts = once().counts
+            return counts() if counts is not None else self.counts(once().scores)
+
+        if self._session.latency is None:  # nothing is measured, so all of it can be one decision
+            prune_by(self._session, lambda: (pick(), once().scores))
+        else:
+            widths = self._session.choose("widths to keep", pick)
+            prune_by(self._session, lambda: (widths, once().scores))
         yield
 
     def _chosen(self, scores: Mapping[str, Tensor]) -> Scores:
@@ -140,6 +166,10 @@ class Channels(Units):
             middle = (low + high) / 2
             low, high = (low, middle) if session.fits(widths_at(middle)) else (middle, high)
         return fill_budget(session, widths_at(high), self.widths)
+
+
+PACE = 5.0
+"""So that one score learning rate does for channels and weights. Chosen on the digits' validation images."""
 
 
 class Weights(Units):
@@ -175,10 +205,10 @@ class Weights(Units):
         return {name: (6 / w[0].numel()) ** 0.5 * w / largest[name] for name, w in magnitudes.items()}
 
     def pace(self, first: Tensor) -> float:
-        """Their root mean square: the largest of many weights says little about where the others lie."""
-        return float(first.square().mean().sqrt())
+        """Five times their root mean square: the largest of many weights says little about where the others lie."""
+        return PACE * float(first.square().mean().sqrt())
 
-    def counts(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    def counts(self, scores: Mapping[str, Tensor]) -> Counts:
         """How many weights of each layer are kept; together no more than the budget's density allows."""
         if self._allocation == "uniform":
             return shares(self._sizes, self.total)
@@ -199,20 +229,22 @@ class Weights(Units):
         return kept.tensors
 
     @contextlib.contextmanager
-    def cut(self, scores: Callable[[], Scores]) -> Iterator[None]:
+    def cut(self, choose: Callable[[], Choice]) -> Iterator[None]:
         """Zero weights, and hold the zeros."""
         session, sparsity = self._session, Sparsity(self._session.model)
         session.settle()  # optimizer and average would bring the old values back
         session.keep("sparsity", sparsity)
         if not session.replaying:
-            values = scores()
-            counts = self.counts(values)
-            sparsity.set_masks({name: largest_entries(s, counts[name]) for name, s in values.items()})
+            choice = choose()
+            counts = choice.counts() if choice.counts is not None else self.counts(choice.scores)
+            sparsity.set_masks({name: largest_entries(s, counts[name]) for name, s in choice.scores.items()})
         kept = {name: int(mask.sum()) for name, mask in sparsity.masks.items()}
         density = sum(kept.values()) / sum(self._sizes.values())
         session.record({"phase": "prune", "event": "prune", "weights": kept, "density": density})
         with sparsity:
             yield
+        session.settle()
+        sparsity.set_masks(sparsity.masks)  # gradients of either sign have made some of the zeros negative ones
         session.forget("sparsity")
 
 
@@ -230,7 +262,7 @@ class _Kept:
             tensor.copy_(state[name])
 
 
-def shares(sizes: Mapping[str, int], total: int) -> dict[str, int]:
+def shares(sizes: Mapping[str, float], total: int) -> dict[str, int]:
     """Divide `total` in proportion to sizes: at least one each, what rounding leaves to those it took most from."""
     exact = {name: total * size / sum(sizes.values()) for name, size in sizes.items()}
     counts = {name: max(1, int(share)) for name, share in exact.items()}
