@@ -24,9 +24,12 @@ from robustcompress.errors import (
 )
 from robustcompress.export import export_onnx, verify_onnx
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
+from robustcompress.plots import plot_results
 from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
+from robustcompress.search_plot import plot_search
+from robustcompress.stability import Stability, hamming, stability
 from robustcompress.strategies import (
     S2AP,
     STRATEGIES,
@@ -77,6 +80,7 @@ __all__ = [
     "RobustReport",
     "RunRecipe",
     "Scaling",
+    "Stability",
     "Strategy",
     "StructuralEditor",
     "Taylor",
@@ -89,10 +93,14 @@ __all__ = [
     "compress",
     "evaluate",
     "export_onnx",
+    "hamming",
     "list_models",
     "load",
     "load_data",
     "measure",
+    "plot_results",
+    "plot_search",
     "register_strategy",
+    "stability",
     "verify_onnx",
 ]

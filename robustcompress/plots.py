@@ -34,18 +34,9 @@ def plot_results(results: Mapping[str, CompressResult], path: str | Path) -> Pat
     Raises:
         InputError: There are no results, or the format or the directory does not exist.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    path = Path(path)
     if not results:
         raise InputError("plot_results() needs at least one result")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no directory {path.parent}; create it first")
-    figure = Figure(figsize=(15, 5.2), layout="constrained")
-    formats = FigureCanvasAgg(figure).get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in formats:
-        raise InputError(f"{path}: name one of the formats {', '.join(sorted(formats))} by its suffix, such as .png")
+    figure, path = new_figure(path, (15, 5.2))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(results)}
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.0, 1.15, 1.15))
     _accuracies(left, results, colours)
@@ -58,6 +49,25 @@ def plot_results(results: Mapping[str, CompressResult], path: str | Path) -> Pat
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
     return path
+
+
+def new_figure(path: str | Path, size: tuple[float, float]) -> tuple[Any, Path]:
+    """An empty figure of this size in inches, and the path that it can be saved to.
+
+    Raises:
+        InputError: The format or the directory does not exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no directory {path.parent}; create it first")
+    figure = Figure(figsize=size, layout="constrained")
+    formats = FigureCanvasAgg(figure).get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in formats:
+        raise InputError(f"{path}: name one of the formats {', '.join(sorted(formats))} by its suffix, such as .png")
+    return figure, path
 
 
 def _accuracies(axes: Any, results: Mapping[str, CompressResult], colours: Mapping[str, str]) -> None:

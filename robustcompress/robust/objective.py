@@ -31,7 +31,7 @@ class ObjectiveStep:
     clean_logits: Tensor | None = None
 
 
-_WHOLE = "objective {0!r} cannot be split: define attack() and loss_on() for it, or leave out AWP and S2AP"
+_WHOLE = "objective {0!r} cannot be split: define attack() and loss_on() for it, or leave out AWP, S2AP and diagnose"
 
 
 class Objective(ABC):

@@ -42,6 +42,8 @@ class Pruning(Strategy):
         problems = Problems(f"{self.name} cannot run")
         ranges = {"pretrain": (0.0, 0.99), "finetune_lr": (1e-9, 10.0), **self.ranges}
         check_numbers(problems, self, ranges)
+        if not isinstance(getattr(self, "diagnose", False), bool):
+            problems.add(f"diagnose={self.diagnose!r}: must be True or False")  # type: ignore[attr-defined]
         for name, kind in (("granularity", Granularity), ("allocation", Allocation), ("residual", Residual)):
             value, choices = getattr(self, name), get_args(kind)
             if value not in choices:

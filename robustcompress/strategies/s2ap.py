@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
 
 from robustcompress.errors import InputError, Problems
 from robustcompress.session import Session
@@ -16,10 +12,10 @@ from robustcompress.strategies.base import Direction, Granularity, Strategy, Wid
 from robustcompress.strategies.scores import ScoreBased
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.masks import ScoreMasks
-from robustcompress.train import Ascent
+from robustcompress.train import Ascent, ScoreAscent, calibrate
+from robustcompress.train.score_ascent import SMALLEST
 
-SMALLEST, LARGEST = 1e-6, 1.0
-"""Between these radii one is looked for that flips the wanted share of the masks."""
+__all__ = ["S2AP", "ScoreAscent", "calibrate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,70 +95,6 @@ class S2AP(Strategy):
 
     def _ascent(self, gates: ScoreMasks) -> Ascent:
         return ScoreAscent(gates, gamma=self.gamma, flips=self.flips, begins=self.warmup)
-
-
-class ScoreAscent(Ascent):
-    """An ascent in the scores of gates, one ball a channel group, which counts the mask bits that it flips.
-
-    Args:
-        gates: Whose scores to move; their rule says what the masks are.
-        gamma: Radius, in (0, 1]; None to choose it anew each epoch.
-        flips: Share of mask bits to flip, where `gamma` is None.
-        begins: As in `Ascent`.
-    """
-
-    label: ClassVar[str] = "gamma"
-
-    def __init__(self, gates: ScoreMasks, *, gamma: float | None, flips: float, begins: float = 0.0) -> None:
-        super().__init__(gates.parameters(), LARGEST if gamma is None else gamma, begins=begins)
-        self._gates = gates
-        self._target = flips if gamma is None else None
-        self._chosen = gamma is not None
-        self._flipped: Tensor | float = 0.0
-
-    def radius(self, steps: Sequence[Tensor]) -> float:
-        """The radius given, or the one that flips the wanted share along the epoch's first `steps`."""
-        if self._target is not None and not self._chosen:
-            self.gamma = calibrate(lambda gamma: float(self._share(steps, gamma)), self._target)
-            self._chosen = self.gamma > 0
-        self._flipped = self._flipped + self._share(steps, self.gamma)
-        return self.gamma
-
-    def read(self) -> dict[str, Any]:
-        """As `Ascent.read`, with the mean share of mask bits flipped; the next epoch chooses its radius anew."""
-        count, flipped = self._count, float(self._flipped)
-        record = super().read()
-        self._flipped = 0.0
-        self._chosen = self._target is None
-        return record | {"flips": flipped / count} if record else {}
-
-    def _share(self, steps: Sequence[Tensor], gamma: float) -> Tensor:
-        """The share of mask bits, over all groups, that differ between the scores and `gamma * steps` above them."""
-        scores = self._gates.scores
-        moved = {name: s + gamma * step for (name, s), step in zip(scores.items(), steps, strict=True)}
-        here, there = self._gates.kept(), self._gates.kept(moved)
-        changed = [(here[name] != there[name]).sum() for name in scores]
-        return torch.stack(changed).sum() / sum(values.numel() for values in scores.values())
-
-
-def calibrate(share: Callable[[float], float], target: float) -> float:
-    """The smallest radius that flips the target share of the masks.
-
-    Args:
-        share: From radius to share flipped; taken to rise with the radius.
-        target: The share wanted; where no radius reaches it, as much as the largest radius flips.
-
-    Returns:
-        A radius from 1e-6 to 1 to five digits; 0 where the largest radius flips nothing.
-    """
-    most = share(LARGEST)
-    if most == 0:
-        return 0.0
-    low, high = math.log(SMALLEST), math.log(LARGEST)
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (low, middle) if share(math.exp(middle)) >= min(target, most) else (middle, high)
-    return math.exp(high)
 
 
 def _host(host: object) -> ScoreBased:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from robustcompress.diagnostics import look_at_search
 from robustcompress.robust.objective import Objective
 from robustcompress.session import Session
 from robustcompress.strategies.pruning import Pruning, cut
@@ -33,6 +34,8 @@ class ScoreBased(Pruning):
         search: Share of the epochs in the search; at 0 this is exactly `magnitude`.
         score_lr: Adam's peak learning rate for the scores: of channels, which start in [0, 2.45], and of weights as a
             share of five times the root mean square of their layer's scores.
+        diagnose: Record at each epoch of the search how sharp the robust loss is around the mask, and how accurate the
+            mask is (`diagnostics.look_at_search`). It changes nothing else.
     """
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"search": (0.0, 0.99), "score_lr": (1e-9, 10.0)}
@@ -41,6 +44,7 @@ class ScoreBased(Pruning):
     pretrain: float = 0.45
     search: float = 0.10
     score_lr: float = 0.02
+    diagnose: bool = False
 
     def run(self, session: Session) -> None:
         """As `run_with`, with nothing added."""
@@ -56,7 +60,7 @@ class ScoreBased(Pruning):
             ascent: Gives the ascent under which scores are learnt; None for none.
             finetune_awp: Radius of adversarial weight perturbation in the fine-tuning; None for the recipe's.
         """
-        if self.splits_objective and self.search:
+        if (self.splits_objective or self.diagnose) and self.search:
             session.goal.objective.require_parts()
         spent, units = self.begin(session), self.units(session)
         found = self.learn(session, units, ascent) if self.search else None
@@ -107,6 +111,8 @@ def search(
 
         def on_epoch(record: dict[str, Any]) -> None:
             record |= trail.step()
+            if strategy.diagnose:
+                record |= look_at_search(session, gates)
             if watch is not None:
                 watch(gates, record)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -111,6 +112,25 @@ class ScoreMasks(ABC):
     def kept(self, scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What these scores (by default the present ones) would leave open, as boolean tensors."""
         return {name: values != 0 for name, values in self.rule(self.scores if scores is None else scores).items()}
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self._model
+
+    @contextmanager
+    def at(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run with these gate values, by name and of the scores' shapes, in place of what the rule makes of the scores.
+
+        They may be anything, also between 0 and 1, and gradients of any order reach them.
+        """
+        rule, self.rule = self.rule, lambda _: values
+        self._forget()
+        try:
+            yield
+        finally:
+            self.rule = rule
+            self._forget()
 
     def __enter__(self) -> Self:
         """Attach to the network."""

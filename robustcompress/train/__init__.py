@@ -8,6 +8,7 @@ from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe, augmentation
 from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor
+from robustcompress.train.score_ascent import ScoreAscent, calibrate
 from robustcompress.train.selection import Selection
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "Progress",
     "Recipe",
     "Schedule",
+    "ScoreAscent",
     "Selection",
     "TrainingError",
     "augmentation",
     "averaged",
+    "calibrate",
     "describe",
     "lr_factor",
     "make_optimizer",
