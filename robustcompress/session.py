@@ -28,6 +28,8 @@ from robustcompress.train import (
     Selection,
     augmentation,
     averaged,
+    computes_in_bf16,
+    frozen_but,
     make_optimizer,
     phase_steps,
     safe_memory_format,
@@ -103,10 +105,7 @@ class Session:
         self._optimizer: torch.optim.Optimizer | None = None
         self._ema: AveragedModel | None = None
         self._spent = 0.0  # share of the run's epochs that phases have had so far
-        bf16 = goal.recipe.bf16
-        self._autocast = bf16 is True or (
-            bf16 == "auto" and self._device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        self._autocast = computes_in_bf16(goal.recipe.bf16, self._device)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -244,16 +243,9 @@ class Session:
             objective: What is minimised; the goal's objective by default.
             on_epoch: Called with each epoch's record before it is written, to which it may add.
         """
-        moving = {id(p) for group in parameter_groups for p in group["params"]}
-        frozen = [p for p in self.model.parameters() if id(p) not in moving and p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
+        with frozen_but(self.model, [p for group in parameter_groups for p in group["params"]]):
             optimizer = torch.optim.Adam([dict(group) for group in parameter_groups], lr=lr)
             self._loop(phase, share, optimizer, lr, schedule, None, None, ascent, objective, on_epoch)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
 
     def _lay_out(self) -> None:
         """Choose the memory format for the widths of the moment."""

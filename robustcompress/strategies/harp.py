@@ -33,10 +33,10 @@ class Harp(ScoreBased):
 
     Ours: for channels, one rate a coupled group, and the cost of the real network of those widths (multiply-adds,
     parameters, latency; the released chain formula counts another network where there are residual streams); scores
-    start from the norm of what reads a channel, over outputs and kernel (the released code reshapes without transposing, and so mixes
-    channels); rates start where the uniform network meets the budget, because a short search cannot come down from a
-    dense one; the epoch of the cost's weight is counted on the published 20, however long the search is; in the end one
-    shift of all rates meets the budget exactly. `allocation` is learnt, so it is not an option here.
+    start from the norm of what reads a channel, over outputs and kernel (the released code reshapes without
+    transposing, and so mixes channels); rates start where the uniform network meets the budget, because a short search
+    cannot come down from a dense one; the epoch of the cost's weight is counted on the published 20, however long the
+    search is; in the end one shift of all rates meets the budget exactly. `allocation` is learnt: it is no option here.
 
     Attributes:
         rate_lr: Adam's peak learning rate for the rates r.

@@ -2,8 +2,15 @@
 
 from robustcompress.train.ascent import Ascent, weight_ascent
 from robustcompress.train.compiled import CompiledNetwork
-from robustcompress.train.device import describe, resolve_device, safe_memory_format, set_memory_format
+from robustcompress.train.device import (
+    computes_in_bf16,
+    describe,
+    resolve_device,
+    safe_memory_format,
+    set_memory_format,
+)
 from robustcompress.train.ema import averaged
+from robustcompress.train.frozen import frozen_but
 from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps, train
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe, augmentation
@@ -24,7 +31,9 @@ __all__ = [
     "augmentation",
     "averaged",
     "calibrate",
+    "computes_in_bf16",
     "describe",
+    "frozen_but",
     "lr_factor",
     "make_optimizer",
     "phase_steps",

@@ -57,3 +57,8 @@ def set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> N
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.dim() == 4:
             tensor.data = torch.empty_like(tensor, memory_format=memory_format).copy_(tensor)
+
+
+def computes_in_bf16(wanted: bool | str, device: torch.device) -> bool:
+    """Whether forward passes run in bfloat16: as wanted, and for "auto" on GPUs that can."""
+    return wanted is True or (wanted == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
