@@ -28,6 +28,7 @@ from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
 from robustcompress.strategies import (
+    AWT,
     S2AP,
     STRATEGIES,
     Fixed,
@@ -47,6 +48,7 @@ from robustcompress.train import Recipe
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWT",
     "NEW",
     "S2AP",
     "STRATEGIES",

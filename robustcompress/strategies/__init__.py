@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.strategies.awt import AWT
 from robustcompress.strategies.base import Strategy
 from robustcompress.strategies.fixed import Fixed
 from robustcompress.strategies.grape import Grape
@@ -19,7 +20,7 @@ from robustcompress.strategies.scores import ScoreBased
 from robustcompress.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    kind.name: kind for kind in (Grape, Hydra, S2AP, Magnitude, RandomChannels, Uniform, Scaling, Fixed, Reference)
+    kind.name: kind for kind in (Grape, Hydra, S2AP, AWT, Magnitude, RandomChannels, Uniform, Scaling, Fixed, Reference)
 }
 
 
@@ -59,6 +60,7 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
 
 
 __all__ = [
+    "AWT",
     "S2AP",
     "STRATEGIES",
     "Fixed",

@@ -40,6 +40,11 @@ class ScoreBased(Pruning):
     search: float = 0.10
     score_lr: float = 0.02
 
+    @property
+    def search_share(self) -> float:
+        """Share of the epochs that the search takes from the fine-tuning."""
+        return self.search
+
     def run(self, session: Session) -> None:
         """As `run_with`, with nothing added."""
         self.run_with(session)
@@ -59,7 +64,7 @@ class ScoreBased(Pruning):
         if self.search:
             learnt = self.learn(session, units, ascent)
             found = lambda: learnt  # noqa: E731
-        share = 1 - spent - self.search
+        share = 1 - spent - self.search_share
         with cut(session, units, found):
             session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True, awp=finetune_awp)
 
