@@ -33,8 +33,8 @@ def draw_direction(outputs: int, *, device: torch.device, generator: torch.Gener
     drawn: Tensor = torch.randn(
         outputs, device=generator.device if generator is not None else device, generator=generator
     )
-    length = torch.linalg.vector_norm(drawn)
-    return (drawn / length).to(device)
+    unit: Tensor = drawn / torch.linalg.vector_norm(drawn)
+    return unit.to(device)
 
 
 def tangents(model: nn.Module, x: Tensor, direction: Tensor, parameters: Parameters) -> dict[str, Tensor]:
@@ -55,8 +55,8 @@ def tangents(model: nn.Module, x: Tensor, direction: Tensor, parameters: Paramet
     """
 
     def output(point: dict[str, Tensor], image: Tensor) -> Tensor:
-        logits: Tensor = functional_call(model, point, (image.unsqueeze(0),))
-        return logits[0] @ direction
+        chosen: Tensor = functional_call(model, point, (image.unsqueeze(0),))[0] @ direction
+        return chosen
 
     per_image: Callable[..., dict[str, Tensor]] = vmap(grad(output), in_dims=(None, 0))
     with eval_mode(model), _full_precision(x.device):
@@ -81,8 +81,9 @@ def tangent_kernel(model: nn.Module, x: Tensor, x_adv: Tensor, direction: Tensor
         `[N, M]`.
     """
     found = tangents(model, torch.cat([x, x_adv]), direction, parameters)
-    flat = (torch.split(jacobian.flatten(1), [len(x), len(x_adv)]) for jacobian in found.values())
-    return torch.stack([clean @ attacked.T for clean, attacked in flat]).sum(0)
+    with _full_precision(x.device):
+        flat = (torch.split(jacobian.flatten(1), [len(x), len(x_adv)]) for jacobian in found.values())
+        return torch.stack([clean @ attacked.T for clean, attacked in flat]).sum(0)
 
 
 def relative_square(found: Tensor, wanted: Tensor) -> Tensor:

@@ -69,10 +69,10 @@ def trace_saliency(
 ) -> Scores:
     """`|d/dm sum_i <f(x_i) - f'(x_i), f(x~_i) - f'(x~_i)>| / |noise|^2` for each gate value m.
 
-    f is the network, f' the same with Gaussian noise on all its weights. To second order in the noise the sum is in
-    expectation the trace, over outputs and images, of the mixed tangent kernel, for the price of four forward passes
-    and one backward pass. At `x_adv = x` this is the saliency of NTK-SAP (Wang et al., ICLR 2023, after its code's
-    description); the product of differences at two images is ours.
+    f is the network, f' the same with Gaussian noise on all its weights. To second order in the noise, what the gates
+    are differentiated in is in expectation the trace of the mixed tangent kernel over outputs and images, divided by
+    the number of parameters, for the price of four forward passes and one backward pass. At `x_adv = x` this is the
+    saliency of NTK-SAP (Wang et al., ICLR 2023); the product of differences at two images is ours.
 
     Args:
         model: Under `gates`, in whatever mode; evaluated in eval mode.

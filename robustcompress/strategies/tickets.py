@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -139,7 +140,8 @@ def compare_tickets(
         samples: Images in each kernel of the record.
 
     Returns:
-        By ticket, "outputs" and "kernel": Frobenius norms of the difference over that of the dense network's.
+        By ticket, "outputs" and "kernel": Frobenius norms of the difference over that of the dense network's; and
+        "cosine" of the two kernels, which a change of scale alone (fewer parameters move) leaves at 1.
     """
     model, goal, device = session.model, session.goal, _device(session)
     counts = units.counts(found)
@@ -162,9 +164,12 @@ def compare_tickets(
     for ticket, values in scores.items():
         bits = {name: largest_entries(s, counts[name]) for name, s in values.items()}
         with _masked(session, units, bits):
-            looked = zip(_look(model, probes, seed), dense, strict=True)
-        apart = [float(relative_square(here, there).sqrt()) for here, there in looked]
-        result[ticket] = dict(zip(("outputs", "kernel"), apart, strict=True))
+            logits, kernels = _look(model, probes, seed)
+        result[ticket] = {
+            "outputs": float(relative_square(logits, dense[0]).sqrt()),
+            "kernel": float(relative_square(kernels, dense[1]).sqrt()),
+            "cosine": float(F.cosine_similarity(kernels, dense[1], dim=0)),
+        }
     return result
 
 
