@@ -67,7 +67,8 @@ def training_cost(
             macs = entry["macs"]
             total += trained * macs * (each + (again if any(entry.get(key) for key in ASCENTS) else 0))
         # Scores are made before the network grows, so at the MACs of the epoch before.
-        total += _looked(entry, macs, probes=probes, scored=scored)
+        # What a mask is judged by comes after the cut.
+        total += _looked(entry, _macs_of(entry, macs), probes=probes, scored=scored)
     return {"images": int(images), "images_per_s": round(images / seconds, 2), "macs": round(total)}
 
 
@@ -90,10 +91,14 @@ def matched_epochs(
     macs = 0.0
     for entry in history:
         macs = entry["macs"] if "steps" in entry else macs
-        fixed += _looked(entry, macs, probes=probes, scored=scored)
+        fixed += _looked(entry, _macs_of(entry, macs), probes=probes, scored=scored)
     whole, wanted = mine["results"]["training"]["macs"], theirs["results"]["training"]["macs"]
     # Where what does not shrink costs more than is allowed, a twentieth is left; the table shows what that cost.
     return float(settings["epochs"]) * max(0.05, (wanted - fixed) / (whole - fixed))
+
+
+def _macs_of(entry: Mapping[str, Any], before: float) -> float:
+    return float(entry["macs"]) if entry.get("event") == "mask" else before
 
 
 def _looked(entry: Mapping[str, Any], macs: float, *, probes: int, scored: int) -> float:

@@ -265,13 +265,21 @@ class CostModel:
 
     def predict(self, widths: Mapping[str, int]) -> tuple[float, float]:
         """MACs and parameters of the network with these group widths."""
+        macs, params = self._sums(widths)
+        return float(macs), float(params)
+
+    def relaxed(self, widths: Mapping[str, Any]) -> tuple[Any, Any]:
+        """As `predict`, for widths that are no whole numbers: floats, or tensors, and then with their gradients."""
+        return self._sums(widths)
+
+    def _sums(self, widths: Mapping[str, Any]) -> tuple[Any, Any]:
         widths = {**self._start, **widths}
         most = max((widths[name] / width for name, width in self._start.items()), default=1.0)
         macs, params = self._macs + self._unowned * max(0.0, most - 1), float(self._params)
         for axes, layer_macs, layer_params in self._layers:
-            scale = 1.0
+            scale: Any = 1.0
             for axis in axes:
-                scale *= self._layout.axis_width(axis, widths) / self._layout.axis_width(axis, self._start)
-            macs += layer_macs * (scale - 1)
-            params += layer_params * (scale - 1)
+                scale = scale * (self._layout.axis_width(axis, widths) / self._layout.axis_width(axis, self._start))
+            macs = macs + layer_macs * (scale - 1)
+            params = params + layer_params * (scale - 1)
         return macs, params

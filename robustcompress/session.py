@@ -124,6 +124,10 @@ class Session:
         macs, params = self.cost_model.predict(widths)
         return macs <= self.limits[0] and params <= self.limits[1]
 
+    def steps(self, share: float) -> int:
+        """How many training steps a phase of this share of the epochs has."""
+        return phase_steps(share * self.goal.epochs, self._batches)
+
     def cost(self) -> Cost:
         """What the network costs now, measured."""
         return measure(self.model, self._example)

@@ -10,6 +10,7 @@ from robustcompress.strategies.awt import AWT
 from robustcompress.strategies.base import Strategy
 from robustcompress.strategies.fixed import Fixed
 from robustcompress.strategies.grape import Grape
+from robustcompress.strategies.harp import Harp
 from robustcompress.strategies.hydra import Hydra
 from robustcompress.strategies.magnitude import Magnitude
 from robustcompress.strategies.none import Reference
@@ -17,10 +18,12 @@ from robustcompress.strategies.random_channels import RandomChannels
 from robustcompress.strategies.s2ap import S2AP
 from robustcompress.strategies.scaling import Scaling
 from robustcompress.strategies.scores import ScoreBased
+from robustcompress.strategies.taylor import Taylor
 from robustcompress.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    kind.name: kind for kind in (Grape, Hydra, S2AP, AWT, Magnitude, RandomChannels, Uniform, Scaling, Fixed, Reference)
+    kind.name: kind
+    for kind in (Grape, Hydra, S2AP, Harp, AWT, Magnitude, Taylor, RandomChannels, Uniform, Scaling, Fixed, Reference)
 }
 
 
@@ -65,6 +68,7 @@ __all__ = [
     "STRATEGIES",
     "Fixed",
     "Grape",
+    "Harp",
     "Hydra",
     "Magnitude",
     "RandomChannels",
@@ -72,6 +76,7 @@ __all__ = [
     "Scaling",
     "ScoreBased",
     "Strategy",
+    "Taylor",
     "Uniform",
     "make_strategy",
     "register_strategy",

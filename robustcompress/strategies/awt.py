@@ -15,7 +15,7 @@ from robustcompress.session import Session
 from robustcompress.strategies.saliency import prune_in_rounds
 from robustcompress.strategies.scores import NORMS, MakeAscent, ScoreBased, search
 from robustcompress.strategies.tickets import TangentDistance, compare_tickets, tell
-from robustcompress.strategies.units import Channels, Scores, Weights
+from robustcompress.strategies.units import Channels, Choice, Scores, Weights
 from robustcompress.structure.masks import ScoreMasks
 
 Estimator = Literal["kernel", "ntk-sap"]
@@ -63,6 +63,7 @@ class AWT(ScoreBased):
         "weight": (0.0, 1e6),
         "rounds": (1, 1000),
     }
+    splits_objective: ClassVar[bool] = True
     pretrain: float = 0.0
     estimator: Estimator = "kernel"
     samples: int = 8
@@ -91,13 +92,12 @@ class AWT(ScoreBased):
         """None of the epochs for "ntk-sap"."""
         return self.search if self.estimator == "kernel" else 0.0
 
-    def learn(self, session: Session, units: Channels | Weights, ascent: MakeAscent | None) -> Scores:
+    def learn(self, session: Session, units: Channels | Weights, ascent: MakeAscent | None) -> Choice:
         """Scores by the distance to the dense network; see `ScoreBased.learn`.
 
         Raises:
-            InputError: The run's objective cannot attack by itself; or an ascent in scores that nothing learns.
+            InputError: There is an ascent in scores that nothing learns.
         """
-        session.goal.objective.require_parts()
         if self.estimator == "kernel":
             found = self._learn(session, units, ascent)
         else:
@@ -110,7 +110,7 @@ class AWT(ScoreBased):
                 session.forget("scores")
         compare = lambda: compare_tickets(session, units, found, samples=self.samples)  # noqa: E731
         tell(session, session.decide("tangent distances", compare))
-        return found
+        return Choice(found)
 
     def _learn(self, session: Session, units: Channels | Weights, ascent: MakeAscent | None) -> Scores:
         session.recalibrate()

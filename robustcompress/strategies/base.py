@@ -153,17 +153,44 @@ def group_norms(editor: StructuralEditor) -> dict[str, torch.Tensor]:
     return norms
 
 
+def reader_norms(editor: StructuralEditor, *, only: Collection[str]) -> dict[str, torch.Tensor]:
+    """Sum of the magnitudes of all weights that read each channel, over outputs and kernel (HARP's first scores).
+
+    Args:
+        editor: Of the network.
+        only: Which groups.
+
+    Returns:
+        Per group, `[C]` on the CPU.
+    """
+    norms = {name: torch.zeros(editor.groups[name].width, dtype=torch.float64) for name in only}
+    for name, total in norms.items():
+        for axis in editor.groups[name].readers:
+            module = editor.model.get_submodule(axis.module)
+            dim = dict(slots_of(module, axis.side))["weight"]
+            sums = module.get_parameter("weight").detach().double().cpu().abs().movedim(dim, 0).flatten(1).sum(1)
+            owners = editor.layout.owners(axis, name, editor.widths)
+            total.index_add_(0, owners[owners >= 0], sums[owners >= 0])
+    return norms
+
+
 def prune_to(session: Session, widths: Mapping[str, int], scores: Mapping[str, torch.Tensor]) -> None:
     """Keep, in every group, as many channels as `widths` says: those with the largest scores."""
+    prune_by(session, lambda: (widths, scores))
+
+
+def prune_by(session: Session, choose: Callable[[], tuple[Mapping[str, int], Mapping[str, torch.Tensor]]]) -> None:
+    """As `prune_to`, with widths and scores that are asked for once in all of a run, however often it is resumed."""
     from robustcompress.structure.gates import top_channels
 
-    def choose() -> dict[str, list[int]]:
+    def keep() -> dict[str, list[int]]:
+        widths, scores = choose()
         wanted = {group.name: widths.get(group.name, group.width) for group in session.editor.editable}
         now = session.editor.widths
         return {n: top_channels(scores[n], width).tolist() for n, width in wanted.items() if width < now[n]}
 
-    for name, keep in session.decide("channels to keep", choose).items():
-        session.editor.prune(name, keep)
+    for name, channels in session.decide("channels to keep", keep).items():
+        session.editor.prune(name, channels)
     macs, params = session.cost_model.predict(session.editor.widths)
     session.record(
         {"phase": "prune", "event": "prune", "widths": session.editor.widths, "macs": macs, "params": params}

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from robustcompress.session import Session
 from robustcompress.strategies.scores import MakeAscent, ScoreBased, search
-from robustcompress.strategies.units import Channels, Scores, Weights
+from robustcompress.strategies.units import Channels, Choice, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class Hydra(ScoreBased):
 
     name: ClassVar[str] = "hydra"
 
-    def learn(self, session: Session, units: Channels | Weights, ascent: MakeAscent | None) -> Scores:
+    def learn(self, session: Session, units: Channels | Weights, ascent: MakeAscent | None) -> Choice:
         """Scores under the goal's objective; see `ScoreBased.learn`."""
-        return search(self, session, units, first=lambda: units.first_scores(units.magnitudes()), ascent=ascent)
+        first = lambda: units.first_scores(units.magnitudes())  # noqa: E731
+        return Choice(search(self, session, units, first=first, ascent=ascent))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 from robustcompress.errors import Problems, nearest
 from robustcompress.session import Session
 from robustcompress.strategies.base import Direction, Granularity, Strategy, Widths, check_numbers, floor_widths
-from robustcompress.strategies.units import Allocation, Channels, Residual, Scores, Weights, granular
+from robustcompress.strategies.units import Allocation, Channels, Choice, Residual, Scores, Weights, granular
 from robustcompress.structure import StructuralEditor
 
 
@@ -49,7 +49,11 @@ class Pruning(Strategy):
         search = getattr(self, "search", 0.0)
         if not problems.items and self.pretrain + search >= 1:
             problems.add(f"pretrain={self.pretrain!r} and search={search!r} leave no epochs to fine-tune")
+        self.check(problems)
         problems.raise_if_any()
+
+    def check(self, problems: Problems) -> None:
+        """Note what else is wrong with the options; nothing by default."""
 
     def narrowest(self, editor: StructuralEditor, round_to: int) -> Widths:
         """Residual streams stay where they are frozen."""
@@ -75,27 +79,36 @@ class Pruning(Strategy):
         return share
 
 
-def one_shot(strategy: Pruning, session: Session, score: Callable[[Channels | Weights], Scores]) -> None:
+def one_shot(
+    strategy: Pruning,
+    session: Session,
+    score: Callable[[Channels | Weights], Scores],
+    *,
+    note: Mapping[str, Any] | None = None,
+) -> None:
     """Pretrain, cut once, fine-tune.
 
     Args:
         strategy: Its options are followed.
         session: The network under compression.
         score: Asked after pretraining; what has the largest scores stays.
+        note: A record for the history that says what the scores took.
     """
     spent = strategy.begin(session)
+    if note is not None:
+        session.record(dict(note))
     units = strategy.units(session)
-    with cut(session, units, lambda: score(units)):
+    with cut(session, units, lambda: Choice(score(units))):
         session.train("finetune", share=1 - spent, lr_scale=strategy.finetune_lr, select=True)
 
 
 @contextmanager
-def cut(session: Session, units: Channels | Weights, scores: Callable[[], Scores]) -> Iterator[None]:
+def cut(session: Session, units: Channels | Weights, choose: Callable[[], Choice]) -> Iterator[None]:
     """Cut, re-estimate batch-norm statistics, and note how accurate the network is before it is fine-tuned.
 
     What was cut stays cut while the context is open.
     """
-    with units.cut(scores):
+    with units.cut(choose):
         session.recalibrate()
         if len(session.goal.data.val) and session.goal.recipe.val_images:
             clean, robust = session.decide("accuracy before fine-tuning", session.validate)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustcompress.robust.objective import Objective
 from robustcompress.session import Session
 from robustcompress.strategies.pruning import Pruning, cut
-from robustcompress.strategies.units import Channels, Scores, Weights
+from robustcompress.strategies.units import Channels, Choice, Scores, Weights
 from robustcompress.structure.masks import MaskRule, ScoreMasks, TopK
 from robustcompress.train import Ascent
 
@@ -36,6 +36,8 @@ class ScoreBased(Pruning):
     """
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"search": (0.0, 0.99), "score_lr": (1e-9, 10.0)}
+    splits_objective: ClassVar[bool] = False
+    """Whether the search needs the parts of the objective: its attack, and its loss on what that found."""
     pretrain: float = 0.45
     search: float = 0.10
     score_lr: float = 0.02
@@ -59,22 +61,17 @@ class ScoreBased(Pruning):
             ascent: Gives the ascent under which scores are learnt; None for none.
             finetune_awp: Radius of adversarial weight perturbation in the fine-tuning; None for the recipe's.
         """
+        if self.splits_objective and self.search:
+            session.goal.objective.require_parts()
         spent, units = self.begin(session), self.units(session)
-        found: Callable[[], Scores] = units.magnitudes
-        if self.search:
-            learnt = self.learn(session, units, ascent)
-            found = lambda: learnt  # noqa: E731
+        found = self.learn(session, units, ascent) if self.search else None
         share = 1 - spent - self.search_share
-        with cut(session, units, found):
+        with cut(session, units, lambda: found or Choice(units.magnitudes())):
             session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True, awp=finetune_awp)
 
     @abstractmethod
-    def learn(self, session: Session, units: Channels | Weights, ascent: MakeAscent | None) -> Scores:
-        """Search, for the share of the epochs that is set aside for it.
-
-        Returns:
-            Scores by group or weight; those with the largest magnitudes are kept.
-        """
+    def learn(self, session: Session, units: Channels | Weights, ascent: MakeAscent | None) -> Choice:
+        """Search, for the share of the epochs that is set aside for it; returns what is kept."""
 
 
 def search(
@@ -110,7 +107,7 @@ def search(
     affine = [p for m in session.model.modules() if isinstance(m, NORMS) for p in m.parameters()]
     with units.gates(start, rule) as gates:
         session.recalibrate()
-        groups = [*_score_groups(units, start, gates), {"params": affine, "lr_scale": 0.02}, *also]
+        groups = [*_score_groups(session, units, start, gates), {"params": affine, "lr_scale": 0.02}, *also]
         trail = MaskTrail(session, gates)
 
         def on_epoch(record: dict[str, Any]) -> None:
@@ -138,10 +135,13 @@ def search(
     return {name: values.cpu() for name, values in learnt.items()} if isinstance(units, Channels) else learnt
 
 
-def _score_groups(units: Channels | Weights, start: Mapping[str, Tensor], gates: ScoreMasks) -> list[dict[str, Any]]:
+def _score_groups(
+    session: Session, units: Channels | Weights, start: Mapping[str, Tensor], gates: ScoreMasks
+) -> list[dict[str, Any]]:
     if isinstance(units, Channels):
         return [{"params": gates.parameters()}]
-    return [{"params": [s], "lr_scale": units.pace(start[name])} for name, s in gates.scores.items()]
+    paces = session.decide("paces of scores", lambda: {name: units.pace(first) for name, first in start.items()})
+    return [{"params": [scores], "lr_scale": paces[name]} for name, scores in gates.scores.items()]
 
 
 class MaskTrail:

@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from robustcompress.strategies.base import (
     fill_budget,
     floor_widths,
     group_norms,
-    prune_to,
+    prune_by,
     rounded,
     uniform_widths,
 )
@@ -28,6 +29,20 @@ from robustcompress.structure.weights import Sparsity, WeightGates, maskable_wei
 Allocation = Literal["uniform", "global"]
 Residual = Literal["coupled", "freeze"]
 Scores = dict[str, Tensor]
+Counts = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """By which scores is cut, and how many units are kept.
+
+    Attributes:
+        scores: By group or weight; those with the largest magnitudes stay.
+        counts: Tells how many stay of each; None for as many as the allocation says.
+    """
+
+    scores: Scores
+    counts: Callable[[], Counts] | None = None
 
 
 class Units(ABC):
@@ -46,7 +61,7 @@ class Units(ABC):
         """In what a step of the score learning rate is measured, for a tensor of first scores."""
 
     @abstractmethod
-    def counts(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    def counts(self, scores: Mapping[str, Tensor]) -> Counts:
         """How many units of each tensor are kept, so that the budget is met."""
 
     @abstractmethod
@@ -61,11 +76,11 @@ class Units(ABC):
         """
 
     @abstractmethod
-    def cut(self, scores: Callable[[], Scores]) -> AbstractContextManager[None]:
+    def cut(self, choose: Callable[[], Choice]) -> AbstractContextManager[None]:
         """Keep the units with the largest scores alone, and hold the others down while the context is open.
 
         Args:
-            scores: Asked for once; not asked while a resumed run catches up.
+            choose: Asked once; not asked while a resumed run catches up.
         """
 
 
@@ -114,10 +129,14 @@ class Channels(Units):
         return self._session.decide(name, compute)
 
     @contextlib.contextmanager
-    def cut(self, scores: Callable[[], Scores]) -> Iterator[None]:
+    def cut(self, choose: Callable[[], Choice]) -> Iterator[None]:
         """Remove channels; there is nothing to hold down."""
-        values = scores()
-        prune_to(self._session, self.counts(values), values)
+
+        def keep() -> tuple[Widths, Scores]:
+            choice = choose()
+            return choice.counts() if choice.counts is not None else self.counts(choice.scores), choice.scores
+
+        prune_by(self._session, keep)
         yield
 
     def _chosen(self, scores: Mapping[str, Tensor]) -> Scores:
@@ -178,7 +197,7 @@ class Weights(Units):
         """Their root mean square: the largest of many weights says little about where the others lie."""
         return float(first.square().mean().sqrt())
 
-    def counts(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    def counts(self, scores: Mapping[str, Tensor]) -> Counts:
         """How many weights of each layer are kept; together no more than the budget's density allows."""
         if self._allocation == "uniform":
             return shares(self._sizes, self.total)
@@ -199,15 +218,15 @@ class Weights(Units):
         return kept.tensors
 
     @contextlib.contextmanager
-    def cut(self, scores: Callable[[], Scores]) -> Iterator[None]:
+    def cut(self, choose: Callable[[], Choice]) -> Iterator[None]:
         """Zero weights, and hold the zeros."""
         session, sparsity = self._session, Sparsity(self._session.model)
         session.settle()  # optimizer and average would bring the old values back
         session.keep("sparsity", sparsity)
         if not session.replaying:
-            values = scores()
-            counts = self.counts(values)
-            sparsity.set_masks({name: largest_entries(s, counts[name]) for name, s in values.items()})
+            choice = choose()
+            counts = choice.counts() if choice.counts is not None else self.counts(choice.scores)
+            sparsity.set_masks({name: largest_entries(s, counts[name]) for name, s in choice.scores.items()})
         kept = {name: int(mask.sum()) for name, mask in sparsity.masks.items()}
         density = sum(kept.values()) / sum(self._sizes.values())
         session.record({"phase": "prune", "event": "prune", "weights": kept, "density": density})
@@ -230,7 +249,7 @@ class _Kept:
             tensor.copy_(state[name])
 
 
-def shares(sizes: Mapping[str, int], total: int) -> dict[str, int]:
+def shares(sizes: Mapping[str, float], total: int) -> dict[str, int]:
     """Divide `total` in proportion to sizes: at least one each, what rounding leaves to those it took most from."""
     exact = {name: total * size / sum(sizes.values()) for name, size in sizes.items()}
     counts = {name: max(1, int(share)) for name, share in exact.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -49,10 +49,14 @@ class TopK:
 
     Args:
         counts: How many entries of each tensor are kept, from all scores.
+        watch: What the counts depend on beside the scores.
     """
 
-    def __init__(self, counts: Callable[[Mapping[str, Tensor]], Mapping[str, int]]) -> None:
+    def __init__(
+        self, counts: Callable[[Mapping[str, Tensor]], Mapping[str, int]], *, watch: Sequence[Tensor] = ()
+    ) -> None:
         self._counts = counts
+        self._watch = list(watch)
         self._seen: tuple[list[Tensor], list[int]] = ([], [])
         self._bits: dict[str, Tensor] = {}
 
@@ -64,7 +68,8 @@ class TopK:
     @torch.no_grad()
     def bits(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is kept, as boolean tensors."""
-        tensors, versions = list(scores.values()), [values._version for values in scores.values()]
+        tensors = [*scores.values(), *self._watch]
+        versions = [values._version for values in tensors]
         same = len(tensors) == len(self._seen[0]) and all(a is b for a, b in zip(tensors, self._seen[0], strict=True))
         if not same or versions != self._seen[1]:
             counts = self._counts(scores)

@@ -10,7 +10,7 @@ import torch
 import robustcompress as rc
 from robustcompress.robust.objectives import PGDAT, ObjectiveStep
 from robustcompress.session import Session
-from robustcompress.strategies import hydra as module
+from robustcompress.strategies import units as module
 from robustcompress.strategies.base import group_norms
 from robustcompress.structure.gates import top_channels
 from tests.strategies.nets import build, make_session, same, state
@@ -45,8 +45,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["gates"] = gates(self, scores, rule)
         return seen["gates"]
 
-    def watch_plan(session: Session) -> dict[str, int]:
-        seen["widths"] = plan(session)
+    def watch_plan(session: Session, **settings: Any) -> dict[str, int]:
+        seen["widths"] = plan(session, **settings)
         return dict(seen["widths"])
 
     monkeypatch.setattr(Session, "train_only", watch_train)

@@ -16,7 +16,7 @@ from robustcompress.robust.objectives import PGDAT
 from robustcompress.session import Session
 from robustcompress.strategies import make_strategy
 from robustcompress.strategies.s2ap import ScoreAscent, calibrate
-from robustcompress.structure.gates import top_k_mask
+from robustcompress.structure.masks import TopK
 from tests.strategies.nets import build, make_session, same, state
 from tests.train.test_ascent import Whole
 
@@ -108,10 +108,11 @@ def gates(widths: dict[str, int], seed: int = 0) -> Any:
     scores = {
         name: nn.Parameter((1 + 0.25 * torch.randn(width, generator=generator)).abs()) for name, width in widths.items()
     }
+    rule = TopK(lambda scores: {name: width // 2 for name, width in widths.items()})
     return SimpleNamespace(
         scores=scores,
         parameters=lambda: list(scores.values()),
-        rule=lambda name, values: top_k_mask(values, widths[name] // 2),
+        kept=lambda values=None: rule.bits(scores if values is None else values),
     )
 
 
@@ -123,10 +124,10 @@ def climb(ascent: ScoreAscent, gate: Any, seed: int) -> None:
     def loss() -> torch.Tensor:
         return torch.stack([(s * g).sum() for s, g in zip(gate.scores.values(), slopes, strict=True)]).sum()
 
-    masks = {name: gate.rule(name, s).detach() for name, s in gate.scores.items()}
+    masks = gate.kept()
     with ascent.raised(nn.Identity(), loss):
         ascent.note(loss())
-        changed = sum(int((gate.rule(name, s) != masks[name]).sum()) for name, s in gate.scores.items())
+        changed = sum(int((bits != masks[name]).sum()) for name, bits in gate.kept().items())
     ascent.changed = changed  # type: ignore[attr-defined]
 
 

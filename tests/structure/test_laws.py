@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.structure import NEW, Axis, Edit, StructuralEditor
-from robustcompress.structure.gates import top_channels, top_k_mask
+from robustcompress.structure.gates import top_channels
+from robustcompress.structure.masks import TopK
 from robustcompress.structure.verify import silence_readers
 from tests.structure.networks import EXAMPLE, images, networks
 
@@ -140,7 +141,7 @@ def test_law_6_a_closed_gate_is_a_removed_channel_gradients_included(net: nn.Mod
     net.train(training)
     x = images().requires_grad_()
     snapshot = copy.deepcopy(net)
-    with editor.gates(scores, lambda name, s: top_k_mask(s, ks[name])) as gates:
+    with editor.gates(scores, TopK(lambda scores: ks)) as gates:
         gated = net(x)
         loss = gated.square().sum()
         parameters = dict(net.named_parameters())
