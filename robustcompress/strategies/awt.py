@@ -43,6 +43,10 @@ class AWT(ScoreBased):
     that kernel (NTK-SAP, Wang et al., ICLR 2023, in its saliency and its rounds; the product of differences at clean
     and attacked images is ours, and so is that one initialisation serves all rounds). It takes none of the epochs.
 
+    The gradient of the kernel's distance is that of the formula, which leaves two things out: a closed unit's own share
+    of the kernel grows with the square of its gate, so it speaks for no unit to open; and a ReLU that changes sides
+    makes the kernel jump. So the ticket found need not be nearer than the one it began with.
+
     The history's "tangent" event says how far the tickets of magnitude, of chance and the one found are from the dense
     network on held-out images. The search holds two sets of `samples` gradients, `2 * samples * parameters` floats, and
     a graph several times as large.
@@ -65,6 +69,7 @@ class AWT(ScoreBased):
     }
     splits_objective: ClassVar[bool] = True
     pretrain: float = 0.0
+    score_lr: float = 0.05
     estimator: Estimator = "kernel"
     samples: int = 8
     weight: float = 1.0

@@ -140,7 +140,7 @@ def test_the_loss_is_what_it_says_and_reaches_closed_units(granularity: str) -> 
     outputs, kernel = (float(((a - b).norm() / b.norm()).detach()) for a, b in ((f_s, f_d), (k_s, k_d)))
     assert step.loss.item() == pytest.approx(outputs**2 + 2 * kernel**2, rel=1e-4)
     assert objective.read() == pytest.approx({"output_distance": outputs, "kernel_distance": kernel}, rel=1e-4)
-    alone = objective.loss_on(model, x, x_adv, y).loss
+    alone = objective.loss_on(model, x, x_adv, y).loss.detach()
     assert float(alone) == pytest.approx(0, abs=1e-8), "all open, the network is the dense one"
 
 
