@@ -19,8 +19,10 @@ from benchmarks.grid import Cell
 from benchmarks.training_cost import training_cost
 from robustcompress import CompressResult, Fixed, OutOfTime, RobustReport, load, machine
 from robustcompress.data import DataSplits
+from robustcompress.errors import RobustCompressError
 from robustcompress.recipe import RunRecipe
 from robustcompress.robust import AutoAttackConfig
+from robustcompress.strategies import make_strategy
 
 FAILED = "failed"
 STATE = ".state"
@@ -132,6 +134,19 @@ def settings_of(recipe: RunRecipe, data: DataSplits, device: str = "cpu") -> dic
     value["data"] = describe_data(data)
     del value["about"], value["training"]["compile"]  # how fast, not what
     return value if torch.device(device).type == "cpu" else value | {"device": torch.device(device).type}
+
+
+def as_read_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an older cell with the options that its strategy has since been given, at their defaults.
+
+    So whoever gives a strategy an option owes it a default that leaves its runs as they were.
+    """
+    options = dict(settings["strategy"])
+    try:
+        strategy = make_strategy(options.pop("name"), **options)
+    except RobustCompressError:  # an option that is gone: whatever that run was, it is none of today's
+        return dict(settings)
+    return {**settings, "strategy": json.loads(json.dumps(strategy.to_json()))}
 
 
 def measure_cell(job: Job) -> dict[str, Any]:

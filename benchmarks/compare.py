@@ -22,7 +22,17 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import STATE, Job, data_of, note_failure, read_cells, read_failures, run_job, settings_of
+from benchmarks.cells import (
+    STATE,
+    Job,
+    as_read_today,
+    data_of,
+    note_failure,
+    read_cells,
+    read_failures,
+    run_job,
+    settings_of,
+)
 from benchmarks.common import RESULTS, ROOT, command, make_parser, positive
 from benchmarks.grid import Cell, Grid, read_grid, select
 from robustcompress.errors import RobustCompressError
@@ -111,9 +121,8 @@ class _Scheduler:
         for cell in waiting:
             if cell.name in there and all(parent in self.finished for parent in cell.parents):
                 recipe = self._recipe(cell)
-                if (
-                    settings_of(recipe, data_of(recipe, self.options.data), self.options.device)
-                    == there[cell.name]["settings"]
+                if settings_of(recipe, data_of(recipe, self.options.data), self.options.device) == as_read_today(
+                    there[cell.name]["settings"]
                 ):
                     self.finished[cell.name] = there[cell.name]
                     continue

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.carry import check, leave, take_up
-from benchmarks.cells import Job, data_of, extend, read_cells, read_failures, run_job, settings_of
+from benchmarks.cells import Job, as_read_today, data_of, extend, read_cells, read_failures, run_job, settings_of
 from benchmarks.common import RESULTS, ROOT, command, make_parser
 from benchmarks.gpu_speed import Speed, known_speed, shapes_of
 from benchmarks.grid import Cell, Grid, read_grid, select
@@ -149,7 +149,7 @@ class Queue:
                 if cell.name in finished:
                     recipe = grid.recipe(cell, finished)
                     wanted = settings_of(recipe, data_of(recipe, self.options.data), self.options.device)
-                    if wanted != finished[cell.name]["settings"]:
+                    if wanted != as_read_today(finished[cell.name]["settings"]):
                         self.stale.append(f"{grid.name} {cell.name}")
                         at = out / f"{cell.name}.json"
                         print(f"{at} was made with other settings: move it away to run it anew", file=sys.stderr)

@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from torch import nn
 
 from robustcompress.budget import Budget, Cost, CostModel, human, measure
+from robustcompress.calibration import final_latency, limit_latency
 from robustcompress.checkpoint import Journal, fingerprint, remove
 from robustcompress.data import DataSplits
 from robustcompress.errors import BudgetError, InputError, Problems, RobustCompressError
+from robustcompress.export.timing import Stopwatch
 from robustcompress.models import ModelSpec
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
@@ -67,7 +70,8 @@ def compress(
             "scaling", "fixed", "random"), or a strategy with options, such as `Hydra(granularity="weight")`.
         data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,
             a DataLoader, or what `load_data` returns.
-        budget: What it may cost; a number is a fraction of the reference's multiply-adds.
+        budget: What it may cost; a number is a fraction of the reference's multiply-adds. A limit on latency has about
+            20 networks measured first.
         threat: What it must withstand; a number is an linf radius.
         objective: Loss of every phase; PGD-10 adversarial training by default.
         epochs: Passes over the training images, all phases together; by default 10 for fewer than 10,000 training
@@ -171,6 +175,9 @@ def carry_out(
     untouched = copy.deepcopy(reference).cpu()
     journal = _journal(request, goal, untouched, shown, started)
     session = Session(reference, editor, example, goal, progress=shown, journal=journal)
+    stopwatch = Stopwatch(editor, splits.image_shape) if request.budget.limits_latency else None
+    if stopwatch is not None:
+        limit_latency(session, chosen, stopwatch, example)
     with torch.random.fork_rng():  # dropout and the like draw from the global generator, which is the caller's
         torch.manual_seed(seed)
         chosen.run(session)
@@ -179,6 +186,7 @@ def carry_out(
     session.settle()
     compact = _close(session.model)
     _check_outcome(chosen, compact, example, request.budget, before)
+    times = final_latency(session, stopwatch, compact)
     report = _evaluate(compact, request, shown)
     cpu_example = torch.zeros(1, *splits.image_shape)
     result = CompressResult(
@@ -186,8 +194,8 @@ def carry_out(
         spec=request.spec,
         strategy=chosen.to_json(),
         edits=editor.edits,
-        before=measure(untouched, cpu_example, latency=True, compressed=True),
-        after=measure(compact, cpu_example, latency=True, compressed=True),
+        before=replace(measure(untouched, cpu_example, latency=True, compressed=True), onnx_ms=times[0]),
+        after=replace(measure(compact, cpu_example, latency=True, compressed=True), onnx_ms=times[1]),
         budget=request.budget.to_json(),
         history=tuple(session.history),
         report=report,
@@ -294,7 +302,7 @@ def _check_budget(
     asked = [f"{human(limit)} {unit}" for limit, unit in zip(limits, ("MACs", "params"), strict=True) if limit < 1e300]
     progress.say(
         f"reachable: {human(smallest[0])} to {human(largest[0])} MACs, {human(smallest[1])} to {human(largest[1])} "
-        f"params; asked for at most {' and '.join(asked)} (reference: {human(reference.macs)} MACs, "
+        f"params; asked for at most {' and '.join(asked) or 'any number'} (reference: {human(reference.macs)} MACs, "
         f"{human(reference.params)} params); widths in steps of {round_to}"
     )
     problems = Problems("the budget cannot be used")
@@ -304,7 +312,8 @@ def _check_budget(
                 f"{human(limit)} {unit} cannot be reached: with every group at its narrowest {human(low)} are left; "
                 f"raise the budget, lower round_to={round_to}, or start from a smaller model"
             )
-    if strategy.direction == "prune" and not strategy.given_shape and budget.allows(reference, reference):
+    unmet = budget.limits_latency or not budget.allows(reference, reference)  # latency is looked at once measured
+    if strategy.direction == "prune" and not strategy.given_shape and not unmet:
         problems.add(
             f"the model already meets {budget} ({human(reference.macs)} MACs, {human(reference.params)} parameters); "
             "lower the budget, or use strategy='none' to train it as it is"

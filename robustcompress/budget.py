@@ -25,6 +25,10 @@ DISAGREEMENT = 0.05
 """Relative difference between the two operation counters above which it is said."""
 
 
+NOISE = 0.03
+"""Two measurements of one network's latency may differ by this much before it is said that a limit is missed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one network costs.
@@ -39,6 +43,8 @@ class Cost:
         nonzeros: How many of them are not zero.
         compressed: Bytes of parameters and buffers after zlib, where measured: what zeros save on disk.
         note: Said when thop and half of torch's own FLOP counter differ by more than 5 %; else empty.
+        onnx_ms: Median time of one image through onnxruntime on the CPU, one thread, in milliseconds; None where no
+            limit on latency asked for it.
     """
 
     macs: int
@@ -49,6 +55,7 @@ class Cost:
     weights: int | None = None
     nonzeros: int | None = None
     compressed: int | None = None
+    onnx_ms: float | None = None
 
     @property
     def density(self) -> float:
@@ -57,7 +64,7 @@ class Cost:
 
     def to_json(self) -> dict[str, Any]:
         """The cost as plain JSON."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "onnx_ms" or value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +78,9 @@ class Budget:
         max_params: Parameters.
         density: Weights of convolutions and linear layers that are not zero, as a fraction of the reference's weights:
             0.1 is what the field calls 90 % sparsity. For strategies with granularity="weight".
+        latency: Milliseconds of one image through onnxruntime on the CPU, one thread, as a fraction of the reference
+            model's.
+        max_latency_ms: Those milliseconds, on the machine that compresses.
     """
 
     macs: float | None = None
@@ -78,6 +88,8 @@ class Budget:
     max_macs: float | None = None
     max_params: float | None = None
     density: float | None = None
+    latency: float | None = None
+    max_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         problems = Problems("the budget makes no sense")
@@ -87,10 +99,11 @@ class Budget:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
                 problems.add(f"{field.name}={value!r}: must be a positive number")
-            elif field.name in ("macs", "params") and value > 4:
+            elif field.name in ("macs", "params", "latency") and value > 4:
+                absolute = "max_latency_ms" if field.name == "latency" else f"max_{field.name}"
                 problems.add(
                     f"{field.name}={value!r} is a fraction of the reference; for an absolute limit use "
-                    f"max_{field.name}, for {value:g} % write {value / 100:g}"
+                    f"{absolute}, for {value:g} % write {value / 100:g}"
                 )
         if isinstance(self.density, int | float) and self.density >= 1:
             problems.add(f"density={self.density!r}: must be below 1; for 90 % zeros write 0.1")
@@ -106,13 +119,26 @@ class Budget:
         params += [self.max_params] if self.max_params is not None else []
         return min(macs, default=math.inf), min(params, default=math.inf)
 
+    @property
+    def limits_latency(self) -> bool:
+        """Whether anything is said about latency."""
+        return self.latency is not None or self.max_latency_ms is not None
+
+    def latency_limit(self, reference_ms: float) -> float:
+        """The milliseconds this allows for a reference that takes `reference_ms`; infinite where nothing is said."""
+        limits = [self.latency * reference_ms] if self.latency is not None else []
+        limits += [self.max_latency_ms] if self.max_latency_ms is not None else []
+        return min(limits, default=math.inf)
+
     def allows(self, cost: Cost, reference: Cost) -> bool:
-        """Whether `cost` keeps every limit."""
+        """Whether `cost` keeps every limit; that on latency within noise (3 %), and only where both were measured."""
         macs, params = self.limits(reference)
+        latency = self.latency_limit(reference.onnx_ms or math.inf)
+        quick = (cost.onnx_ms or 0.0) <= latency * (1 + NOISE)
         if self.density is not None and (cost.nonzeros is None or reference.weights is None):
             return False
-        dense = self.density is None or (cost.nonzeros or 0) <= self.density * (reference.weights or 0)
-        return cost.macs <= macs and cost.params <= params and dense
+        sparse = self.density is None or (cost.nonzeros or 0) <= self.density * (reference.weights or 0)
+        return cost.macs <= macs and cost.params <= params and quick and sparse
 
     def to_json(self) -> dict[str, float]:
         """The limits that are given."""
@@ -123,7 +149,8 @@ class Budget:
         said = []
         for key, value in self.to_json().items():
             absolute = key.startswith("max_")
-            said.append(f"{key.removeprefix('max_')} <= " + (human(value) if absolute else f"{value:.3g} x reference"))
+            name, unit = key.removeprefix("max_").removesuffix("_ms"), " ms" if key.endswith("_ms") else ""
+            said.append(f"{name} <= " + (f"{human(value)}{unit}" if absolute else f"{value:.3g} x reference"))
         return ", ".join(said)
 
 

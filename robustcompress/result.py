@@ -174,6 +174,11 @@ class CompressResult:
             rows.append(
                 ("latency (torch, CPU)", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", f"{slower:.3f}")
             )
+        if before.onnx_ms and after.onnx_ms:
+            faster = after.onnx_ms / before.onnx_ms
+            rows.append(
+                ("latency (onnxruntime)", f"{before.onnx_ms:.3f} ms", f"{after.onnx_ms:.3f} ms", f"{faster:.3f}")
+            )
         return rows
 
     def __str__(self) -> str:
@@ -286,7 +291,8 @@ def _checked_cost(record: Any) -> Cost:
     cost = Cost(**record)
     counts = [cost.macs, cost.params, cost.size]
     counts += [n for n in (cost.weights, cost.nonzeros, cost.compressed) if n is not None]
-    timed = cost.latency_ms is None or (type(cost.latency_ms) in (int, float) and cost.latency_ms >= 0)
+    times = [ms for ms in (cost.latency_ms, cost.onnx_ms) if ms is not None]
+    timed = all(type(ms) in (int, float) and ms >= 0 for ms in times)
     if not all(type(n) is int and n > 0 for n in counts) or not timed or not isinstance(cost.note, str):
         raise ValueError(f"not a cost: {str(record)[:200]}")
     return cost

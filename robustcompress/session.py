@@ -15,6 +15,7 @@ from robustcompress.checkpoint import Journal, State, Stateful
 from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.data import Batches
 from robustcompress.goal import Goal
+from robustcompress.latency import LatencyLimit
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective
 from robustcompress.structure import StructuralEditor
@@ -58,6 +59,7 @@ class Session:
         cost_model: Predicts the cost of any widths.
         history: One record an epoch or an event.
         generator: The strategy's own randomness, on the CPU.
+        latency: The limit on latency; None where the budget says nothing about it.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Session:
         self.generator = torch.Generator().manual_seed(goal.seed + 1)
         self.cost_model = CostModel(editor, example)
         self.progress = progress or Progress(enabled=False)
+        self.latency: LatencyLimit | None = None
         self._example = example
         self._on_record = on_record
         self._journal = journal
@@ -122,7 +125,20 @@ class Session:
     def fits(self, widths: Mapping[str, int]) -> bool:
         """Whether the network with these widths keeps the budget."""
         macs, params = self.cost_model.predict(widths)
-        return macs <= self.limits[0] and params <= self.limits[1]
+        if macs > self.limits[0] or params > self.limits[1]:
+            return False
+        return self.latency is None or self.latency.predict(widths) <= self.latency.limit
+
+    def choose(self, name: str, pick: Callable[[], dict[str, int]]) -> dict[str, int]:
+        """Choose widths that `fits` accepts; where latency is limited, until the network that they make is measured so.
+
+        A decision like those of `decide`, and not to be made within one.
+
+        Args:
+            name: What they are for, for messages.
+            pick: Chooses; asked again after `fits` was corrected by a measurement. Draws nothing.
+        """
+        return pick() if self.latency is None else self.latency.settle(name, pick, decide=self.decide, say=self.say)
 
     def steps(self, share: float) -> int:
         """How many training steps a phase of this share of the epochs has."""

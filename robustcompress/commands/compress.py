@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ EXAMPLES = """\
 examples:
   robustcompress compress resnet8 --model-arg stem_stride=2 --epochs 5 --out runs/digits
   robustcompress compress resnet20 --data cifar10 --root data --strategy hydra --macs 0.5 --out runs/hydra
+  robustcompress compress resnet20 --data cifar10 --root data --latency 0.5 --round-to 8 --out runs/fast
   robustcompress compress resnet18 --data photos --image-size 32 --max-params 1000000 --epochs 20 --out runs/photos
   robustcompress compress resnet8 --strategy grape --option order=random --option events=6 --eps 0.1
   robustcompress compress my_models:small_net --eps 0.5 --norm l2 --objective trades --attack-steps 7 --json"""
@@ -76,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--params", type=float, metavar="F", help="parameters, as a fraction of the reference")
     budget.add_argument("--max-macs", type=float, metavar="N", help="multiply-adds for one image")
     budget.add_argument("--max-params", type=float, metavar="N", help="parameters")
+    budget.add_argument(
+        "--latency", type=float, metavar="F", help="onnxruntime's time for one image, as a fraction of the reference"
+    )
+    budget.add_argument("--max-latency-ms", type=float, metavar="MS", help="onnxruntime's time for one image, here")
     budget.add_argument("--round-to", type=int, metavar="N", help="widths become multiples of N (default: by size)")
     threat = parser.add_argument_group("threat")
     threat.add_argument("--eps", type=fraction, default=8 / 255, help="radius, such as 8/255 or 0.1 (default: 8/255)")
@@ -176,7 +181,7 @@ def run(arguments: argparse.Namespace) -> Output:
 
 
 def _budget(arguments: argparse.Namespace) -> Budget:
-    limits = {name: getattr(arguments, name) for name in ("macs", "params", "max_macs", "max_params")}
+    limits = {field.name: getattr(arguments, field.name) for field in fields(Budget)}
     return Budget(**limits) if any(limit is not None for limit in limits.values()) else Budget(macs=0.5)
 
 

@@ -102,6 +102,17 @@ def check_proto(proto: Any, image_shape: tuple[int, int, int], *, opset: int, ba
     problems.raise_if_any()
 
 
+def count_zeros(proto: Any) -> tuple[int, int]:
+    """Entries of the graph's float matrices and kernels, and how many of them are zero."""
+    import numpy
+    from onnx import TensorProto, numpy_helper
+
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+    kernels = [t for t in proto.graph.initializer if len(t.dims) > 1 and t.data_type in floats]
+    arrays = [numpy_helper.to_array(tensor) for tensor in kernels]
+    return sum(a.size for a in arrays), sum(a.size - int(numpy.count_nonzero(a)) for a in arrays)
+
+
 def opset_of(proto: Any) -> int:
     """The version of ONNX's own operator set that a graph uses; 0 where it names none."""
     return next((int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)

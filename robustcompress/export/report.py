@@ -46,6 +46,8 @@ class ExportReport:
     Attributes:
         path: The file.
         bytes: Its size.
+        compressed_bytes: Its size after zlib, as a download or an archive of it would be.
+        zeros: Share of zeros among the entries of its weight matrices and kernels.
         opset: The operator set that it really has, as read back.
         batch: "dynamic", or the one batch size that it accepts.
         parity: What was compared; empty when verification was switched off.
@@ -54,6 +56,8 @@ class ExportReport:
 
     path: Path
     bytes: int
+    compressed_bytes: int
+    zeros: float
     opset: int
     batch: str
     parity: tuple[ParityCheck, ...]
@@ -61,6 +65,11 @@ class ExportReport:
 
     def __str__(self) -> str:
         head = f"{self.path}  {_size(self.bytes)}, opset {self.opset}, batch {self.batch}"
+        if self.zeros > 0.01:
+            head += (
+                f"\n{100 * self.zeros:.1f} % of the weights are zeros: {_size(self.compressed_bytes)} compressed; "
+                "onnxruntime computes with zeros as with any number, so they save no time"
+            )
         if not self.parity:
             return f"{head}\nnot verified against torch (verify=False)"
         lines = [
@@ -79,6 +88,8 @@ class ExportReport:
         return {
             "path": str(self.path),
             "bytes": self.bytes,
+            "compressed_bytes": self.compressed_bytes,
+            "zeros": self.zeros,
             "opset": self.opset,
             "batch": self.batch,
             "parity": [check.to_json() for check in self.parity],

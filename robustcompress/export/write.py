@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +11,13 @@ from typing import Any, Literal
 import torch
 
 from robustcompress.errors import InputError
-from robustcompress.export.graph import check_proto, opset_of, to_proto
+from robustcompress.export.graph import check_proto, count_zeros, opset_of, to_proto
 from robustcompress.export.metadata import file_metadata
 from robustcompress.export.parity import torch_logits, verify_onnx
 from robustcompress.export.report import ExportReport, ParityCheck
 from robustcompress.export.request import Request, prepare, temporary
 from robustcompress.robust import ThreatModel, pgd
+from robustcompress.structure.weights import count_weights
 
 _COMPARED = 14  # images: enough for two calls of the odd batch, and quick at batch 1
 _PGD_STEPS = 5
@@ -85,19 +87,26 @@ def export_onnx(
     )
     draft = temporary(request.path)
     try:
-        opset = _write(request, draft, pairs)
+        opset, zeros = _write(request, draft, pairs)
         parity = _compare(request, draft, tolerance) if verify else ()
-        size = draft.stat().st_size
+        size, compressed = draft.stat().st_size, len(zlib.compress(draft.read_bytes()))
         os.replace(draft, request.path)  # noqa: PTH105
     finally:
         draft.unlink(missing_ok=True)
     return ExportReport(
-        path=request.path, bytes=size, opset=opset, batch=str(request.batch), parity=parity, metadata=pairs
+        path=request.path,
+        bytes=size,
+        compressed_bytes=compressed,
+        zeros=zeros,
+        opset=opset,
+        batch=str(request.batch),
+        parity=parity,
+        metadata=pairs,
     )
 
 
-def _write(request: Request, draft: Path, pairs: Mapping[str, str]) -> int:
-    """Write the draft, read it back, and return the opset found in it."""
+def _write(request: Request, draft: Path, pairs: Mapping[str, str]) -> tuple[int, float]:
+    """Write the draft, read it back, and return the opset and the share of zeros found in it."""
     import onnx
 
     proto = to_proto(request.model, request.image_shape, opset=request.opset, batch=request.batch)
@@ -108,7 +117,14 @@ def _write(request: Request, draft: Path, pairs: Mapping[str, str]) -> int:
         raise InputError(f"{request.path} cannot be written ({error.strerror}); free some space") from error
     written = onnx.load(str(draft))
     check_proto(written, request.image_shape, opset=request.opset, batch=request.batch)
-    return opset_of(written)
+    entries, zeros = count_zeros(written)
+    weights, nonzeros = count_weights(request.model)
+    if zeros < weights - nonzeros:
+        raise InputError(
+            f"the model has {weights - nonzeros} zeros among its weights and the file {zeros}: the exporter changed "
+            "them; please report this model"
+        )
+    return opset_of(written), zeros / max(1, entries)
 
 
 def _compare(request: Request, draft: Path, tolerance: float) -> tuple[ParityCheck, ...]:

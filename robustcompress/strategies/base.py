@@ -89,7 +89,7 @@ def uniform_widths(session: Session, *, only: Collection[str] | None = None) -> 
     def widths_at(ratio: float) -> Widths:
         return {name: rounded(ratio * width, round_to, floor[name], width) for name, width in full.items()}
 
-    return fill_budget(session, largest(session, widths_at), full)
+    return session.choose("uniform widths", lambda: fill_budget(session, largest(session, widths_at), full))
 
 
 def largest(session: Session, widths_at: Callable[[float], Widths], high: float = 1.0) -> Widths:

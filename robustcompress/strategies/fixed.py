@@ -109,6 +109,12 @@ class Fixed(Strategy):
                 f"fixed: these widths cost {human(cost.macs)} MACs and {human(cost.params)} parameters, over {budget}; "
                 "give smaller widths, or raise the budget"
             )
+        latency = session.latency
+        if latency is not None and latency.measured is not None and latency.missed:
+            raise BudgetError(
+                f"fixed: these widths take {latency.measured:.3g} ms, over {latency.limit:.3g} ms ({budget}); give "
+                "smaller widths, or raise the budget"
+            )
         session.train("train", share=1.0, select=True)
 
     def _check(self, session: Session) -> None:
@@ -132,4 +138,6 @@ class Fixed(Strategy):
         def widths_at(ratio: float) -> Widths:
             return given | {name: rounded(ratio * width, step, floor[name], width) for name, width in rest.items()}
 
-        return fill_budget(session, largest(session, widths_at), rest)
+        return session.choose(
+            "widths of the groups not named", lambda: fill_budget(session, largest(session, widths_at), rest)
+        )

@@ -115,7 +115,7 @@ class Grape(Strategy):
             wanted = self._scheduled(now, event, target, list(caps), session.goal.round_to)
         else:
             shares, detail = session.decide(f"shares of event {event}", lambda: self._shares(session, list(caps)))
-            wanted = _spend(session, now, shares, caps, left=self.events - event + 1)
+            wanted = self._wanted(session, event, now, shares, caps)
             record["scores"] = detail
         for name, width in wanted.items():
             if width > now[name]:
@@ -133,6 +133,14 @@ class Grape(Strategy):
             return {name: target[name] for name in hidden}
         return {name: now[name] + (target[name] - now[name]) // left // round_to * round_to for name in hidden}
 
+    def _wanted(
+        self, session: Session, event: int, now: Widths, shares: Mapping[str, float], caps: Mapping[str, int]
+    ) -> Widths:
+        left = self.events - event + 1
+        if left > 1:
+            return _spend(session, now, shares, caps, left=left)
+        return session.choose("widths to end with", lambda: now | _spend(session, now, shares, caps, left=left))
+
     def _shares(self, session: Session, hidden: list[str]) -> tuple[dict[str, float], dict[str, object]]:
         if self.order == "random":
             draws = torch.rand(len(hidden), generator=session.generator).tolist()
@@ -145,22 +153,29 @@ class Grape(Strategy):
 def _spend(session: Session, now: Widths, shares: Mapping[str, float], caps: Mapping[str, int], *, left: int) -> Widths:
     """Turn shares of the free budget into widths.
 
-    Each group may spend its share of `1 / left` of what is still free, in MACs or parameters, whichever is scarcer; the
-    last event spends all. What rounding leaves goes to the groups with the largest unspent remainder.
+    Each group may spend its share of `1 / left` of what is still free, in MACs, parameters or (where limited) latency,
+    whichever is scarcest; the last event spends all. What rounding leaves goes to the groups with the largest unspent
+    remainder.
     """
     round_to, total = session.goal.round_to, sum(shares.values())
     macs, params = session.cost_model.predict(now)
-    free = ((session.limits[0] - macs) / left, (session.limits[1] - params) / left)
+    free = [(session.limits[0] - macs) / left, (session.limits[1] - params) / left]
+    if session.latency is not None:
+        free.append((session.latency.limit - session.latency.predict(now)) / left)
     wanted, remainder = dict(now), {}
     for name, share in shares.items():
         wider = session.cost_model.predict({**now, name: now[name] + 1})
-        price = (wider[0] - macs, wider[1] - params)
+        price = [wider[0] - macs, wider[1] - params]
+        if session.latency is not None:
+            price.append(session.latency.predict({**now, name: now[name] + 1}) - session.latency.predict(now))
         channels = min(f * share / total / max(p, 1e-9) for f, p in zip(free, price, strict=True) if f != float("inf"))
         whole = int(max(0.0, channels) // round_to * round_to)
         wanted[name] = min(now[name] + whole, max(now[name], caps[name] // round_to * round_to))
         remainder[name] = channels - whole
     while not session.fits(wanted):  # the price of a channel rises with what reads it; step back where least is lost
-        name = min((n for n in shares if wanted[n] > now[n]), key=lambda n: shares[n])
+        name = min((n for n in shares if wanted[n] > now[n]), key=lambda n: shares[n], default="")
+        if not name:
+            break  # a measurement found what is there already over the limit
         wanted[name] = max(now[name], wanted[name] - round_to)
     if left == 1:
         order = sorted(shares, key=lambda n: (-remainder[n], n))

@@ -31,8 +31,8 @@ class Harp(ScoreBased):
     sum of its layer's mask gradients; `cost_weight * (epoch + 1) * max(cost / target - 1, 0)` is added to the robust
     loss, and the weight stays once the target is met.
 
-    Ours: for channels, one rate a coupled group, and the cost of the real network of those widths (multiply-adds and
-    parameters; on residual networks the released chain formula counts another network); scores start from the norm of
+    Ours: for channels, one rate a coupled group, and the cost of the real network of those widths (multiply-adds,
+    parameters, latency; on residual networks the released chain formula counts another network); scores start from the norm of
     what reads a channel, over outputs and kernel (the released code reshapes without transposing, and so mixes
     channels); rates start where the uniform network meets the budget, because a short search cannot come down from a
     dense one; the epoch of the cost's weight is counted on the published 20, however long the search is; in the end one
@@ -40,7 +40,7 @@ class Harp(ScoreBased):
 
     Attributes:
         rate_lr: Adam's peak learning rate for the rates r.
-        cost_weight: The published gamma: 0.01 for small images, 0.1 for large ones.
+        cost_weight: The published gamma: there 0.01 for small images, 0.1 for large ones; searches here are shorter.
         floor: No layer may fall below this share of the target's keep rate.
     """
 
@@ -51,8 +51,8 @@ class Harp(ScoreBased):
         "cost_weight": (0.0, 1000.0),
         "floor": (0.0, 0.99),
     }
-    rate_lr: float = 0.02
-    cost_weight: float = 0.01
+    rate_lr: float = 0.1
+    cost_weight: float = 0.1
     floor: float = 0.1
 
     splits_objective: ClassVar[bool] = True
@@ -159,8 +159,11 @@ class Rates:
         if isinstance(self._units, Weights):
             return sum(kept.values()) / self._units.total
         costs = self._session.cost_model.relaxed(kept)
-        limits = self._session.limits
-        return max(cost / limit for cost, limit in zip(costs, limits, strict=True))
+        ratios = [cost / limit for cost, limit in zip(costs, self._session.limits, strict=True)]
+        latency = self._session.latency
+        if latency is not None:
+            ratios.append(latency.factor * latency.model.predict(kept) / latency.limit)
+        return max(ratios)
 
     def _target(self) -> float:
         """The one rate for all at which the budget is met."""

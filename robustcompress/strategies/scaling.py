@@ -81,10 +81,13 @@ class Scaling(Strategy):
         def widths_at(ratio: float) -> Widths:
             return {n: rounded(ratio * factors[n] * width, step, floor[n], caps[n]) for n, width in full.items()}
 
-        widths = largest(session, widths_at, high=self.cap)
-        # First whoever rounding put furthest behind the rule; only what is left then widens the last stage past it.
-        ruled = {name: max(widths[name], int(factors[name] * caps[name])) for name in full}
-        return fill_budget(session, fill_budget(session, widths, ruled), caps)
+        def pick() -> Widths:
+            widths = largest(session, widths_at, high=self.cap)
+            # First whoever rounding put furthest behind the rule; what is left then widens the last stage past it.
+            ruled = {name: max(widths[name], int(factors[name] * caps[name])) for name in full}
+            return fill_budget(session, fill_budget(session, widths, ruled), caps)
+
+        return session.choose("widths by the rule", pick)
 
 
 def find_stages(session: Session) -> dict[str, list[str]]:

@@ -32,7 +32,7 @@ class ScoreBased(Pruning):
     Attributes:
         search: Share of the epochs in the search; at 0 this is exactly `magnitude`.
         score_lr: Adam's peak learning rate for the scores: of channels, which start in [0, 2.45], and of weights as a
-            share of their layer's root mean square.
+            share of five times the root mean square of their layer's scores.
     """
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"search": (0.0, 0.99), "score_lr": (1e-9, 10.0)}

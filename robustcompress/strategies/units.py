@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -100,6 +101,8 @@ class Channels(Units):
         open_groups = [g for g in session.editor.editable if residual == "coupled" or g.kind != "residual"]
         self.widths: Widths = {group.name: group.width for group in open_groups}
         """By group that may be cut, its width now."""
+        # At once: where latency is limited, it is measured and put down in the journal, which has an order.
+        self._uniform = uniform_widths(session, only=self.widths) if allocation == "uniform" else {}
 
     def magnitudes(self) -> Scores:
         """Norm of all weights that touch each channel, `[C]`."""
@@ -116,8 +119,7 @@ class Channels(Units):
     def counts(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
         """Widths that meet the budget."""
         if self._allocation == "uniform":
-            widths = uniform_widths(self._session, only=self.widths)
-            return {name: widths[name] for name in self.widths}
+            return {name: self._uniform[name] for name in self.widths}
         return self._global(scores)
 
     def gates(self, scores: Mapping[str, Tensor], rule: MaskRule) -> ScoreMasks:
@@ -131,12 +133,17 @@ class Channels(Units):
     @contextlib.contextmanager
     def cut(self, choose: Callable[[], Choice]) -> Iterator[None]:
         """Remove channels; there is nothing to hold down."""
+        once = functools.cache(choose)
 
-        def keep() -> tuple[Widths, Scores]:
-            choice = choose()
-            return choice.counts() if choice.counts is not None else self.counts(choice.scores), choice.scores
+        def pick() -> Widths:
+            counts = once().counts
+            return counts() if counts is not None else self.counts(once().scores)
 
-        prune_by(self._session, keep)
+        if self._session.latency is None:  # nothing is measured, so all of it can be one decision
+            prune_by(self._session, lambda: (pick(), once().scores))
+        else:
+            widths = self._session.choose("widths to keep", pick)
+            prune_by(self._session, lambda: (widths, once().scores))
         yield
 
     def _chosen(self, scores: Mapping[str, Tensor]) -> Scores:
@@ -159,6 +166,10 @@ class Channels(Units):
             middle = (low + high) / 2
             low, high = (low, middle) if session.fits(widths_at(middle)) else (middle, high)
         return fill_budget(session, widths_at(high), self.widths)
+
+
+PACE = 5.0
+"""So that one score learning rate does for channels and weights. Chosen on the digits' validation images."""
 
 
 class Weights(Units):
@@ -194,8 +205,8 @@ class Weights(Units):
         return {name: (6 / w[0].numel()) ** 0.5 * w / largest[name] for name, w in magnitudes.items()}
 
     def pace(self, first: Tensor) -> float:
-        """Their root mean square: the largest of many weights says little about where the others lie."""
-        return float(first.square().mean().sqrt())
+        """Five times their root mean square: the largest of many weights says little about where the others lie."""
+        return PACE * float(first.square().mean().sqrt())
 
     def counts(self, scores: Mapping[str, Tensor]) -> Counts:
         """How many weights of each layer are kept; together no more than the budget's density allows."""
@@ -232,6 +243,8 @@ class Weights(Units):
         session.record({"phase": "prune", "event": "prune", "weights": kept, "density": density})
         with sparsity:
             yield
+        session.settle()
+        sparsity.set_masks(sparsity.masks)  # gradients of either sign have made some of the zeros negative ones
         session.forget("sparsity")
 
 

@@ -84,11 +84,13 @@ class WeightGates(ScoreMasks):
         }
         super().__init__(model, made, rule)
         self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._orders: dict[str, list[str]] = {}
 
     def _attach(self) -> None:
         self._handle = self._model.register_forward_pre_hook(self._forget)
         for name in self.scores:
             module = self._model.get_submodule(name.removesuffix("weight").removesuffix("."))
+            self._orders[name] = list(module._parameters)
             parametrize.register_parametrization(module, "weight", _Masked(self, name), unsafe=True)
 
     def _detach(self) -> None:
@@ -98,6 +100,8 @@ class WeightGates(ScoreMasks):
             module = self._model.get_submodule(name.removesuffix("weight").removesuffix("."))
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+                for key in self._orders[name]:  # the weight came back last, and optimizers go by the order
+                    module._parameters[key] = module._parameters.pop(key)
 
 
 class Sparsity:

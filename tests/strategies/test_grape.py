@@ -253,7 +253,7 @@ class Purse:
     """As much of a session as `_spend` looks at."""
 
     def __init__(self, limits: tuple[float, float], round_to: int) -> None:
-        self.limits, self.cost_model = limits, NET.cost_model
+        self.limits, self.cost_model, self.latency = limits, NET.cost_model, None
         self.goal = type("Goal", (), {"round_to": round_to})()
 
     def fits(self, widths: dict[str, int]) -> bool:

@@ -1,0 +1,95 @@
+"""How long onnxruntime takes for one image: a network against its reference, in turns."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustcompress.export.graph import to_proto
+from robustcompress.export.parity import INPUT
+from robustcompress.latency import Timing
+from robustcompress.structure import NEW, StructuralEditor
+from robustcompress.train import set_memory_format
+
+BLOCK = 5
+"""Calls of one network before it is the other's turn; one more goes before them unseen, to fill the caches again."""
+
+_OPSET = 20  # as `export_onnx` writes where nothing is said
+
+
+class Stopwatch:
+    """Times networks of any widths against their reference.
+
+    What is timed is what `export_onnx` writes, at batch 1, by one thread of onnxruntime on the CPU. The weights do not
+    matter, so a network of other widths is a copy of the reference, resized.
+
+    Args:
+        editor: Of the reference, before any edit; copied.
+        image_shape: (C, H, W).
+    """
+
+    def __init__(self, editor: StructuralEditor, image_shape: tuple[int, int, int]) -> None:
+        self._editor = copy.deepcopy(editor)
+        self._editor.model.to("cpu", torch.float32).eval()
+        self._shape = image_shape
+        self._image = torch.full((1, *image_shape), 0.5).numpy()
+        self._reference: Any = None
+
+    def resized(self, widths: Mapping[str, int]) -> nn.Module:
+        """A copy of the reference with these group widths."""
+        twin = copy.deepcopy(self._editor)
+        for group, now in twin.widths.items():
+            width = widths.get(group, now)
+            if width != now:
+                twin.resize(group, [*range(min(now, width)), *[NEW] * (width - now)])
+        return twin.model
+
+    def time(self, model: nn.Module, *, seconds: float = 1.0) -> Timing:
+        """Time a network and the reference in turns, so that what else the machine does meets both.
+
+        Args:
+            model: On any device; copied.
+            seconds: How long, about; at least eight turns.
+        """
+        if self._reference is None:
+            self._reference = self._open(self._editor.model)
+        sessions = (self._open(model), self._reference)
+        alone: list[float] = []
+        ratios: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(ratios) < 8 or time.perf_counter() < end:
+            ours, theirs = (_block(session, self._image) for session in sessions)
+            alone += theirs
+            # The quickest of a block was interrupted least; a turn is short, so both have the same clock and caches.
+            ratios.append(min(ours) / min(theirs))
+        reference_ms = 1000 * statistics.median(alone)
+        return Timing(statistics.median(ratios) * reference_ms, reference_ms)
+
+    def _open(self, model: nn.Module) -> Any:
+        import onnxruntime
+
+        twin = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+        set_memory_format(twin, torch.contiguous_format)
+        with torch.random.fork_rng(devices=[]):  # a strategy may be drawing
+            proto = to_proto(twin, self._shape, opset=_OPSET, batch="dynamic")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _block(session: Any, image: Any) -> list[float]:
+    """Seconds of each call of one turn."""
+    session.run(None, {INPUT: image})
+    seen = []
+    for _ in range(BLOCK):
+        start = time.perf_counter()
+        session.run(None, {INPUT: image})
+        seen.append(time.perf_counter() - start)
+    return seen

@@ -1,0 +1,156 @@
+"""A limit on latency: predicted while widths are chosen, measured once they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from robustcompress.budget import NOISE
+from robustcompress.latency.model import LatencyModel
+
+ROUNDS = 10
+"""How many networks are measured at most."""
+
+NEAR = 0.99
+"""From this share of the limit on, a network that keeps it is as near as it need be."""
+
+PROBE = 0.01
+"""How much further each look beyond the first network that is too slow goes."""
+
+AIM = 1.003
+"""A correction aims this much below the limit, so that noise does not decide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One measurement.
+
+    Attributes:
+        ms: Median milliseconds of the network.
+        reference_ms: Those of the reference, measured in turns with it.
+    """
+
+    ms: float
+    reference_ms: float
+
+    @property
+    def ratio(self) -> float:
+        """The network's time over the reference's."""
+        return self.ms / self.reference_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Widths, and what they were measured at.
+
+    Attributes:
+        widths: As chosen.
+        ms: Measured milliseconds, on the scale of the predictor's reference.
+        factor: Measured over predicted.
+        rounds: How many networks were measured.
+    """
+
+    widths: dict[str, int]
+    ms: float
+    factor: float
+    rounds: int
+
+
+class LatencyLimit:
+    """What a network may take, and what tells.
+
+    Args:
+        model: The predictor.
+        limit: Milliseconds, on the scale of the predictor's reference.
+        measure: Measures the network of these widths against the reference.
+
+    Attributes:
+        model: The predictor.
+        limit: Milliseconds.
+        factor: Measured over predicted, where it was looked at last.
+        measured: Milliseconds of the widths chosen last; None before.
+    """
+
+    def __init__(self, model: LatencyModel, limit: float, measure: Callable[[Mapping[str, int]], Timing]) -> None:
+        self.model, self.limit = model, limit
+        self.factor = 1.0
+        self.measured: float | None = None
+        self._measure = measure
+
+    def predict(self, widths: Mapping[str, int]) -> float:
+        """Milliseconds, corrected by what was measured last."""
+        return self.factor * self.model.predict(widths)
+
+    @property
+    def missed(self) -> bool:
+        """Whether the widths chosen last are over the limit by more than noise."""
+        return self.measured is not None and self.measured > self.limit * (1 + NOISE)
+
+    def settle(
+        self,
+        name: str,
+        pick: Callable[[], dict[str, int]],
+        *,
+        decide: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]],
+        say: Callable[[str], None],
+    ) -> dict[str, int]:
+        """Choose widths once in a run, and go on from there: they count as measured, and as within the limit.
+
+        Args:
+            name: What they are for.
+            pick: As for `choose`.
+            decide: `Session.decide`.
+            say: Told what came of it.
+        """
+        choice = Choice(**decide(f"{name}, measured", lambda: asdict(self.choose(pick))))
+        self.measured = choice.ms
+        self.factor = min(choice.factor, self.limit / self.model.predict(choice.widths))
+        say(
+            f"{name}: {choice.ms:.3g} ms measured, at most {self.limit:.3g} ms asked for "
+            f"({choice.rounds} networks measured, {choice.factor:.3f} of what was predicted)"
+        )
+        return choice.widths
+
+    def choose(self, pick: Callable[[], dict[str, int]]) -> Choice:
+        """Have widths chosen until the network that they make keeps the limit, and comes as near as channels permit.
+
+        Args:
+            pick: Chooses the largest widths that `predict` allows; asked again after every correction.
+
+        Returns:
+            Of all networks measured the slowest within the limit; the fastest where none is.
+        """
+        tried: dict[tuple[tuple[str, int], ...], Choice] = {}
+        before, over, under, probes = self.factor, 0.0, math.inf, 0
+        for _ in range(4 * ROUNDS):
+            widths = pick()
+            key = tuple(sorted(widths.items()))
+            if key not in tried:
+                if len(tried) == ROUNDS:
+                    break
+                ms = self._measure(widths).ratio * self.model.reference_ms
+                tried[key] = Choice(widths, ms, ms / self.model.predict(widths), len(tried) + 1)
+            now = tried[key]
+            if NEAR * self.limit <= now.ms <= self.limit:
+                break
+            # The factor is bracketed: where time is a staircase of widths, following the last step alone would swing.
+            if now.ms > self.limit:
+                over = max(over, self.factor)
+            else:
+                under = min(under, self.factor)
+            wanted = now.factor * AIM
+            if not over < wanted < under:
+                if over == 0 or under == math.inf:
+                    break  # nothing wider or narrower is to be had
+                if under / over > 1 + 1e-3:
+                    wanted = math.sqrt(over * under)
+                else:  # the next step is too slow; one further on may be faster again, with channels that fill blocks
+                    probes += 1
+                    wanted = over * (1 - PROBE * probes)
+            self.factor = wanted
+        self.factor = before
+        kept = [choice for choice in tried.values() if choice.ms <= self.limit]
+        best = max(kept, key=lambda c: c.ms) if kept else min(tried.values(), key=lambda c: c.ms)
+        return Choice(best.widths, best.ms, best.factor, len(tried))
