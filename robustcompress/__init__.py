@@ -31,6 +31,7 @@ from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
 from robustcompress.search_plot import plot_search
 from robustcompress.stability import Stability, hamming, stability
 from robustcompress.strategies import (
+    AWT,
     S2AP,
     STRATEGIES,
     Fixed,
@@ -52,6 +53,7 @@ from robustcompress.train import Recipe
 __version__ = "0.1.0"
 
 __all__ = [
+    "AWT",
     "NEW",
     "S2AP",
     "STRATEGIES",

@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.strategies.awt import AWT
 from robustcompress.strategies.base import Strategy
 from robustcompress.strategies.fixed import Fixed
 from robustcompress.strategies.grape import Grape
@@ -22,7 +23,7 @@ from robustcompress.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, type[Strategy]] = {
     kind.name: kind
-    for kind in (Grape, Hydra, S2AP, Harp, Magnitude, Taylor, RandomChannels, Uniform, Scaling, Fixed, Reference)
+    for kind in (Grape, Hydra, S2AP, Harp, AWT, Magnitude, Taylor, RandomChannels, Uniform, Scaling, Fixed, Reference)
 }
 
 
@@ -62,6 +63,7 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
 
 
 __all__ = [
+    "AWT",
     "S2AP",
     "STRATEGIES",
     "Fixed",

@@ -46,6 +46,11 @@ class ScoreBased(Pruning):
     score_lr: float = 0.02
     diagnose: bool = False
 
+    @property
+    def search_share(self) -> float:
+        """Share of the epochs that the search takes from the fine-tuning."""
+        return self.search
+
     def run(self, session: Session) -> None:
         """As `run_with`, with nothing added."""
         self.run_with(session)
@@ -64,7 +69,7 @@ class ScoreBased(Pruning):
             session.goal.objective.require_parts()
         spent, units = self.begin(session), self.units(session)
         found = self.learn(session, units, ascent) if self.search else None
-        share = 1 - spent - self.search
+        share = 1 - spent - self.search_share
         with cut(session, units, lambda: found or Choice(units.magnitudes())):
             session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True, awp=finetune_awp)
 

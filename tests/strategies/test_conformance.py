@@ -215,8 +215,10 @@ def test_every_kind_of_budget_is_kept(strategy: str, budget: rc.Budget) -> None:
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if rc.STRATEGIES[s].direction == "prune"])
 def test_a_pretrained_model_is_not_pretrained_again(strategy: str) -> None:
     options = make_strategy(strategy).to_json()
-    from_scratch = "pretrain" not in options | options.get("host", {})
-    assert from_scratch or any(r["phase"] == "pretrain" for r in outcome(strategy, "residual").history)
+    options |= options.get("host", {})
+    from_scratch = "pretrain" not in options
+    pretrains = any(r["phase"] == "pretrain" for r in outcome(strategy, "residual").history)
+    assert pretrains == bool(options.get("pretrain")), "at 0 the network is cut at its initialisation"
     history = compress(build("residual"), strategy, pretrained=True, epochs=4.0).history
     assert not any(r["phase"] == "pretrain" for r in history)
     assert any(r.get("event") == ("plant" if from_scratch else "prune") for r in history)

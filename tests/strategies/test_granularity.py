@@ -110,7 +110,7 @@ def test_s2ap_flips_the_wanted_share_of_single_weights(host: str) -> None:
     found = [r for r in result.history if r["phase"] == "search" and "gamma" in r]
     assert found
     for record in found:
-        assert record["flips"] == pytest.approx(0.02, rel=0.5) and 0 < record["gamma"] < 1
+        assert record["flips"] == pytest.approx(0.02, rel=0.6) and 0 < record["gamma"] < 1
         assert record["loss_before"] != record["loss_after"]
     assert all("awp" in r for r in result.history if r["phase"] == "finetune")
 
