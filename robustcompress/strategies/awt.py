@@ -75,13 +75,8 @@ class AWT(ScoreBased):
     weight: float = 1.0
     rounds: int = 20
 
-    def __post_init__(self) -> None:
-        problems = Problems("awt cannot run")
-        try:
-            ScoreBased.__post_init__(self)
-        except InputError as error:
-            for complaint in str(error).removeprefix("awt cannot run:").strip().removeprefix("- ").split("\n  - "):
-                problems.add(complaint)
+    def check(self, problems: Problems) -> None:
+        """A ticket at the initialisation comes before any training."""
         if self.pretrain != 0:
             problems.add(
                 f"pretrain={self.pretrain!r}: must be 0, since the ticket is found at the initialisation; "
@@ -90,7 +85,6 @@ class AWT(ScoreBased):
         if self.estimator not in get_args(Estimator):
             choices = get_args(Estimator)
             problems.add(f"estimator={self.estimator!r} does not exist{nearest(str(self.estimator), choices)}")
-        problems.raise_if_any()
 
     @property
     def search_share(self) -> float:
