@@ -78,8 +78,8 @@ def compress(
             images, else 30.
         pretrained: The reference's weights are robust already: pruning strategies skip their pretraining.
         recipe: Training settings; the same for every strategy unless you change them.
-        round_to: Widths become multiples of this; by default the largest of 8, 4, 2, 1 that is at most an eighth of the
-            narrowest group.
+        round_to: Widths become multiples of this (attention heads go one by one); by default the largest of 8, 4, 2, 1
+            that is at most an eighth of the narrowest group.
         attacks: What the report measures on the test images; add "autoattack" for robust accuracy proper.
         test_images: How many test images are attacked at most; None for all.
         seed: Seeds everything.
@@ -274,7 +274,7 @@ def _fit_classifier(
 
 def default_rounding(editor: StructuralEditor) -> int:
     """The largest of 8, 4, 2, 1 that is at most an eighth of the narrowest group."""
-    narrowest = min((group.width for group in editor.editable), default=1)
+    narrowest = min((group.width for group in editor.editable if group.kind != "heads"), default=1)
     return next(step for step in (8, 4, 2, 1) if step <= max(1, narrowest // 8))
 
 

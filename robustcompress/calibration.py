@@ -15,7 +15,7 @@ from robustcompress.export.timing import Stopwatch
 from robustcompress.latency import LatencyLimit, LatencyModel, fit, layers_of, sample_widths
 from robustcompress.session import Session
 from robustcompress.strategies import Strategy
-from robustcompress.strategies.base import Widths, floor_widths
+from robustcompress.strategies.base import Widths, floor_widths, steps_of
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import Progress
 
@@ -94,7 +94,7 @@ def _table(
     progress: Progress,
 ) -> dict[str, Any]:
     """The predictor, as JSON; from memory where this process has measured the same networks."""
-    sampled = sample_widths(editor.widths, floor, most, round_to=round_to, count=NETWORKS)
+    sampled = sample_widths(editor.widths, floor, most, steps=steps_of(editor, round_to), count=NETWORKS)
     structure = fingerprint(editor.model)["model structure"]
     key = json.dumps([structure, list(example.shape[1:]), sampled], sort_keys=True)
     if key not in _known:

@@ -9,7 +9,7 @@ import torch
 
 
 def sample_widths(
-    full: Mapping[str, int], floor: Mapping[str, int], most: Mapping[str, int], *, round_to: int, count: int
+    full: Mapping[str, int], floor: Mapping[str, int], most: Mapping[str, int], *, steps: Mapping[str, int], count: int
 ) -> list[dict[str, int]]:
     """Widths of networks that tell layers apart; the same for the same arguments.
 
@@ -20,7 +20,7 @@ def sample_widths(
         full: The reference's widths.
         floor: The narrowest.
         most: The widest.
-        round_to: Widths between are multiples of this.
+        steps: By group, of what the widths between are multiples.
         count: How many at most; those that fall together are measured once.
     """
     generator = torch.Generator().manual_seed(0)
@@ -28,7 +28,9 @@ def sample_widths(
     even = max(1, count // 4)
 
     def widths_at(ratios: Mapping[str, float]) -> dict[str, int]:
-        nearest = {name: round(ratio * full[name] / round_to) * round_to for name, ratio in ratios.items()}
+        nearest = {
+            name: round(ratio * full[name] / steps.get(name, 1)) * steps.get(name, 1) for name, ratio in ratios.items()
+        }
         return {name: int(min(most[name], max(floor[name], width))) for name, width in nearest.items()}
 
     found = [dict(full), dict(floor), dict(most)]

@@ -65,9 +65,15 @@ def check_numbers(problems: Problems, strategy: Strategy, ranges: Mapping[str, t
             problems.add(f"{name}={value!r}: must be a {kind} in [{low:g}, {high:g}]")
 
 
+def steps_of(editor: StructuralEditor, round_to: int) -> Widths:
+    """By group, of what its widths are multiples: `round_to` channels, or one attention head, which is many."""
+    return {group.name: 1 if group.kind == "heads" else round_to for group in editor.editable}
+
+
 def floor_widths(editor: StructuralEditor, round_to: int) -> Widths:
     """The narrowest network that editing may leave."""
-    return {group.name: min(group.width, max(group.min_width, round_to)) for group in editor.editable}
+    steps = steps_of(editor, round_to)
+    return {group.name: min(group.width, max(group.min_width, steps[group.name])) for group in editor.editable}
 
 
 def rounded(width: float, round_to: int, low: int, high: int) -> int:
@@ -83,11 +89,11 @@ def uniform_widths(session: Session, *, only: Collection[str] | None = None) -> 
         only: The groups that may change; all by default.
     """
     editor, round_to = session.editor, session.goal.round_to
-    floor = floor_widths(editor, round_to)
+    floor, steps = floor_widths(editor, round_to), steps_of(editor, round_to)
     full = {group.name: group.width for group in editor.editable if only is None or group.name in only}
 
     def widths_at(ratio: float) -> Widths:
-        return {name: rounded(ratio * width, round_to, floor[name], width) for name, width in full.items()}
+        return {name: rounded(ratio * width, steps[name], floor[name], width) for name, width in full.items()}
 
     return session.choose("uniform widths", lambda: fill_budget(session, largest(session, widths_at), full))
 
@@ -112,14 +118,14 @@ def fill_budget(session: Session, widths: Widths, caps: Mapping[str, int], order
         caps: The widest each group may become.
         order: Groups from most to least wanted; by default those that lost the largest share come first.
     """
-    widths, round_to = dict(widths), session.goal.round_to
+    widths, steps = dict(widths), steps_of(session.editor, session.goal.round_to)
     open_groups = set(caps)
     while open_groups:
         if order is None:
             name = min(open_groups, key=lambda n: (widths[n] / caps[n], n))
         else:
             name = next(n for n in order if n in open_groups)
-        wider = {**widths, name: widths[name] + round_to}
+        wider = {**widths, name: widths[name] + steps[name]}
         if wider[name] <= caps[name] and session.fits(wider):
             widths = wider
         else:

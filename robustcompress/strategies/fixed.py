@@ -20,6 +20,7 @@ from robustcompress.strategies.base import (
     floor_widths,
     largest,
     rounded,
+    steps_of,
 )
 from robustcompress.strategies.scratch import plant
 from robustcompress.structure import Edit, StructuralEditor
@@ -131,12 +132,15 @@ class Fixed(Strategy):
 
     def _complete(self, session: Session) -> Widths:
         """The given widths, and one ratio for the groups that are not named."""
-        step, floor = session.goal.round_to, floor_widths(session.editor, session.goal.round_to)
+        editor, round_to = session.editor, session.goal.round_to
+        floor, steps = floor_widths(editor, round_to), steps_of(editor, round_to)
         rest = {g.name: g.width for g in session.editor.editable if g.name not in self.widths}
         given = dict(self.widths)
 
         def widths_at(ratio: float) -> Widths:
-            return given | {name: rounded(ratio * width, step, floor[name], width) for name, width in rest.items()}
+            return given | {
+                name: rounded(ratio * width, steps[name], floor[name], width) for name, width in rest.items()
+            }
 
         return session.choose(
             "widths of the groups not named", lambda: fill_budget(session, largest(session, widths_at), rest)

@@ -20,6 +20,7 @@ from robustcompress.strategies.base import (
     group_norms,
     prune_to,
     rounded,
+    steps_of,
     uniform_widths,
 )
 from robustcompress.strategies.utilization import Utilization, measure_utilization
@@ -103,17 +104,18 @@ class Grape(Strategy):
         session.train("tail", share=1 - self.grow_until, schedule="cosine", select=True)
 
     def _plant(self, session: Session, target: Widths, hidden: list[str]) -> None:
-        floor, round_to = floor_widths(session.editor, session.goal.round_to), session.goal.round_to
+        editor, round_to = session.editor, session.goal.round_to
+        floor, steps = floor_widths(editor, round_to), steps_of(editor, round_to)
         seed = dict(target)
         for name in hidden:
-            seed[name] = rounded(self.seed * target[name], round_to, floor[name], target[name])
+            seed[name] = rounded(self.seed * target[name], steps[name], floor[name], target[name])
         prune_to(session, seed, group_norms(session.editor))
 
     def _grow(self, session: Session, event: int, target: Widths, caps: Mapping[str, int]) -> None:
         now = session.editor.widths
         record: dict[str, object] = {"phase": f"grow {event}/{self.events}", "event": "grow"}
         if self.order in ("uniform", "sequential"):
-            wanted = self._scheduled(now, event, target, list(caps), session.goal.round_to)
+            wanted = self._scheduled(now, event, target, steps_of(session.editor, session.goal.round_to), list(caps))
         else:
             shares, detail = session.decide(f"shares of event {event}", lambda: self._shares(session, list(caps)))
             wanted = self._wanted(session, event, now, shares, caps)
@@ -124,7 +126,7 @@ class Grape(Strategy):
         macs, params = session.cost_model.predict(session.editor.widths)
         session.record(record | {"widths": session.editor.widths, "macs": macs, "params": params})
 
-    def _scheduled(self, now: Widths, event: int, target: Widths, hidden: list[str], round_to: int) -> Widths:
+    def _scheduled(self, now: Widths, event: int, target: Widths, steps: Widths, hidden: list[str]) -> Widths:
         """Widths on the way to the uniform network: all groups a step, or a stretch of groups all the way."""
         if self.order == "sequential":
             stretch = range((event - 1) * len(hidden) // self.events, event * len(hidden) // self.events)
@@ -132,7 +134,7 @@ class Grape(Strategy):
         left = self.events - event + 1
         if left == 1:
             return {name: target[name] for name in hidden}
-        return {name: now[name] + (target[name] - now[name]) // left // round_to * round_to for name in hidden}
+        return {name: now[name] + (target[name] - now[name]) // left // steps[name] * steps[name] for name in hidden}
 
     def _wanted(
         self, session: Session, event: int, now: Widths, shares: Mapping[str, float], caps: Mapping[str, int]
@@ -158,7 +160,7 @@ def _spend(session: Session, now: Widths, shares: Mapping[str, float], caps: Map
     whichever is scarcest; the last event spends all. What rounding leaves goes to the groups with the largest unspent
     remainder.
     """
-    round_to, total = session.goal.round_to, sum(shares.values())
+    steps, total = steps_of(session.editor, session.goal.round_to), sum(shares.values())
     macs, params = session.cost_model.predict(now)
     free = [(session.limits[0] - macs) / left, (session.limits[1] - params) / left]
     if session.latency is not None:
@@ -170,14 +172,14 @@ def _spend(session: Session, now: Widths, shares: Mapping[str, float], caps: Map
         if session.latency is not None:
             price.append(session.latency.predict({**now, name: now[name] + 1}) - session.latency.predict(now))
         channels = min(f * share / total / max(p, 1e-9) for f, p in zip(free, price, strict=True) if f != float("inf"))
-        whole = int(max(0.0, channels) // round_to * round_to)
-        wanted[name] = min(now[name] + whole, max(now[name], caps[name] // round_to * round_to))
+        whole = int(max(0.0, channels) // steps[name] * steps[name])
+        wanted[name] = min(now[name] + whole, max(now[name], caps[name] // steps[name] * steps[name]))
         remainder[name] = channels - whole
     while not session.fits(wanted):  # the price of a channel rises with what reads it; step back where least is lost
         name = min((n for n in shares if wanted[n] > now[n]), key=lambda n: shares[n], default="")
         if not name:
             break  # a measurement found what is there already over the limit
-        wanted[name] = max(now[name], wanted[name] - round_to)
+        wanted[name] = max(now[name], wanted[name] - steps[name])
     if left == 1:
         order = sorted(shares, key=lambda n: (-remainder[n], n))
         filled = fill_budget(session, wanted, {n: max(caps[n], wanted[n]) for n in shares}, order=order)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustcompress.errors import Problems
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.session import Session
-from robustcompress.strategies.base import fill_budget, floor_widths, reader_norms, rounded
+from robustcompress.strategies.base import fill_budget, floor_widths, reader_norms, rounded, steps_of
 from robustcompress.strategies.scores import MakeAscent, ScoreBased, search
 from robustcompress.strategies.units import Channels, Choice, Counts, Weights, shares
 from robustcompress.structure.masks import ScoreMasks, TopK, straight_through
@@ -138,12 +138,12 @@ class Rates:
                 kept = sum(k * self._sizes[n] for n, k in self.values(middle).items())
                 low, high = (middle, high) if kept <= units.total else (low, middle)
             return shares({n: k * self._sizes[n] for n, k in self.values(low).items()}, units.total)
-        session, step = self._session, self._session.goal.round_to
-        least = floor_widths(session.editor, step)
+        session, round_to = self._session, self._session.goal.round_to
+        least, steps = floor_widths(session.editor, round_to), steps_of(session.editor, round_to)
 
         def widths_at(shift: float) -> Counts:
             rates = self.values(shift)
-            return {n: rounded(rates[n] * size, step, least[n], size) for n, size in self._sizes.items()}
+            return {n: rounded(rates[n] * size, steps[n], least[n], size) for n, size in self._sizes.items()}
 
         if session.fits(widths_at(high)):
             return widths_at(high)

@@ -21,6 +21,7 @@ from robustcompress.strategies.base import (
     floor_widths,
     largest,
     rounded,
+    steps_of,
     uniform_widths,
 )
 from robustcompress.strategies.scratch import plant
@@ -75,11 +76,12 @@ class Scaling(Strategy):
         last = set(list(stages.values())[-1])
         full = {group.name: group.width for group in session.editor.editable}
         factors = {name: self.last if name in last else 1.0 for name in full}
-        step, floor = session.goal.round_to, floor_widths(session.editor, session.goal.round_to)
+        editor, round_to = session.editor, session.goal.round_to
+        floor, steps = floor_widths(editor, round_to), steps_of(editor, round_to)
         caps = {name: max(floor[name], int(self.cap * width)) for name, width in full.items()}
 
         def widths_at(ratio: float) -> Widths:
-            return {n: rounded(ratio * factors[n] * width, step, floor[n], caps[n]) for n, width in full.items()}
+            return {n: rounded(ratio * factors[n] * width, steps[n], floor[n], caps[n]) for n, width in full.items()}
 
         def pick() -> Widths:
             widths = largest(session, widths_at, high=self.cap)

@@ -22,6 +22,7 @@ from robustcompress.strategies.base import (
     group_norms,
     prune_by,
     rounded,
+    steps_of,
     uniform_widths,
 )
 from robustcompress.structure.masks import MaskRule, ScoreMasks, largest_entries
@@ -151,13 +152,13 @@ class Channels(Units):
 
     def _global(self, scores: Mapping[str, Tensor]) -> Widths:
         """Bisect for the share of a group's largest score below which channels go."""
-        session, step = self._session, self._session.goal.round_to
-        floor = floor_widths(session.editor, step)
+        session, round_to = self._session, self._session.goal.round_to
+        floor, steps = floor_widths(session.editor, round_to), steps_of(session.editor, round_to)
         shares = {name: (s.detach().abs() / s.detach().abs().max()).cpu() for name, s in scores.items()}
 
         def widths_at(threshold: float) -> Widths:
             kept = {name: int((share >= threshold).sum()) for name, share in shares.items()}
-            return {n: rounded(kept[n], step, floor[n], width) for n, width in self.widths.items()}
+            return {n: rounded(kept[n], steps[n], floor[n], width) for n, width in self.widths.items()}
 
         low, high = 0.0, 1.0  # the largest scores of all groups stay, or all of them
         if session.fits(widths_at(low)):

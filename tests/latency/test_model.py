@@ -59,7 +59,7 @@ def sampled(net: str, count: int = 24) -> list[dict[str, int]]:
     widths = editor(net).widths
     floor = widths | floor_widths(editor(net), 1)
     return sample_widths(
-        widths, floor, {n: 2 * w for n, w in widths.items()} | {"fc": widths.get("fc", 10)}, round_to=1, count=count
+        widths, floor, {n: 2 * w for n, w in widths.items()} | {"fc": widths.get("fc", 10)}, steps={}, count=count
     )
 
 
@@ -158,8 +158,8 @@ def test_least_squares_without_negative_coefficients_is_optimal(rows: int, colum
 
 def test_samples_lie_in_their_range_begin_with_the_reference_and_are_the_same_each_time() -> None:
     full, floor, most = {"a": 16, "b": 64, "fc": 10}, {"a": 2, "b": 2, "fc": 10}, {"a": 16, "b": 96, "fc": 10}
-    found = sample_widths(full, floor, most, round_to=2, count=24)
-    assert found == sample_widths(full, floor, most, round_to=2, count=24)
+    found = sample_widths(full, floor, most, steps=dict.fromkeys(full, 2), count=24)
+    assert found == sample_widths(full, floor, most, steps=dict.fromkeys(full, 2), count=24)
     assert found[:3] == [full, floor, most] and 20 <= len(found) <= 24
     assert all(floor[n] <= w <= most[n] and w % 2 == 0 for widths in found for n, w in widths.items())
     assert len({tuple(widths.values()) for widths in found}) == len(found)

@@ -108,3 +108,17 @@ def test_a_cut_of_weights_takes_counts_that_were_chosen() -> None:
     run.settle()
     assert count_weights(run.model)[1] <= 2 * len(counts)
     assert run.history[0]["weights"] == counts and 0 < run.history[0]["density"] < 0.2
+
+
+def test_heads_go_one_by_one_whatever_widths_are_rounded_to() -> None:
+    spec = rc.ModelSpec("vit_micro", {"image_size": 16})
+    run = make_session(spec.build(), budget=rc.Budget(macs=0.5), round_to=8)
+    units = Channels(run, allocation="global", residual="coupled")
+    generator = torch.Generator().manual_seed(0)
+    found = [units.counts({n: torch.rand(w, generator=generator) for n, w in units.widths.items()})]
+    found.append(Channels(run, allocation="uniform", residual="coupled").counts({}))
+    for counts in found:
+        heads = {g.name for g in run.editor.editable if g.kind == "heads"}
+        assert heads and run.fits(counts)
+        assert any(counts[name] % 8 for name in heads) and all(counts[name] >= 1 for name in heads)
+        assert all(width % 8 == 0 for name, width in counts.items() if name not in heads)
