@@ -29,10 +29,10 @@ class S2AP(Strategy):
     Reconstructed: the order of a step, after the code of that perturbation: attack the images at s; one normalised step
     up in the scores; forward and backward there, on the same images; the exact scores back; the optimizer's step.
 
-    Ours: scores and masks of channel groups instead of weights, and the choice of gamma. The masks are all that the
+    Ours: channel groups as well as single weights, and the choice of gamma. The masks are all that the
     network sees of the scores, so a z that flips no bit does nothing, and how many bits one gamma flips depends on the
     network. So gamma is bisected, at the first ascent of each epoch and along its own z, for the smallest that flips a
-    wanted share of all mask bits (at least one swap of two channels). Nothing is carried from epoch to epoch.
+    wanted share of all mask bits (at least one swap of two units). Nothing is carried from epoch to epoch.
 
     Attributes:
         host: The strategy under it: its name, its JSON, or itself.

@@ -17,7 +17,7 @@ SMALLEST, LARGEST = 1e-6, 1.0
 
 
 class ScoreAscent(Ascent):
-    """An ascent in the scores of gates, one ball a channel group, which counts the mask bits that it flips.
+    """An ascent in the scores of gates, one ball a tensor, which counts the mask bits that it flips.
 
     Args:
         gates: Whose scores to move; their rule says what the masks are.
