@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import read_cells
-from benchmarks.compare_report import ROBUST, Row, attacks_of, rows_of
+from benchmarks.compare_report import ROBUST, Row, attacks_of, counts_zeros, mask_of, rows_of
 from benchmarks.grid import EPOCHS, MACS, Grid
 
 # Told apart by colour-blind eyes too (Okabe and Ito 2008); the marker says the rest.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8c8c00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 RADIUS = "PGD-20 accuracy (%)"
+ZEROS = "weights that are not zero (thousands)"
+ZEROS_PLAIN = "weights that are not zero"
 
 
 def plot_grid(grid: Grid, out: Path, path: Path) -> Path | None:
@@ -43,13 +45,21 @@ def plot_grid(grid: Grid, out: Path, path: Path) -> Path | None:
         arm: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
         for i, arm in enumerate(grid.arms)
     }
-    _against(panels[0], rows, attack, style, ("after", "macs"), 1e6, "multiply-adds of one image (millions)")
-    _against(panels[1], rows, attack, style, ("after", "params"), 1e3, "parameters (thousands)")
+    if counts_zeros(rows):
+        _against(panels[0], rows, attack, style, ("after", "nonzeros"), 1e3, ZEROS)
+        _against(panels[1], rows, "pgd-20", style, ("after", "nonzeros"), 1e3, ZEROS)
+        panels[1].set_title("The same under PGD-20, on more images: an upper bound")
+    else:
+        _against(panels[0], rows, attack, style, ("after", "macs"), 1e6, "multiply-adds of one image (millions)")
+        _against(panels[1], rows, attack, style, ("after", "params"), 1e3, "parameters (thousands)")
+        panels[1].set_title("... against its size")
     _against(panels[2], rows, attack, style, ("training", "macs"), 1e12, "multiply-adds of the training (10$^{12}$)")
-    _curves(panels[3], rows, style)
     panels[0].set_title("Robust accuracy against the network's cost")
-    panels[1].set_title("... against its size")
     panels[2].set_title("... against the cost of training it (hollow: matched training)")
+    if any(cell["results"]["curve"] for cell in cells.values()):
+        _curves(panels[3], rows, style)
+    else:
+        _masks(panels[3], rows, style)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)), frameon=False)
     seeds = max(len(row.cells) for row in rows)
@@ -108,6 +118,24 @@ def _spread(row: Row, attack: str) -> tuple[float, float, float]:
     """Mean, lowest and highest seed, in per cent."""
     values = [100 * value for value in row.accuracy(attack).values]
     return statistics.fmean(values), min(values), max(values)
+
+
+def _masks(axes: Any, rows: Sequence[Row], style: Mapping[str, Mapping[str, str]]) -> None:
+    """What the masks are good for before fine-tuning, by budget."""
+    keys = ("after", "nonzeros") if counts_zeros(rows) else ("after", "macs")
+    for arm, look in style.items():
+        points = []
+        for row in rows:
+            masks = [mask for cell in row.cells.values() if (mask := mask_of(cell)) is not None]
+            if row.arm == arm and row.account == EPOCHS and masks:
+                points.append((row.mean(*keys), 100 * statistics.fmean(mask["val_robust"] for mask in masks)))
+        if points:
+            x, y = zip(*sorted(points), strict=True)
+            axes.plot(x, y, linewidth=0.8, markersize=8, **look)
+    axes.set(xlabel=ZEROS_PLAIN if counts_zeros(rows) else "multiply-adds of one image", ylabel="PGD-10 accuracy (%)")
+    axes.set_xscale("log")
+    axes.set_title("Masks before fine-tuning, on validation images")
+    axes.grid(alpha=0.3)
 
 
 def _curves(axes: Any, rows: Sequence[Row], style: Mapping[str, Mapping[str, str]]) -> None:

@@ -186,6 +186,7 @@ def summarise(grid: Grid, out: Path) -> str:
     for account in (EPOCHS, MACS):
         for labels in _places(rows, account):
             parts.append(_section(grid, rows, labels, account))
+    parts.append(_masks(rows))
     parts.append(_state(grid, cells, failures))
     parts.append(_provenance(list(cells.values())))
     return "\n\n".join(part for part in parts if part)
@@ -200,12 +201,15 @@ def headline(grid: Grid, out: Path) -> str:
     tables = Tables(grid, rows)
     attacks = attacks_of(cells.values())
     judged = ROBUST if ROBUST in attacks else attacks[-1]
-    head = ["arm", "MACs", "training MACs", "clean %", f"{judged} %", *(f"- {name}" for name in grid.baselines)]
+    what, cost = ("weights", "nonzeros") if counts_zeros(rows) else ("MACs", "macs")
+    head = ["arm", what, "training MACs", "clean %", f"{judged} %", *(f"- {name}" for name in grid.baselines)]
     lines = []
-    for row in sorted(rows, key=lambda r: (r.account != EPOCHS, -r.mean("after", "macs") // 1e3)):
+    for row in sorted(
+        rows, key=lambda r: (r.account != EPOCHS, -r.mean("after", cost) // (r.mean("before", cost) / 800))
+    ):
         whole = _whole(grid, rows, row.labels)
         line = [row.arm + (" (matched)" if row.account == MACS else "")]
-        line.append(f"{row.mean('after', 'macs') / row.mean('before', 'macs'):.2f}")
+        line.append(f"{row.mean('after', cost) / row.mean('before', cost):.2f}")
         line.append(f"{row.mean('training', 'macs') / whole.mean('training', 'macs'):.2f}x" if whole else "")
         line += [f"{100 * row.accuracy('clean').mean:.1f}", tables.accuracy(row, judged)]
         line += [tables.shown(row, name, judged) for name in grid.baselines]
@@ -287,9 +291,20 @@ def _places(rows: Sequence[Row], account: str) -> list[dict[str, str]]:
 def _place(labels: Mapping[str, str]) -> str:
     """A point of the axes in words."""
     return ", ".join(
-        f"at most {value} of the reference's MACs" if key == "budget" else f"{key} {value}"
+        (f"at most {value} of the reference's MACs" if _is_number(value) else f"{value} kept")
+        if key == "budget"
+        else f"{key} {value}"
         for key, value in labels.items()
     )
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def counts_zeros(rows: Sequence[Row]) -> bool:
+    """Whether a grid's budgets are densities: then zeros are what its networks have been given."""
+    return any("density" in cell["settings"]["budget"] for row in rows for cell in row.cells.values())
 
 
 def _section(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str], account: str) -> str:
@@ -308,6 +323,48 @@ def _section(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str], account
     return f"### {place[:1].upper() + place[1:]}, {account}\n\n{note}\n\n{shown}"
 
 
+def mask_of(cell: Record) -> Mapping[str, float] | None:
+    """What a cell's mask was good for before it was fine-tuned; None where nothing was cut."""
+    found = [entry for entry in cell["results"]["history"] if entry.get("event") == "mask"]
+    return found[0] if found else None
+
+
+def _masks(rows: Sequence[Row]) -> str:
+    """What the cut leaves, before any fine-tuning; and how much of the first mask a search changed."""
+    lines = []
+    for row in rows:
+        masks = [mask for cell in row.cells.values() if (mask := mask_of(cell)) is not None]
+        if not masks or row.account != EPOCHS:
+            continue
+        line = [row.arm, _place(row.labels)]
+        line += [f"{100 * statistics.fmean(mask[key] for mask in masks):.1f}" for key in ("val_clean", "val_robust")]
+        line.append(_spread_of(100 * mask["val_robust"] for mask in masks))
+        line.append(_mean_of(row, "changed", "{:.1%}"))
+        line.append(_mean_of(row, "flips", "{:.1%}"))
+        line.append(_mean_of(row, "gamma", "{:.2g}"))
+        lines.append(line)
+    if not lines:
+        return ""
+    head = ("arm", "budget", "clean %", "pgd-10 %", "lowest to highest seed", "changed", "flips", "gamma")
+    note = (
+        'On the validation images, after batch-norm statistics were re-estimated. "changed" is the share of the first '
+        'mask\'s bits that the search changed; "flips" is the share that S2AP\'s ascents flipped, at radius "gamma".'
+    )
+    return f"### Masks before fine-tuning\n\n{note}\n\n{table(head, lines)}"
+
+
+def _mean_of(row: Row, key: str, form: str) -> str:
+    """Mean over seeds of what the last record with this key says."""
+    found = [[e[key] for e in cell["results"]["history"] if key in e][-1:] for cell in row.cells.values()]
+    values = [value for last in found for value in last]
+    return form.format(statistics.fmean(values)) if values else ""
+
+
+def _spread_of(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[0]:.1f} to {ordered[-1]:.1f}"
+
+
 def _whole(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str]) -> Row | None:
     """The row whose training cost is the unit: what others are matched to, else the first baseline."""
     name = grid.matched_to or next(iter(grid.baselines), None)
@@ -317,7 +374,8 @@ def _whole(grid: Grid, rows: Sequence[Row], labels: Mapping[str, str]) -> Row | 
 def _table(grid: Grid, mine: Sequence[Row], rows: Sequence[Row], labels: Mapping[str, str], account: str) -> str:
     attacks = attacks_of(mine[0].cells.values())
     tables = Tables(grid, rows)
-    head = ["arm", "seeds", "MACs", "params", *(f"{attack} %" for attack in attacks)]
+    costs = {"weights": "nonzeros"} if counts_zeros(rows) else {"MACs": "macs", "params": "params"}
+    head = ["arm", "seeds", *costs, *(f"{attack} %" for attack in attacks)]
     judged = ROBUST if ROBUST in attacks else attacks[-1]
     compared = [a for a in ("pgd-20", judged) if a in attacks]
     head += [f"{attack} - {name}" for name in grid.baselines for attack in compared]
@@ -326,7 +384,7 @@ def _table(grid: Grid, mine: Sequence[Row], rows: Sequence[Row], labels: Mapping
     lines = []
     for row in mine:
         line = [row.arm, str(len(row.cells))]
-        line += [f"{row.mean('after', key) / row.mean('before', key):.2f}" for key in ("macs", "params")]
+        line += [f"{row.mean('after', key) / row.mean('before', key):.2f}" for key in costs.values()]
         line += [tables.accuracy(row, attack) for attack in attacks]
         line += [tables.shown(row, name, attack) for name in grid.baselines for attack in compared]
         cost = row.mean("training", "macs")

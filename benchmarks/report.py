@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare_plots, compare_report, latency, structure, training_step
+from benchmarks import compare_plots, compare_report, latency, search_step, structure, training_step
 from benchmarks.common import RESULTS, ROOT, read_json, write_text
 from benchmarks.grid import Grid, read_grid
 
@@ -21,6 +21,7 @@ README = ROOT / "benchmarks" / "README.md"
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     structure.MODULE: structure.markdown,
     training_step.MODULE: training_step.markdown,
+    search_step.MODULE: search_step.markdown,
     latency.MODULE: latency.markdown,
 }
 GRIDS = ROOT / "benchmarks" / "grids"

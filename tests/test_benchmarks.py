@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import common, latency, report, structure, training_step
+from benchmarks import common, latency, report, search_step, structure, training_step
 from robustcompress import StructuralEditor, build_model, measure
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = (structure, training_step, latency)
+SCRIPTS = (structure, training_step, search_step, latency)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -67,6 +67,19 @@ def test_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row["editable"] == row["groups"] - 1 and row["prune"]["n"] == row["grow"]["n"] == row["editable"]
     assert row["trace"]["median"] > row["graph"]["median"] > 0 and row["forward"]["median"] > 0
     assert structure.markdown(value) in capsys.readouterr().out
+
+
+def test_search_step(tmp_path: Path) -> None:
+    out = tmp_path / "search_step.json"
+    assert search_step.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "search_step")
+    assert {row["granularity"] for row in value["results"]} == {"channel", "weight"}
+    for row in value["results"]:
+        times = {kind: row["times"][kind]["median"] for kind in ("train", "hydra", "s2ap", "harp")}
+        assert row["s2ap_over_hydra"] == pytest.approx(times["s2ap"] / times["hydra"], rel=1e-2)
+        assert all(value > 0 for value in times.values())
+    assert "s2ap / hydra" in search_step.markdown(value)
 
 
 def test_training_step(tmp_path: Path) -> None:
