@@ -15,6 +15,8 @@ from benchmarks.grid import EPOCHS, MACS, Grid
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8c8c00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 RADIUS = "PGD-20 accuracy (%)"
+WIDE = 8
+"""From this ratio of the largest to the smallest cost on, costs stand on a logarithmic axis."""
 ZEROS = "weights that are not zero (thousands)"
 ZEROS_PLAIN = "weights that are not zero"
 
@@ -83,12 +85,17 @@ def _against(
     label: str,
 ) -> None:
     matched = keys[0] == "training"
-    widest = max(row.mean(*keys) for row in rows) / unit
+    costs = [row.mean(*keys) / unit for row in rows]
+    wide = max(costs) > WIDE * min(costs)  # equal steps then are equal ratios
+    if wide:
+        axes.set_xscale("log")
     for number, (arm, look) in enumerate(style.items()):
-        aside = 0.0 if matched else (number - len(style) / 2) * widest / 200  # arms of equal cost stand side by side
+        # Arms of equal cost stand side by side.
+        place = 0.0 if matched else number - len(style) / 2
+        aside, factor = (0.0, 1 + place / 60) if wide else (place * max(costs) / 200, 1.0)
         for account in (EPOCHS, MACS) if matched else (EPOCHS,):
             mine = [row for row in rows if row.arm == arm and row.account == account]
-            points = sorted((row.mean(*keys) / unit + aside, *_spread(row, attack)) for row in mine)
+            points = sorted((row.mean(*keys) / unit * factor + aside, *_spread(row, attack)) for row in mine)
             if not points:
                 continue
             x, mean, low, high = zip(*points, strict=True)
