@@ -151,6 +151,17 @@ class LatencyLimit:
                     wanted = over * (1 - PROBE * probes)
             self.factor = wanted
         self.factor = before
-        kept = [choice for choice in tried.values() if choice.ms <= self.limit]
-        best = max(kept, key=lambda c: c.ms) if kept else min(tried.values(), key=lambda c: c.ms)
+        best = self._confirmed(list(tried.values()))
         return Choice(best.widths, best.ms, best.factor, len(tried))
+
+    def _confirmed(self, measured: list[Choice]) -> Choice:
+        """The slowest within the limit that is so when it is measured again: of many, one is within it by luck."""
+        fresh = list(measured)
+        while within := [choice for choice in measured if choice.ms <= self.limit]:
+            best = max(within, key=lambda choice: choice.ms)
+            if best not in fresh:
+                return best
+            ms = (best.ms + self._measure(best.widths).ratio * self.model.reference_ms) / 2
+            fresh.remove(best)
+            measured[measured.index(best)] = Choice(best.widths, ms, ms / self.model.predict(best.widths), best.rounds)
+        return min(measured, key=lambda choice: choice.ms)
