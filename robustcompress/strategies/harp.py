@@ -20,6 +20,8 @@ from robustcompress.structure.masks import ScoreMasks, TopK, straight_through
 
 EPOCHS = 20
 """Length of the published search, over which the weight of the cost grows."""
+NEAR = 0.01
+"""A cost is at its target within this share of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +37,10 @@ class Harp(ScoreBased):
     parameters, latency; the released chain formula counts another network where there are residual streams); scores
     start from the norm of what reads a channel, over outputs and kernel (the released code reshapes without
     transposing, and so mixes channels); rates start where the uniform network meets the budget, because a short search
-    cannot come down from a dense one; the epoch of the cost's weight is counted on the published 20, however long the
-    search is; in the end one shift of all rates meets the budget exactly. `allocation` is learnt: it is no option here.
+    cannot come down from a dense one, and are held there from both sides, `abs(cost / target - 1)`, so that the masks
+    that are searched are as large as those that are cut; the weight grows with each epoch, of 20 however long the
+    search is, that ends more than 1 % away; in the end one shift of all rates meets the budget exactly. `allocation` is
+    learnt: it is no option here.
 
     Attributes:
         rate_lr: Adam's peak learning rate for the rates r.
@@ -71,6 +75,7 @@ class Harp(ScoreBased):
         def watch(_: ScoreMasks, record: dict[str, Any]) -> None:
             record["rates"] = {name: round(k, 6) for name, k in rates.values().items()}
             record["cost_over_target"] = float(rates.cost().detach())
+            record["cost_weight"] = price.weight
 
         learnt = search(
             self,
@@ -203,7 +208,7 @@ class Price(nn.Module):
     """
 
     done: Tensor
-    settled: Tensor
+    raised: Tensor
 
     def __init__(self, objective: Objective, rates: Rates, *, weight: float, steps: int) -> None:
         super().__init__()
@@ -212,24 +217,25 @@ class Price(nn.Module):
         self._weight = weight
         self._steps = steps
         self.register_buffer("done", torch.zeros((), dtype=torch.long))
-        self.register_buffer("settled", torch.tensor(math.nan))
+        self.register_buffer("raised", torch.zeros((), dtype=torch.long))
 
     def step(self) -> None:
-        """Count a step; the weight grows until the target is met, and then stays."""
-        if self.settled.isnan() and float(self.rates.cost().detach()) <= 1:
-            self.settled.fill_(self.weight())
-        self.done += 1
+        """Count a step; where one of the published epochs ends away from the target, the weight grows."""
+        before, self.done = self._epoch(), self.done + 1
+        if self._epoch() > before and abs(float(self.rates.cost().detach()) - 1) > NEAR:
+            self.raised += self._epoch() - before
 
+    @property
     def weight(self) -> float:
-        """The weight of the step that was counted last."""
-        if not self.settled.isnan():
-            return float(self.settled)
-        epoch = (max(int(self.done), 1) - 1) * EPOCHS // self._steps
-        return self._weight * (epoch + 1)
+        """The weight now."""
+        return self._weight * (1 + int(self.raised))
 
     def __call__(self) -> Tensor:
         """What is added to the loss."""
-        return self.weight() * (self.rates.cost() - 1).clamp_min(0)
+        return self.weight * (self.rates.cost() - 1).abs()
+
+    def _epoch(self) -> int:
+        return int(self.done) * EPOCHS // self._steps
 
 
 class PricedObjective(Objective):

@@ -149,26 +149,42 @@ def test_channels_start_from_what_reads_them() -> None:
     assert torch.allclose(norms["conv2"], expected)
 
 
-def test_the_price_grows_until_the_target_is_met_and_then_stays() -> None:
+def test_the_price_grows_while_the_cost_is_away_from_the_target_and_then_stays() -> None:
     _, _, rates = rates_of("channel")
+    price = Price(PGDAT(steps=1), rates, weight=0.01, steps=2 * EPOCHS)
+    for _ in range(8):
+        price.step()
+    assert price.weight == 0.01 and float(price().detach()) < 1e-4, "a search starts at its budget"
+    for shift in (1.0, -2.0):
+        with torch.no_grad():
+            for parameter in rates.parameters():
+                parameter.add_(shift)
+        before, weights = int(price.raised), []
+        for _ in range(8):
+            price.step()
+            weights.append(price.weight)
+        assert weights == pytest.approx([0.01 * (1 + before + (step + 1) // 2) for step in range(8)])
+        away = float(rates.cost().detach()) - 1
+        assert away * shift > 0 and float(price().detach()) == pytest.approx(weights[-1] * abs(away))
     with torch.no_grad():
         for parameter in rates.parameters():
             parameter.add_(1.0)
-    price, weights = Price(PGDAT(steps=1), rates, weight=0.01, steps=2 * EPOCHS), []
-    for _ in range(2 * EPOCHS - 4):
+    for _ in range(8):
         price.step()
-        weights.append(price.weight())
-    assert weights == pytest.approx([0.01 * (step // 2 + 1) for step in range(2 * EPOCHS - 4)])
-    assert float(price().detach()) == pytest.approx(weights[-1] * (float(rates.cost().detach()) - 1))
-    with torch.no_grad():
-        for parameter in rates.parameters():
-            parameter.sub_(2.0)
-    for _ in range(4):
-        price.step()
-    assert price.weight() == pytest.approx(weights[-1]) and float(price().detach()) == 0.0
+    assert price.weight == pytest.approx(weights[-1])
     twin = Price(PGDAT(steps=1), rates, weight=0.01, steps=2 * EPOCHS)
     twin.load_state_dict(price.state_dict())
-    assert twin.weight() == price.weight(), "checkpoints hold it"
+    assert twin.weight == price.weight and int(twin.done) == int(price.done), "checkpoints hold it"
+
+
+@pytest.mark.parametrize("granularity", ["channel", "weight"])
+def test_a_search_stays_near_its_budget(granularity: Any) -> None:
+    session = make_session(build("residual"), budget=BUDGETS[granularity], epochs=20.0, pretrained=True)
+    rc.Harp(granularity=granularity, pretrain=0.0, search=0.9).run(session)
+    costs = [r["cost_over_target"] for r in session.history if "cost_over_target" in r]
+    assert len(costs) == 18 and all(0.8 < cost < 1.25 for cost in costs[4:]), costs
+    weights = [r["cost_weight"] for r in session.history if "cost_weight" in r]
+    assert weights == sorted(weights) and weights[-1] >= 0.1
 
 
 @pytest.mark.parametrize("objective", [PGDAT(steps=1), TRADES(steps=1)], ids=["pgd-at", "trades"])
