@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -300,10 +301,11 @@ def _check_budget(
     largest = cost_model.predict(strategy.largest(editor.widths))
     limits = budget.limits(reference)
     asked = [f"{human(limit)} {unit}" for limit, unit in zip(limits, ("MACs", "params"), strict=True) if limit < 1e300]
+    heads = ", heads one by one" if any(group.kind == "heads" for group in editor.editable) else ""
     progress.say(
         f"reachable: {human(smallest[0])} to {human(largest[0])} MACs, {human(smallest[1])} to {human(largest[1])} "
         f"params; asked for at most {' and '.join(asked) or 'any number'} (reference: {human(reference.macs)} MACs, "
-        f"{human(reference.params)} params); widths in steps of {round_to}"
+        f"{human(reference.params)} params); widths in steps of {round_to}{heads}"
     )
     problems = Problems("the budget cannot be used")
     for limit, low, unit in zip(limits, smallest, ("MACs", "parameters"), strict=True):
@@ -321,6 +323,12 @@ def _check_budget(
     problems.raise_if_any(BudgetError)
 
 
+def _enough(kept: int, weights: int) -> float:
+    """A density, to three digits, at which so many weights stay."""
+    unit = 10.0 ** (math.floor(math.log10(kept / weights)) - 2)
+    return math.ceil(kept / weights / unit + 1e-9) * unit
+
+
 def _check_density(model: nn.Module, budget: Budget, reference: Cost, progress: Progress) -> None:
     layers, weights = len(maskable_weights(model)), reference.weights or 0
     wanted = int((budget.density or 0) * weights)
@@ -328,7 +336,7 @@ def _check_density(model: nn.Module, budget: Budget, reference: Cost, progress: 
     if wanted < layers:
         raise BudgetError(
             f"density={budget.density:g} leaves {wanted} weights for {layers} layers, which keep at least one each; "
-            f"give at least {layers / weights:.2g}"
+            f"give at least {_enough(layers, weights):.3g}"
         )
 
 

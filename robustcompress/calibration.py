@@ -15,7 +15,7 @@ from robustcompress.export.timing import Stopwatch
 from robustcompress.latency import LatencyLimit, LatencyModel, fit, layers_of, sample_widths
 from robustcompress.session import Session
 from robustcompress.strategies import Strategy
-from robustcompress.strategies.base import Widths, floor_widths, steps_of
+from robustcompress.strategies.base import Widths, steps_of
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import Progress
 
@@ -47,7 +47,7 @@ def limit_latency(session: Session, strategy: Strategy, stopwatch: Stopwatch, ex
     if not budget.limits_latency or strategy.direction == "none":
         return
     full, largest = editor.widths, strategy.largest(editor.widths)
-    floor = {**full, **floor_widths(editor, round_to)}
+    floor = {**full, **strategy.narrowest(editor, round_to)}
     most = {**full, **{g.name: min(largest[g.name], WIDEST * g.width) for g in editor.editable}}
     record = session.decide(
         "latency table", lambda: _table(editor, example, floor, most, round_to, stopwatch, session.progress)
@@ -96,13 +96,14 @@ def _table(
     """The predictor, as JSON; from memory where this process has measured the same networks."""
     sampled = sample_widths(editor.widths, floor, most, steps=steps_of(editor, round_to), count=NETWORKS)
     structure = fingerprint(editor.model)["model structure"]
-    key = json.dumps([structure, list(example.shape[1:]), sampled], sort_keys=True)
+    layers = layers_of(editor, example)  # tell apart what has the same tensors and another forward()
+    key = json.dumps([structure, repr(layers), list(example.shape[1:]), sampled], sort_keys=True)
     if key not in _known:
         progress.say(f"measuring the latency of {len(sampled)} networks")
         timings = [stopwatch.time(stopwatch.resized(widths), seconds=SECONDS) for widths in sampled]
         reference_ms = statistics.median(timing.reference_ms for timing in timings)
         ratios = [1.0, *(timing.ratio for timing in timings[1:])]
-        _known[key] = fit(layers_of(editor, example), sampled, [ratio * reference_ms for ratio in ratios]).to_json()
+        _known[key] = fit(layers, sampled, [ratio * reference_ms for ratio in ratios]).to_json()
     return _known[key]
 
 

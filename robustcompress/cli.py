@@ -21,7 +21,7 @@ exit codes:
   0    done
   1    something failed that should not have
   2    bad input: an argument, a file, a model or a saved result cannot be used
-  3    the budget cannot be reached, was missed, or the model already meets it
+  3    the budget cannot be reached, or the model already meets it
   4    the exported file does not compute what the model computes
   130  interrupted"""
 

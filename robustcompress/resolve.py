@@ -112,7 +112,7 @@ def resolve(
     chosen = problems.attempt(lambda: make_strategy(strategy))
     limits = problems.attempt(lambda: _budget(budget))
     if chosen is not None and limits is not None:
-        _check_granularity(problems, chosen, limits)
+        _check_granularity(problems, chosen, limits, round_to)
     adversary = problems.attempt(lambda: _threat(threat))
     loss = problems.attempt(lambda: _objective(objective))
     specs = _attacks(problems, attacks)
@@ -187,7 +187,7 @@ def _budget(budget: object) -> Budget:
     )
 
 
-def _check_granularity(problems: Problems, strategy: Strategy, budget: Budget) -> None:
+def _check_granularity(problems: Problems, strategy: Strategy, budget: Budget, round_to: object) -> None:
     """Zeros in a network of the same shape are counted by density, removed channels by everything else."""
     others = [name for name in budget.to_json() if name != "density"]
     if strategy.direction == "none":
@@ -196,6 +196,10 @@ def _check_granularity(problems: Problems, strategy: Strategy, budget: Budget) -
         problems.add(
             f"granularity='weight' zeroes single weights, which leaves {' and '.join(others)} as they are: give "
             "Budget(density=0.1) for 90 % zeros, or granularity='channel'"
+        )
+    if strategy.granularity == "weight" and round_to is not None:
+        problems.add(
+            f"round_to={round_to!r} is for widths, which granularity='weight' leaves as they are: leave it out"
         )
     elif strategy.granularity == "channel" and budget.density is not None:
         problems.add(

@@ -187,6 +187,8 @@ class CompressResult:
         lines = [f"{name} compressed by {self.strategy['name']} on {self.data['name']} (seed {self.seed})", ""]
         lines.append(f"{'':22}{'before':>12}{'after':>12}{'ratio':>8}")
         lines += [f"{what:<22}{before:>12}{after:>12}{ratio:>8}" for what, before, after, ratio in self.rows()]
+        if not self.meets_budget:
+            lines += ["", f"over its budget: {Budget(**self.budget)}"]
         if self.report is not None:
             lines += ["", str(self.report)]
         return "\n".join(lines)

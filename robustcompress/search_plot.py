@@ -181,7 +181,10 @@ def _finish(axes: Any, searches: Searches, title: str, label: str) -> None:
 
     last = max(record["epoch"] for records in searches.values() for record in records)
     axes.set(xlim=(0.7, last + 0.3), xlabel="epoch of the search", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if last < 3:  # the locator gives up on so short an axis
+        axes.set_xticks(range(1, last + 1))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize=11)
 
 

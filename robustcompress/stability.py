@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.errors import InputError
+from robustcompress.models import ModelSpec, identify
 from robustcompress.result import CompressResult
 from robustcompress.structure import NEW, StructuralEditor
 from robustcompress.structure.weights import maskable_weights
@@ -106,7 +107,7 @@ def _by_chance(a: Masks, b: Masks) -> float:
 def _masks(results: Mapping[str, CompressResult], reference: nn.Module | None) -> dict[str, Masks]:
     first_name, first = next(iter(results.items()))
     for name, result in results.items():
-        if result.spec != first.spec:
+        if reference is None and _began(result) != _began(first):
             theirs, ours = (r.spec.to_json() if r.spec is not None else "a model of one's own" for r in (result, first))
             raise InputError(f"{name} began with {theirs}, {first_name} with {ours}: masks need the same reference")
         if ("density" in result.budget) != ("density" in first.budget):
@@ -125,6 +126,15 @@ def _masks(results: Mapping[str, CompressResult], reference: nn.Module | None) -
         if shapes[name] != shapes[first_name]:
             raise InputError(f"{name} and {first_name} began with networks of different shapes")
     return masks
+
+
+def _began(result: CompressResult) -> ModelSpec | None:
+    """What built the reference, with all its arguments: a name alone stands for the same network."""
+    spec = result.spec
+    if spec is None or spec.imports_code:
+        return spec
+    with torch.random.fork_rng(devices=[]):
+        return identify(spec.build()) or spec
 
 
 def _kept_weights(result: CompressResult) -> Masks:

@@ -49,7 +49,7 @@ def count_or_all(text: str) -> int | None:
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """Read `name=value`; the value is a Python literal where it is one, else text.
+    """Read `name=value`; the value is a Python literal, or true or false, where it is one, else text.
 
     Raises:
         argparse.ArgumentTypeError: There is no `=`.
@@ -57,6 +57,8 @@ def assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r}: write name=value, such as width=0.5")
+    if value in ("true", "false"):  # as in YAML
+        return name, value == "true"
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

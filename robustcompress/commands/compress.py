@@ -43,6 +43,8 @@ examples:
   robustcompress compress resnet20 --data cifar10 --root data --latency 0.5 --round-to 8 --out runs/fast
   robustcompress compress resnet18 --data photos --image-size 32 --max-params 1000000 --epochs 20 --out runs/photos
   robustcompress compress resnet8 --strategy grape --option order=random --option events=6 --eps 0.1
+  robustcompress compress resnet8 --strategy hydra --option granularity=weight --density 0.1 --eps 0.1
+  robustcompress compress resnet8 --strategy s2ap --option 'host={"name": "harp", "search": 0.2}' --eps 0.1
   robustcompress compress my_models:small_net --eps 0.5 --norm l2 --objective trades --attack-steps 7 --json"""
 
 

@@ -76,12 +76,14 @@ def _results(arguments: argparse.Namespace) -> dict[str, CompressResult]:
     problems = Problems("inspect cannot start")
     if several and (arguments.model_arg or arguments.image_size is not None):
         problems.add("--model-arg and --image-size say what one model looks like: leave them out for several results")
+    elif arguments.model_arg and (Path(arguments.models[0]) / RESULT).is_file():
+        problems.add("--model-arg is for a model: a result knows its own")
     if arguments.image_size is not None and arguments.image_size < 1:
         problems.add(f"--image-size {arguments.image_size}: must be positive")
     for name in arguments.models:
         if (several or arguments.plot is not None) and not (Path(name) / RESULT).is_file():
             problems.add(f"{name} holds no {RESULT}: name the directories of saved results")
-        if arguments.models.count(name) > 1:
+        if sum(Path(other).resolve() == Path(name).resolve() for other in arguments.models) > 1:
             problems.add(f"{name} is named twice: name each result once")
     problems.raise_if_any()
     return {name: load(name) for name in arguments.models if (Path(name) / RESULT).is_file()}

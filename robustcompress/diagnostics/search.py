@@ -33,9 +33,9 @@ def look_at_search(session: Session, gates: ScoreMasks) -> dict[str, float]:
     """Measure the mask as it is now, and leave nothing of the run changed: no score, buffer, mode or generator.
 
     Running statistics lag behind masks that move, so they are first re-estimated for this mask, on as many images of
-    the same kind as before the cut, and put back at the end. Curvature and sharpness are those of the loss that the
-    search descends: the goal's objective with batch statistics, without dropout; on 128 training images that depend on
-    neither seed nor strategy, without augmentation, attacked anew at the present mask from the same noise. The
+    the same kind as before the cut, and put back at the end. Curvature and sharpness are those of the goal's objective,
+    whatever the search itself minimises, with batch statistics and without dropout; on 128 training images that depend
+    on neither seed nor strategy, without augmentation, attacked anew at the present mask from the same noise. The
     accuracies are those that select epochs elsewhere (PGD-10 on the validation split); left out where there is no such
     split or `val_images` is 0.
 

@@ -142,8 +142,14 @@ class LatencyLimit:
                 under = min(under, self.factor)
             wanted = now.factor * AIM
             if not over < wanted < under:
-                if over == 0 or under == math.inf:
-                    break  # nothing wider or narrower is to be had
+                if under == math.inf:
+                    break  # nothing narrower is to be had
+                if over == 0:  # by its own measure nothing wider fits; the next wider network has another
+                    probes += 1
+                    if probes > ROUNDS:
+                        break
+                    self.factor = min(self.factor, wanted) * (1 - PROBE * probes)
+                    continue
                 if under / over > 1 + 1e-3:
                     wanted = math.sqrt(over * under)
                 else:  # the next step is too slow; one further on may be faster again, with channels that fill blocks

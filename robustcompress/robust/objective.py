@@ -31,7 +31,8 @@ class ObjectiveStep:
     clean_logits: Tensor | None = None
 
 
-_WHOLE = "objective {0!r} cannot be split: define attack() and loss_on() for it, or leave out AWP, S2AP and diagnose"
+_WHOLE = "objective {0!r} cannot be split: define attack() and loss_on() for it, or leave out {1}"
+_WHO = "AWP, S2AP and diagnose"
 
 
 class Objective(ABC):
@@ -67,7 +68,7 @@ class Objective(ABC):
         Raises:
             InputError: This objective defines `loss` as a whole, so that its parts cannot be had.
         """
-        raise InputError(_WHOLE.format(self.name))
+        raise InputError(_WHOLE.format(self.name, _WHO))
 
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
         """Compute the loss on images that were attacked before, in the mode the model is in.
@@ -83,7 +84,7 @@ class Objective(ABC):
         Raises:
             InputError: As `attack`.
         """
-        raise InputError(_WHOLE.format(self.name))
+        raise InputError(_WHOLE.format(self.name, _WHO))
 
     def loss(
         self,
@@ -107,11 +108,15 @@ class Objective(ABC):
         """
         return self.loss_on(model, x, self.attack(model, x, y, threat, generator=generator), y)
 
-    def require_parts(self) -> None:
-        """Raise InputError unless `attack` and `loss_on` are defined: to be told before any training."""
+    def require_parts(self, who: str = _WHO) -> None:
+        """Raise InputError unless `attack` and `loss_on` are defined: to be told before any training.
+
+        Args:
+            who: What needs them, for the message.
+        """
         kind = type(self)
         if kind.attack is Objective.attack or kind.loss_on is Objective.loss_on:
-            raise InputError(_WHOLE.format(self.name))
+            raise InputError(_WHOLE.format(self.name, who))
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustcompress.robust.attacks import eval_mode
 
@@ -59,7 +60,8 @@ def tangents(model: nn.Module, x: Tensor, direction: Tensor, parameters: Paramet
         return chosen
 
     per_image: Callable[..., dict[str, Tensor]] = vmap(grad(output), in_dims=(None, 0))
-    with eval_mode(model), _full_precision(x.device):
+    # Fused attention has no second derivative, and none by image; the plain form has both.
+    with eval_mode(model), _full_precision(x.device), sdpa_kernel(SDPBackend.MATH):
         return per_image({name: p.detach() for name, p in parameters.items()}, x)
 
 

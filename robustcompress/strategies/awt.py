@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import nn
 
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.robust.attacks import eval_mode
 from robustcompress.session import Session
 from robustcompress.strategies.saliency import prune_in_rounds
 from robustcompress.strategies.scores import NORMS, MakeAscent, ScoreBased, search
@@ -77,6 +79,7 @@ class AWT(ScoreBased):
 
     def check(self, problems: Problems) -> None:
         """A ticket at the initialisation comes before any training."""
+        ScoreBased.check(self, problems)
         if self.pretrain != 0:
             problems.add(
                 f"pretrain={self.pretrain!r}: must be 0, since the ticket is found at the initialisation; "
@@ -85,6 +88,20 @@ class AWT(ScoreBased):
         if self.estimator not in get_args(Estimator):
             choices = get_args(Estimator)
             problems.add(f"estimator={self.estimator!r} does not exist{nearest(str(self.estimator), choices)}")
+        elif self.estimator == "ntk-sap" and self.diagnose is True:
+            problems.add(
+                "diagnose=True looks at the epochs of a search, and estimator='ntk-sap' has none: leave it out"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """The rounds of "ntk-sap" are no epochs, so they come whatever `search` is."""
+        return self.search > 0 or self.estimator == "ntk-sap"
+
+    @property
+    def climbs(self) -> bool:
+        """Not in the rounds of "ntk-sap"."""
+        return self.estimator == "kernel"
 
     @property
     def search_share(self) -> float:
@@ -95,15 +112,12 @@ class AWT(ScoreBased):
         """Scores by the distance to the dense network; see `ScoreBased.learn`.
 
         Raises:
-            InputError: There is an ascent in scores that nothing learns.
+            InputError: The initial network tells no image from another.
         """
+        _check_start(session)
         if self.estimator == "kernel":
             found = self._learn(session, units, ascent)
         else:
-            if ascent is not None:
-                raise InputError(
-                    "estimator='ntk-sap' learns no scores to climb in: give estimator='kernel', or gamma=0"
-                )
             found = units.remember("scores", lambda: prune_in_rounds(session, units, rounds=self.rounds))
             if isinstance(units, Weights):
                 session.forget("scores")
@@ -119,6 +133,7 @@ class AWT(ScoreBased):
         objective = TangentDistance(dense, session.goal.objective, moving, samples=self.samples, weight=self.weight)
 
         def watch(gates: ScoreMasks, record: dict[str, Any]) -> None:
+            del record["robust"]  # its images are clean ones
             record |= objective.read()
 
         with held(session.model):
@@ -146,3 +161,16 @@ def held(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in norms:
             parameter.requires_grad_(True)
+
+
+def _check_start(session: Session) -> None:
+    """Refuse a network whose logits are the same for all images: it has no outputs and no kernel to stay close to."""
+    data = session.goal.data.train
+    images = data.first(min(len(data), 16)).as_float().to(next(session.model.parameters()).device)
+    with eval_mode(session.model), torch.no_grad():
+        logits = session.model(images)
+    if not session.replaying and float((logits - logits[:1]).abs().max()) <= 1e-12 * (1 + float(logits.abs().max())):
+        raise InputError(
+            "awt: the initial network gives all images the same logits (is its classifier all zeros?): initialise it, "
+            "or pretrain it and pass pretrained=True"
+        )

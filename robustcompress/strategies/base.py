@@ -77,7 +77,9 @@ def floor_widths(editor: StructuralEditor, round_to: int) -> Widths:
 
 
 def rounded(width: float, round_to: int, low: int, high: int) -> int:
-    """The multiple of `round_to` nearest to `width` within [low, high]."""
+    """The multiple of `round_to` nearest to `width` within [low, high]; `high` itself from there on."""
+    if width >= high:
+        return high
     return int(min(high, max(low, round(width / round_to) * round_to)))
 
 
@@ -119,14 +121,18 @@ def fill_budget(session: Session, widths: Widths, caps: Mapping[str, int], order
         order: Groups from most to least wanted; by default those that lost the largest share come first.
     """
     widths, steps = dict(widths), steps_of(session.editor, session.goal.round_to)
+    full = session.editor.widths
     open_groups = set(caps)
     while open_groups:
         if order is None:
             name = min(open_groups, key=lambda n: (widths[n] / caps[n], n))
         else:
             name = next(n for n in order if n in open_groups)
-        wider = {**widths, name: widths[name] + steps[name]}
-        if wider[name] <= caps[name] and session.fits(wider):
+        width = widths[name] + steps[name]
+        if widths[name] < caps[name] < width and caps[name] == full[name]:
+            width = caps[name]  # the whole group, whose width may be no multiple
+        wider = {**widths, name: width}
+        if width <= caps[name] and session.fits(wider):
             widths = wider
         else:
             open_groups.discard(name)

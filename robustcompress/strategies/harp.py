@@ -63,6 +63,7 @@ class Harp(ScoreBased):
 
     def check(self, problems: Problems) -> None:
         """How much of each layer is kept is what this learns."""
+        ScoreBased.check(self, problems)
         if self.allocation != "uniform":
             problems.add(f"allocation={self.allocation!r}: harp learns how much of each layer is kept; leave it out")
 

@@ -42,15 +42,12 @@ class Pruning(Strategy):
         problems = Problems(f"{self.name} cannot run")
         ranges = {"pretrain": (0.0, 0.99), "finetune_lr": (1e-9, 10.0), **self.ranges}
         check_numbers(problems, self, ranges)
-        if not isinstance(getattr(self, "diagnose", False), bool):
-            problems.add(f"diagnose={self.diagnose!r}: must be True or False")  # type: ignore[attr-defined]
         for name, kind in (("granularity", Granularity), ("allocation", Allocation), ("residual", Residual)):
             value, choices = getattr(self, name), get_args(kind)
             if value not in choices:
                 problems.add(f"{name}={value!r} does not exist{nearest(str(value), choices)}")
-        search = getattr(self, "search", 0.0)
-        if not problems.items and self.pretrain + search >= 1:
-            problems.add(f"pretrain={self.pretrain!r} and search={search!r} leave no epochs to fine-tune")
+        if self.granularity == "weight" and self.residual == "freeze":
+            problems.add("residual='freeze' keeps channels of residual streams: leave it out with granularity='weight'")
         self.check(problems)
         problems.raise_if_any()
 

@@ -56,6 +56,8 @@ class S2AP(Strategy):
             object.__setattr__(self, "host", _host(self.host))
         except InputError as error:
             problems.add(str(error))
+        if isinstance(self.host, ScoreBased) and not self.host.climbs and self.gamma != 0:
+            problems.add(f"host={self.host.name!r} learns no scores to climb in as it is set up; change it, or gamma=0")
         ranges = {"flips": (SMALLEST, 0.5), "warmup": (0.0, 1.0), "finetune_awp": (0.0, 1.0)}
         check_numbers(problems, self, ranges if self.gamma is None else {"gamma": (0.0, 1.0)} | ranges)
         problems.raise_if_any()

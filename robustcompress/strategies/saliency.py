@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -103,15 +103,13 @@ def noise_like(parameters: Mapping[str, Tensor], generator: torch.Generator) -> 
 
 
 def below(found: Mapping[str, Tensor], before: Mapping[str, Tensor], open_bits: Mapping[str, Tensor]) -> Scores:
-    """The scores found where units are open; elsewhere those of before, brought below the smallest found."""
-    floor = _extreme([found[n][b] for n, b in open_bits.items()], largest=False)
-    most = _extreme([before[n].abs()[~b] for n, b in open_bits.items()], largest=True)
+    """The scores found where units are open; elsewhere those of before, brought below the smallest found.
+
+    Open units for which nothing was found count as much as the least for which something was: still above closed ones.
+    """
+    positive = [found[n][b & (found[n] > 0)] for n, b in open_bits.items()]
+    floor = min((float(values.min()) for values in positive if values.numel()), default=1e-20)
+    closed = [before[n].abs()[~b] for n, b in open_bits.items()]
+    most = max((float(values.max()) for values in closed if values.numel()), default=0.0)
     scale = floor / (2 * most) if most > 0 else 0.0
-    return {n: torch.where(b, found[n], before[n].abs() * scale) for n, b in open_bits.items()}
-
-
-def _extreme(parts: Sequence[Tensor], *, largest: bool) -> float:
-    values = torch.cat([part.flatten() for part in parts])
-    if not len(values):
-        return 0.0
-    return float(values.max() if largest else values.min())
+    return {n: torch.where(b, found[n].clamp_min(floor), before[n].abs() * scale) for n, b in open_bits.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.diagnostics import look_at_search
+from robustcompress.errors import Problems
 from robustcompress.robust.objective import Objective
 from robustcompress.session import Session
 from robustcompress.strategies.pruning import Pruning, cut
@@ -51,6 +52,23 @@ class ScoreBased(Pruning):
         """Share of the epochs that the search takes from the fine-tuning."""
         return self.search
 
+    @property
+    def searches(self) -> bool:
+        """Whether there is anything to learn or to find out; else it is `magnitude`."""
+        return self.search > 0
+
+    @property
+    def climbs(self) -> bool:
+        """Whether scores are learnt by their gradient, so that `S2AP` has something to climb in."""
+        return True
+
+    def check(self, problems: Problems) -> None:
+        """The phases must leave some epochs."""
+        if not isinstance(self.diagnose, bool):
+            problems.add(f"diagnose={self.diagnose!r}: must be True or False")
+        if not problems.items and self.pretrain + self.search >= 1:
+            problems.add(f"pretrain={self.pretrain!r} and search={self.search!r} leave no epochs to fine-tune")
+
     def run(self, session: Session) -> None:
         """As `run_with`, with nothing added."""
         self.run_with(session)
@@ -65,10 +83,10 @@ class ScoreBased(Pruning):
             ascent: Gives the ascent under which scores are learnt; None for none.
             finetune_awp: Radius of adversarial weight perturbation in the fine-tuning; None for the recipe's.
         """
-        if (self.splits_objective or self.diagnose) and self.search:
-            session.goal.objective.require_parts()
+        if (self.splits_objective or self.diagnose) and self.searches:
+            session.goal.objective.require_parts(self.name)
         spent, units = self.begin(session), self.units(session)
-        found = self.learn(session, units, ascent) if self.search else None
+        found = self.learn(session, units, ascent) if self.searches else None
         share = 1 - spent - self.search_share
         with cut(session, units, lambda: found or Choice(units.magnitudes())):
             session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True, awp=finetune_awp)

@@ -76,6 +76,7 @@ class TangentDistance(Objective):
             outputs = self._dense(x[:1]).shape[1]
         self._direction = draw_direction(outputs, device=x.device, generator=generator)
         x_adv = self._attack.attack(self._dense, x[:n], y[:n], threat, generator=generator)
+        self._sums.append(torch.zeros(2, device=x.device))
         return torch.cat([x_adv, x[n:]])
 
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
@@ -96,7 +97,7 @@ class TangentDistance(Objective):
         with torch.no_grad():
             dense = tangent_kernel(self._dense, clean, attacked, self._direction, there)
         kernel = relative_square(tangent_kernel(model, clean, attacked, self._direction, here), dense)
-        self._sums.append(torch.stack([apart.detach(), kernel.detach()]))
+        self._sums[-1] = torch.stack([apart.detach(), kernel.detach()])  # of a step's passes the last: above an ascent
         return ObjectiveStep(apart + self._weight * kernel, logits.detach(), x_adv, logits.detach())
 
     def read(self) -> dict[str, float]:

@@ -111,7 +111,8 @@ class Channels(Units):
 
     def first_scores(self, magnitudes: Mapping[str, Tensor]) -> Scores:
         """The fan is taken as one, as in HARP's released code."""
-        return {name: (6**0.5 * values / values.max()).float() for name, values in magnitudes.items()}
+        most = {name: values.max().clamp_min(1e-20) for name, values in magnitudes.items()}
+        return {name: (6**0.5 * values / most[name]).float() for name, values in magnitudes.items()}
 
     def pace(self, first: Tensor) -> float:
         """One: all groups' scores begin in [0, 2.45]."""
@@ -207,7 +208,8 @@ class Weights(Units):
 
     def pace(self, first: Tensor) -> float:
         """Five times their root mean square: the largest of many weights says little about where the others lie."""
-        return PACE * float(first.square().mean().sqrt())
+        spread = float(first.square().mean().sqrt())
+        return PACE * (spread or float(first[0].numel()) ** -0.5)  # a layer of zeros must be able to move too
 
     def counts(self, scores: Mapping[str, Tensor]) -> Counts:
         """How many weights of each layer are kept; together no more than the budget's density allows."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from robustcompress.errors import Problems
+from robustcompress.errors import InputError, Problems
 from robustcompress.structure.groups import Axis, Segment
 
 
@@ -77,7 +77,16 @@ def teach_attention(module_type: type[nn.Module], kind: AttentionKind) -> None:
         module_type: The class of the attention module.
         kind: How it holds its heads. Its `forward` must take the number of heads from the weights or from the
             attributes named here; otherwise the proof fails, and the group says why it cannot be edited.
+
+    Raises:
+        InputError: Not a class of modules, or not a kind.
     """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise InputError(
+            f"module_type={module_type!r}: give the class of the attention module, not its name or one of it"
+        )
+    if not isinstance(kind, AttentionKind):
+        raise InputError(f"kind={kind!r}: give an AttentionKind")
     _TAUGHT[module_type] = kind
 
 
@@ -87,10 +96,26 @@ def kind_of_attention(module: nn.Module) -> AttentionKind:
 
 
 def find_heads(model: nn.Module) -> Iterator[Heads]:
-    """Every attention module of a network that fits its kind, in the model's order."""
+    """Every attention module of a network that fits its kind, in the model's order.
+
+    Raises:
+        InputError: A module whose type was taught a kind has other layers than it names.
+    """
     for name, module in model.named_modules():
+        if any(base in _TAUGHT for base in type(module).__mro__):
+            _check_taught(name, module)
         if (found := _heads(name, module)) is not None:
             yield found
+
+
+def _check_taught(name: str, module: nn.Module) -> None:
+    kind, problems = kind_of_attention(module), Problems(f"{name} does not fit the attention kind of its type")
+    for layer in (*(writer for writer, _ in kind.writers), kind.reader):
+        if not isinstance(getattr(module, layer, None), nn.Linear):
+            problems.add(f"it has no linear layer {layer!r}")
+    if not isinstance(getattr(module, kind.head_dim, None), int):
+        problems.add(f"it has no whole number {kind.head_dim!r}")
+    problems.raise_if_any()
 
 
 def _heads(name: str, module: nn.Module) -> Heads | None:

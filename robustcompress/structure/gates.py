@@ -15,7 +15,7 @@ from robustcompress.structure.masks import MaskRule, ScoreMasks, largest_entries
 
 
 def top_channels(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Int64 `[k]`: the channels with the largest magnitudes, ascending; ties go to the lower channel number."""
+    """Int64 `[k]`: the channels with the largest magnitudes, ascending; see `largest_entries` for ties."""
     return largest_entries(scores, k).nonzero().flatten()
 
 

@@ -30,7 +30,11 @@ def straight_through(scores: Tensor, bits: Tensor) -> Tensor:
 
 
 def largest_entries(scores: Tensor, k: int) -> Tensor:
-    """Boolean mask of the `k` largest magnitudes, any shape; ties go to the entries that come first."""
+    """Boolean mask of the `k` largest magnitudes, any shape; of entries that tie, ones spread evenly are kept.
+
+    A layer that begins with zeros (a classifier, often) has nothing but ties, and its first rows alone would be of no
+    use.
+    """
     values = scores.detach().abs().flatten()
     if k >= len(values):
         return torch.ones_like(scores, dtype=torch.bool)
@@ -39,7 +43,8 @@ def largest_entries(scores: Tensor, k: int) -> Tensor:
     threshold = values.kthvalue(len(values) - k + 1).values
     bits = values > threshold
     ties = (values == threshold).nonzero().flatten()
-    bits[ties[: k - int(bits.sum())]] = True
+    wanted = k - int(bits.sum())
+    bits[ties[torch.arange(wanted, device=ties.device) * len(ties) // wanted]] = True
     return bits.view(scores.shape)
 
 

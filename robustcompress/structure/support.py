@@ -13,7 +13,9 @@ from robustcompress.errors import Problems, UnsupportedModelError
 from robustcompress.structure.kinds import kind_of
 
 _UNSUPPORTED: dict[type, str] = {
-    nn.MultiheadAttention: "torch's attention asserts its number of heads; call open_attention(model) first",
+    nn.MultiheadAttention: (
+        "torch's attention asserts its number of heads; call robustcompress.models.open_attention(model) first"
+    ),
     nn.GroupNorm: "group norm mixes the channels it normalises and cannot be edited yet; use BatchNorm2d",
     nn.LocalResponseNorm: "local response norm mixes neighbouring channels and cannot be edited",
     nn.RNNBase: "recurrent layers cannot be edited",

@@ -270,12 +270,14 @@ def test_the_saliency_of_a_linear_network_is_known(seed: int) -> None:
 def test_closed_units_rank_below_all_open_ones_in_their_order(seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     found = {n: torch.rand(size, generator=generator) for n, size in (("a", 5), ("b", 9))}
+    found["b"][torch.rand(9, generator=generator) < 0.3] = 0.0  # units in which nothing was found
     before = {n: torch.rand(t.shape, generator=generator) for n, t in found.items()}
     bits = drawn(found, seed, share=share)
     scores = saliency.below(found, before, bits)
     smallest = min(float(scores[n][b].min()) for n, b in bits.items())
     for name, b in bits.items():
-        assert torch.equal(scores[name][b], found[name][b])
+        positive = b & (found[name] > 0)
+        assert torch.equal(scores[name][positive], found[name][positive])
         assert bool((scores[name][~b] < smallest).all())
         assert torch.equal(scores[name][~b].argsort(), before[name][~b].argsort())
 
@@ -378,3 +380,39 @@ def test_bad_options_are_named_all_at_once(wrong: dict[str, Any]) -> None:
     assert said.count("awt cannot run") == 1
     assert all(f"{name}={value!r}" in said for name, value in wrong.items())
     assert said.count("\n  - ") == (len(wrong) if len(wrong) > 1 else 0)
+
+
+def test_without_epochs_for_a_search_the_rounds_still_look() -> None:
+    session = make_session(build("chain"), epochs=1.0)
+    rc.AWT(estimator="ntk-sap", search=0.0, rounds=3).run(session)
+    assert any(r.get("event") == "tangent" for r in session.history)
+    plain = make_session(build("chain"), epochs=1.0)
+    rc.AWT(search=0.0).run(plain)
+    assert not any(r.get("event") == "tangent" for r in plain.history), "nothing was searched: it is magnitude"
+
+
+def test_a_network_that_says_the_same_of_all_images_is_refused() -> None:
+    model = build("chain")
+    torch.nn.init.zeros_(model.fc.weight)
+    with pytest.raises(rc.InputError, match="gives all images the same logits"):
+        rc.AWT().run(make_session(model))
+
+
+def test_its_records_call_nothing_robust_and_are_of_one_point() -> None:
+    ends = {}
+    for name, strategy in (("awt", rc.AWT(search=0.5)), ("s2ap", rc.S2AP(host=rc.AWT(search=0.5), warmup=0.0))):
+        session = make_session(build("chain"), epochs=4.0)
+        strategy.run(session)
+        ends[name] = [r for r in session.history if r["phase"] == "search" and "epoch" in r]
+        assert len(ends[name]) == 2 and not any("robust" in r for r in ends[name])
+    for record in ends["s2ap"]:  # where the loss was found, its two parts were too
+        parts = record["output_distance"] ** 2 + record["kernel_distance"] ** 2
+        assert parts == pytest.approx(record["loss_after"], rel=1e-3)
+
+
+def test_rounds_leave_nothing_to_climb_in() -> None:
+    with pytest.raises(rc.InputError, match="host='awt' learns no scores to climb in"):
+        rc.S2AP(host=rc.AWT(estimator="ntk-sap"))
+    rc.S2AP(host=rc.AWT(estimator="ntk-sap"), gamma=0.0)
+    with pytest.raises(rc.InputError, match="diagnose=True"):
+        rc.AWT(estimator="ntk-sap", diagnose=True)

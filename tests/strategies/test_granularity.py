@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import pytest
 from onnx import numpy_helper
+from torch import nn
 
 import robustcompress as rc
 from robustcompress.robust.objectives import PGDAT
@@ -184,3 +185,23 @@ def test_bad_options_are_named_with_the_nearest(name: str) -> None:
     assert "residual='frozen' does not exist" in str(caught.value)
     assert json.loads(json.dumps(strategy(name).to_json()))["granularity"] == "weight"
     assert strategy(name).granularity == "weight"
+
+
+def test_options_that_say_nothing_for_single_weights_are_refused() -> None:
+    with pytest.raises(rc.InputError, match="residual='freeze'"):
+        rc.Magnitude(granularity="weight", residual="freeze")
+    with pytest.raises(rc.InputError, match="round_to=8 is for widths"):
+        compress("chain", strategy("magnitude"), round_to=8)
+
+
+def test_a_layer_that_forward_never_uses_is_no_reason_to_refuse_an_export(tmp_path: Path) -> None:
+    class Spare(NETS["chain"]):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.aux = nn.Linear(16, 4)
+
+    result = rc.compress(
+        Spare(), strategy("magnitude"), budget=TENTH, data=small_data(), epochs=1.0, attacks=(), progress=False
+    )
+    report = rc.export_onnx(result, tmp_path / "spare.onnx")
+    assert 0.8 < report.zeros < 0.95 and report.parity

@@ -13,7 +13,7 @@ import robustcompress as rc
 from robustcompress.session import Session
 from robustcompress.strategies.units import Channels, Choice, Weights, at_least_one, granular, shares
 from robustcompress.structure.weights import count_weights
-from tests.strategies.nets import build, make_session
+from tests.strategies.nets import build, make_session, small_data
 
 sizes = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 500), min_size=1, max_size=8)
 
@@ -122,3 +122,47 @@ def test_heads_go_one_by_one_whatever_widths_are_rounded_to() -> None:
         assert heads and run.fits(counts)
         assert any(counts[name] % 8 for name in heads) and all(counts[name] >= 1 for name in heads)
         assert all(width % 8 == 0 for name, width in counts.items() if name not in heads)
+
+
+@pytest.mark.parametrize(("net", "round_to"), [("residual", 8)])
+def test_a_width_that_is_no_multiple_can_be_kept_whole(net: str, round_to: int) -> None:
+    run = session(net, rc.Budget(macs=0.99), round_to=round_to)
+    counts = Channels(run, allocation="uniform", residual="coupled").counts({})
+    full = {g.name: g.width for g in run.editor.editable}
+    odd = [name for name, width in full.items() if width % round_to]
+    assert odd and any(counts[name] == full[name] for name in odd)
+    assert all(counts[name] % round_to == 0 or counts[name] == full[name] for name in counts)
+    used = run.cost_model.predict(counts)[0] / run.limits[0]
+    assert 0.9 < used <= 1, "what is left is less than a step of any group"
+
+
+def test_a_layer_of_zeros_can_be_searched_and_cut() -> None:
+    model = build("chain")
+    torch.nn.init.zeros_(model.fc.weight)
+    run = make_session(model, budget=rc.Budget(density=0.2), epochs=3.0)
+    rc.Hydra(granularity="weight", pretrain=0.0, search=0.5, score_lr=0.1).run(run)
+    run.settle()
+    assert run.model.fc.weight.count_nonzero() > 5
+    assert sum(bool(row.any()) for row in run.model.fc.weight) >= 5, "many classes have some"
+    flat = make_session(model, budget=rc.Budget(macs=0.5), epochs=1.0)
+    rc.Harp(pretrain=0.0).run(flat)
+    assert flat.fits(flat.editor.widths)
+
+
+@pytest.mark.parametrize("net", ["chain", "residual", "joined", "imported"])
+def test_the_density_that_is_advised_is_enough(net: str) -> None:
+    def run(density: float) -> None:
+        rc.compress(
+            build(net),
+            rc.Magnitude(granularity="weight"),
+            budget=rc.Budget(density=density),
+            data=small_data(),
+            epochs=0.1,
+            objective="natural",
+            attacks=(),
+            progress=False,
+        )
+
+    with pytest.raises(rc.BudgetError, match="give at least") as caught:
+        run(1e-5)
+    run(float(str(caught.value).rsplit(" ", 1)[1]))
