@@ -87,7 +87,11 @@ def threads(count: int) -> Iterator[None]:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = 1
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time functions turn by turn, each round beginning with another one, so that drift and load hit all alike.
 
@@ -99,10 +103,10 @@ def interleaved(
     for number in range(-warm_up, rounds):
         for offset in range(len(names)):
             name = names[(number + offset) % len(names)]
-            start = time.perf_counter()
+            start = clock()
             functions[name]()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
