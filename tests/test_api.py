@@ -360,7 +360,7 @@ def test_settings_say_how_it_came_about() -> None:
 
 @pytest.mark.parametrize(("width", "step"), [(4, 1), (16, 2), (31, 2), (32, 4), (64, 8), (512, 8)])
 def test_widths_are_rounded_by_default_to_what_the_narrowest_group_bears(width: int, step: int) -> None:
-    from robustcompress.api import default_rounding
+    from robustcompress.reach import default_rounding
 
     model = nn.Sequential(
         nn.Conv2d(3, width, 3),

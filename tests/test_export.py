@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,8 +229,11 @@ def test_report_reads_well(exported: tuple[nn.Module, ExportReport]) -> None:
     data = json.loads(json.dumps(report.to_json()))
     assert data["opset"] == 20 and data["bytes"] == report.bytes and data["path"] == str(report.path)
     assert data["parity"][0]["relative_diff"] == report.parity[0].max_abs_diff / report.parity[0].scale
-    bare = ExportReport(path=Path("x.onnx"), bytes=2_500_000, opset=20, batch="dynamic", parity=(), metadata={})
-    assert "2.50 MB" in str(bare) and "not verified" in str(bare)
+    settings: dict[str, Any] = {"opset": 20, "batch": "dynamic", "parity": (), "metadata": {}}
+    bare = ExportReport(path=Path("x.onnx"), bytes=2_500_000, compressed_bytes=2_300_000, zeros=0.0, **settings)
+    assert "2.50 MB" in str(bare) and "not verified" in str(bare) and "zeros" not in str(bare)
+    sparse = ExportReport(path=Path("x.onnx"), bytes=2_500_000, compressed_bytes=400_000, zeros=0.9, **settings)
+    assert "90.0 % of the weights are zeros: 400.0 kB compressed" in str(sparse)
 
 
 # The scripts

@@ -25,7 +25,7 @@ LAYERS = [
     {"strategies", "result"},
     {"export", "plots", "stability"},
     {"search_plot"},
-    {"resolve", "calibration"},
+    {"resolve", "calibration", "reach"},
     {"api"},
     {"recipe"},
     {"quickstart"},

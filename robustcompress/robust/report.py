@@ -93,7 +93,7 @@ class AttackResult:
         """
         try:
             result = cls(
-                name=str(data["name"]),
+                name=_text(data["name"]),
                 correct=unpack_flags(data["correct"]),
                 seconds=float(data["seconds"]),
                 max_perturbation=float(data["max_perturbation"]),
@@ -110,6 +110,12 @@ class AttackResult:
                 "the file was changed, evaluate again"
             )
         return result
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -215,8 +221,9 @@ class RobustReport:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ResultError(f"this is not a robust report: {error!r}") from error
-        if not report.attacks or len(report.indices) != report.n:
-            raise ResultError("this robust report is incomplete: it lacks results or indices")
+        named = [result.name for result in report.attacks]
+        if "clean" not in named or len(set(named)) != len(named) or len(report.indices) != report.n:
+            raise ResultError("this robust report is incomplete: it lacks results or indices, or names one twice")
         return report
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:

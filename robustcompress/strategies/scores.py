@@ -84,7 +84,7 @@ class ScoreBased(Pruning):
             finetune_awp: Radius of adversarial weight perturbation in the fine-tuning; None for the recipe's.
         """
         if (self.splits_objective or self.diagnose) and self.searches:
-            session.goal.objective.require_parts(self.name)
+            session.goal.objective.require_parts(self.name if self.splits_objective else "diagnose")
         spent, units = self.begin(session), self.units(session)
         found = self.learn(session, units, ascent) if self.searches else None
         share = 1 - spent - self.search_share

@@ -97,7 +97,8 @@ class TangentDistance(Objective):
         with torch.no_grad():
             dense = tangent_kernel(self._dense, clean, attacked, self._direction, there)
         kernel = relative_square(tangent_kernel(model, clean, attacked, self._direction, here), dense)
-        self._sums[-1] = torch.stack([apart.detach(), kernel.detach()])  # of a step's passes the last: above an ascent
+        # Of a step's passes the last: above an ascent, where there is one.
+        self._sums[-1:] = [torch.stack([apart.detach(), kernel.detach()])]
         return ObjectiveStep(apart + self._weight * kernel, logits.detach(), x_adv, logits.detach())
 
     def read(self) -> dict[str, float]:

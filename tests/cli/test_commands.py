@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_help_holds_an_example_and_the_exit_codes(run: Run, command: str | None)
 def test_the_examples_of_help_are_accepted(command: object, monkeypatch: pytest.MonkeyPatch) -> None:
     from robustcompress.cli import build_parser
 
-    lines = [line.split("#")[0].split() for line in command.EXAMPLES.splitlines()[1:]]  # type: ignore[attr-defined]
+    lines = [shlex.split(line, comments=True) for line in command.EXAMPLES.splitlines()[1:]]  # type: ignore[attr-defined]
     assert lines
     for line in lines:
         assert line[0] == "robustcompress"

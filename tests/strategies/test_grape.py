@@ -256,6 +256,7 @@ class Purse:
     def __init__(self, limits: tuple[float, float], round_to: int) -> None:
         self.limits, self.cost_model, self.latency = limits, NET.cost_model, None
         self.goal = type("Goal", (), {"round_to": round_to})()
+        self.editor = NET.editor
 
     def fits(self, widths: dict[str, int]) -> bool:
         macs, params = self.cost_model.predict(widths)
