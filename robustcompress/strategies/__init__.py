@@ -57,7 +57,8 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     problems = Problems(f"strategy {strategy!r} cannot be made")
     for name in options:
         if name not in known:
-            problems.add(f"option {name!r} does not exist{nearest(name, known)}")
+            inside = "; options of its host go into host={'name': ..., ...}" if "host" in known else ""
+            problems.add(f"option {name!r} does not exist{nearest(name, known)}{inside}")
     problems.raise_if_any()
     return kind(**options)
 
