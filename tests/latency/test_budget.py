@@ -119,6 +119,13 @@ def test_a_limit_that_cannot_be_reached_says_what_can(capfd: pytest.CaptureFixtu
         rc.Budget(max_latency_ms=-1)
 
 
+def test_a_limit_that_frozen_residual_streams_cannot_meet_is_refused_before_any_training() -> None:
+    limit = rc.Budget(latency=0.15)
+    assert compress("resnet8", rc.Magnitude(), budget=limit).meets_budget
+    with pytest.raises(rc.BudgetError, match=r"latency of .* ms cannot be reached"):
+        compress("resnet8", rc.Magnitude(residual="freeze"), budget=limit)
+
+
 def test_widths_that_are_given_and_too_slow_are_refused_before_training() -> None:
     editor = rc.StructuralEditor(build("residual"), EXAMPLE)
     widths = {group.name: group.width for group in editor.editable}

@@ -136,6 +136,18 @@ def test_removing_a_head_takes_its_rows_of_queries_keys_and_values_and_its_colum
     assert torch.equal(module.proj.weight.view(DIM, 2, HEAD_DIM), proj[:, [3, 0]])
 
 
+def test_what_is_taught_and_does_not_fit_is_said(taught: None) -> None:
+    teach_attention(Apart, AttentionKind(writers=(("qery", 1), ("key", 1), ("value", 1)), reader="out", head_dim="dim"))
+    with pytest.raises(InputError) as caught:
+        editor_of(Apart())
+    assert "no linear layer 'qery'" in str(caught.value) and "no whole number 'dim'" in str(caught.value)
+    for wrong in ("Apart", Apart()):
+        with pytest.raises(InputError, match="give the class of the attention module"):
+            teach_attention(wrong, AttentionKind())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="give an AttentionKind"):
+        teach_attention(Apart, "fused")  # type: ignore[arg-type]
+
+
 def test_layers_under_other_names_are_taught(taught: None) -> None:
     frozen = editor_of(Apart())
     assert not any(g.kind == "heads" or ("attn" in g.name and g.editable) for g in frozen.groups.values())
