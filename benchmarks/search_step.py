@@ -30,7 +30,6 @@ from benchmarks.common import (
     interleaved,
     make_parser,
     out_path,
-    positive,
     provenance,
     record,
     summary,
@@ -38,13 +37,14 @@ from benchmarks.common import (
     threads,
     write_json,
 )
-from benchmarks.training_step import THREAT, random_images
-from robustcompress import Budget, Recipe, build_model, load_data, measure
+from benchmarks.training_step import THREAT, add_step_arguments, build, measure_macs, random_images
+from robustcompress import Budget, Recipe, load_data, measure
 from robustcompress.goal import Goal
 from robustcompress.robust import PGDAT
 from robustcompress.session import Session
 from robustcompress.strategies.base import Granularity
 from robustcompress.strategies.harp import LearnedTopK, Price, PricedObjective, Rates
+from robustcompress.strategies.scores import norm_parameters
 from robustcompress.strategies.units import granular
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.masks import ScoreMasks, TopK
@@ -90,7 +90,7 @@ def compare(
 ) -> dict[str, Any]:
     """Time the four kinds of step on one network."""
     torch.manual_seed(seed)
-    model, _ = build_model(name)
+    model = build(name)
     images = random_images(batch_size, seed)
     x, y = images.as_float(), images.labels
     with contextlib.ExitStack() as stack:
@@ -103,7 +103,7 @@ def compare(
     return {
         "model": name,
         "granularity": granularity,
-        "macs": measure(model, torch.zeros(1, 3, 32, 32)).macs,
+        "macs": measure_macs(model),
         "batch_size": batch_size,
         "attack_steps": attack_steps,
         "times": {kind: summary(values) for kind, values in times.items()},
@@ -148,7 +148,7 @@ def _searching(session: Session, granularity: Granularity, x: Tensor, y: Tensor,
         rates = Rates(session, units, floor=0.1)
         rule, extra = LearnedTopK(rates), rates.parameters()
         objective = PricedObjective(Price(objective, rates, weight=0.1, steps=100))
-    norms = [p for m in session.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+    norms = norm_parameters(session.model)
     with units.gates(first, rule) as gates, frozen_but(session.model, [*gates.parameters(), *norms]):
         optimizer = torch.optim.Adam([*gates.parameters(), *norms, *extra], lr=0.001)
         ascent = _ascent(gates) if kind == "s2ap" else None
@@ -197,11 +197,7 @@ def markdown(value: Mapping[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(MODULE, __doc__, example="python -m benchmarks.search_step --models resnet8 --steps 20")
     add_out(parser, MODULE)
-    add = parser.add_argument
-    add("--models", nargs="+", default=list(MODELS), metavar="NAME", help="built-in networks (default: %(default)s)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images a step (default: %(default)s)")
-    add("--attack-steps", type=positive, default=10, metavar="K", help="of PGD (default: %(default)s)")
-    add("--steps", type=positive, default=15, metavar="N", help="steps of each kind (default: %(default)s)")
+    add_step_arguments(parser, models=MODELS, batch_size=64, steps=15)
     return parser
 
 

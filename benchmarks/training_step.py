@@ -85,9 +85,7 @@ def compare(
 ) -> dict[str, Any]:
     """Time the three loops on one network, "factory" or "factory@width"."""
     torch.manual_seed(seed)
-    factory, _, width = name.partition("@")
-    options: dict[str, Any] = {"width": float(width)} if width else {}
-    model, _ = build_model(factory, **options)
+    model = build(name)
     bare = BareStep(copy.deepcopy(model).to(memory_format=torch.channels_last), attack_steps, batch_size, seed)
     public = PublicStep(copy.deepcopy(model), attack_steps, batch_size, seed)
     ours = model.to(memory_format=torch.channels_last)
@@ -268,16 +266,27 @@ def markdown(value: Mapping[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{provenance(value)}"
 
 
+def add_step_arguments(parser: argparse.ArgumentParser, *, models: Sequence[str], batch_size: int, steps: int) -> None:
+    """Add what says which steps are timed, with these defaults."""
+    add = parser.add_argument
+    add("--models", nargs="+", default=list(models), help="factory or factory@width (default: %(default)s)")
+    add("--batch-size", type=positive, default=batch_size, help="images a step (default: %(default)s)")
+    add("--attack-steps", type=positive, default=10, help="PGD steps (default: %(default)s)")
+    add("--steps", type=positive, default=steps, help="steps timed of each kind (default: %(default)s)")
+
+
+def build(name: str) -> nn.Module:
+    """A network by "factory" or "factory@width"."""
+    factory, _, width = name.partition("@")
+    options: dict[str, Any] = {"width": float(width)} if width else {}
+    return build_model(factory, **options)[0]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(MODULE, __doc__, example="python -m benchmarks.training_step --models resnet8 --steps 20")
     add_out(parser, MODULE)
-    parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), help="factory or factory@width (default: %(default)s)"
-    )
-    parser.add_argument("--batch-size", type=positive, default=128, help="images a step (default: %(default)s)")
-    parser.add_argument("--attack-steps", type=positive, default=10, help="PGD steps (default: %(default)s)")
+    add_step_arguments(parser, models=MODELS, batch_size=128, steps=20)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall or processor time (default: wall)")
-    parser.add_argument("--steps", type=positive, default=20, help="steps timed of each loop (default: %(default)s)")
     return parser
 
 

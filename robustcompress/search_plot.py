@@ -90,9 +90,10 @@ def _distance(axes: Any, searches: Searches, colours: Mapping[str, str]) -> None
 
 
 def _curvature(axes: Any, searches: Searches, colours: Mapping[str, str]) -> None:
-    values = [record["top_eigenvalue"] for records in searches.values() for record in records if _has(record)]
+    key = "top_eigenvalue"
+    values = [record[key] for records in searches.values() for record in records if key in record]
     for name, records in searches.items():
-        _line(axes, records, "top_eigenvalue", colours[name])
+        _line(axes, records, key, colours[name])
     if min(values) > 0:
         axes.set_yscale("log")
         if max(values) < 10 * min(values):
@@ -100,10 +101,6 @@ def _curvature(axes: Any, searches: Searches, colours: Mapping[str, str]) -> Non
     else:
         axes.set_yscale("symlog", linthresh=max(1e-12, max(abs(value) for value in values) / 100))
     _finish(axes, searches, "Curvature of the robust loss in the gates", "largest eigenvalue")
-
-
-def _has(record: Mapping[str, Any]) -> bool:
-    return "top_eigenvalue" in record
 
 
 def _plain_ticks(axes: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.budget import Cost, CostModel, measure
 from robustcompress.checkpoint import Journal, State, Stateful
@@ -21,6 +21,7 @@ from robustcompress.robust.objective import Objective
 from robustcompress.robust.probe import accuracies
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
+    STATISTICS_BATCHES,
     Ascent,
     CompiledNetwork,
     Progress,
@@ -29,6 +30,7 @@ from robustcompress.train import (
     augmentation,
     averaged,
     computes_in_bf16,
+    estimate_statistics,
     frozen_but,
     make_optimizer,
     phase_steps,
@@ -321,11 +323,9 @@ class Session:
         modules: dict[str, nn.Module] = {"model": self.model}
         if self._ema is not None:
             modules["average"] = self._ema
-        optimizers = {"phase": optimizer}
-        if self._optimizer is not None:
-            optimizers["optimizer"] = self._optimizer
-            if optimizer is self._optimizer:
-                del optimizers["phase"]
+        optimizers = {} if self._optimizer is None else {"optimizer": self._optimizer}
+        if optimizer is not self._optimizer:
+            optimizers["phase"] = optimizer
         return State(
             modules=modules,
             optimizers=optimizers,
@@ -341,15 +341,14 @@ class Session:
             device=self._device,
         )
 
-    def recalibrate(self, *, batches: int = 20) -> None:
+    def recalibrate(self, *, batches: int = STATISTICS_BATCHES) -> None:
         """Re-estimate batch-norm statistics on clean training images: a cut leaves those of the layers behind it wrong.
 
         Args:
             batches: How many batches to average over.
         """
-        if self.replaying:
-            return
-        update_bn((x for _, (x, _) in zip(range(batches), self._batches, strict=False)), self.model)
+        if not self.replaying:
+            estimate_statistics(self.model, self._batches, count=batches)
 
     def settle(self) -> None:
         """Give the network its averaged weights, and forget optimizer and average."""

@@ -82,6 +82,9 @@ def stability(results: Mapping[str, CompressResult], *, reference: nn.Module | N
     """
     if len(results) < 2:
         raise InputError(f"{len(results)} results have no distance: give at least two")
+    for name, result in results.items():
+        if not isinstance(result, CompressResult):
+            raise InputError(f"{name} is a {type(result).__name__}: give what compress() returned or load() read")
     masks = _masks(results, reference)
     names = tuple(masks)
     total = sum(bits.numel() for bits in next(iter(masks.values())).values())
@@ -106,8 +109,9 @@ def _by_chance(a: Masks, b: Masks) -> float:
 
 def _masks(results: Mapping[str, CompressResult], reference: nn.Module | None) -> dict[str, Masks]:
     first_name, first = next(iter(results.items()))
+    began = {name: _began(result) for name, result in results.items()} if reference is None else {}
     for name, result in results.items():
-        if reference is None and _began(result) != _began(first):
+        if began and began[name] != began[first_name]:
             theirs, ours = (r.spec.to_json() if r.spec is not None else "a model of one's own" for r in (result, first))
             raise InputError(f"{name} began with {theirs}, {first_name} with {ours}: masks need the same reference")
         if ("density" in result.budget) != ("density" in first.budget):

@@ -8,22 +8,18 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 from robustcompress.data import Batches
 from robustcompress.diagnostics.curvature import top_eigenvalue
 from robustcompress.diagnostics.loss import attacked_loss
 from robustcompress.diagnostics.sharpness import sharpness
-from robustcompress.robust.attacks import kept_buffers
+from robustcompress.robust.attacks import kept_buffers, kept_modes
 from robustcompress.session import Session
 from robustcompress.structure.masks import ScoreMasks
-from robustcompress.train import augmentation
+from robustcompress.train import augmentation, estimate_statistics
 
 IMAGES = 128
 """Training images that curvature and sharpness are measured on: the same in every run over the same data."""
-
-BATCHES = 20
-"""Batches of clean training images that the statistics of batch norms are re-estimated on, as before a cut."""
 
 FLIPS = 0.01
 """Share of the mask bits that the ball of the sharpness flips, whatever radius a search itself uses."""
@@ -63,8 +59,7 @@ def look_at_search(session: Session, gates: ScoreMasks) -> dict[str, float]:
     )
     # What draws from torch's own generators (dropout in train mode) must not move them.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), kept_buffers(model):
-        with _kept_modes(model):
-            update_bn((x for _, (x, _) in zip(range(BATCHES), batches, strict=False)), model)
+        estimate_statistics(model, batches)
         loss = attacked_loss(model, x, y, goal.objective, goal.threat, generator=noise)
         with _batch_statistics(model):
             top = top_eigenvalue(gates, loss, generator=torch.Generator().manual_seed(0))
@@ -77,20 +72,9 @@ def look_at_search(session: Session, gates: ScoreMasks) -> dict[str, float]:
 
 
 @contextmanager
-def _kept_modes(model: nn.Module) -> Iterator[None]:
-    """Give each module its own training flag back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Eval mode, but for batch norms."""
-    with _kept_modes(model):
+    with kept_modes(model):
         for module in model.modules():
             module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
         yield

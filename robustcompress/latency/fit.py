@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from robustcompress.latency.model import LatencyModel, Side, Term
+from robustcompress.robust.attacks import eval_mode
 from robustcompress.structure import StructuralEditor
 
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -73,20 +74,17 @@ def layers_of(editor: StructuralEditor, example: torch.Tensor) -> list[Layer]:
 
 def _output_shapes(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Size]:
     seen: dict[str, torch.Size] = {}
-    training = {module: module.training for module in model.modules()}
     handles = [
         module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output.shape}))
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
     ]
     try:
-        with torch.no_grad():
-            model.eval()(image)
+        with eval_mode(model), torch.no_grad():
+            model(image)
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in training.items():
-            module.training = flag
     return seen
 
 
@@ -102,7 +100,8 @@ def fit(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]], ms: Sequen
         ms: The median milliseconds of each.
     """
     full, times = dict(widths[0]), np.asarray(ms, dtype=np.float64)
-    columns, prior = _columns(layers, widths), _prior(layers, widths, times)
+    columns = _columns(layers, widths)
+    prior = _prior(layers, columns, times)
     errors = [_held_out(columns, times, prior, ridge) for ridge in RIDGES]
     error = min(errors)
     # The weakest pull of several alike; a difference within rounding is none.
@@ -146,10 +145,9 @@ def _columns(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]]) -> Ar
     return np.stack(columns, axis=1)
 
 
-def _prior(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]], times: Array) -> Array:
+def _prior(layers: Sequence[Layer], columns: Array, times: Array) -> Array:
     """Coefficients if all multiply-adds cost the same and nothing else costs anything but a constant."""
-    columns, families = _columns(layers, widths), _families(layers)
-    macs = np.array([sum(layer.macs for layer in members) for members in families.values()])
+    macs = np.array([sum(layer.macs for layer in members) for members in _families(layers).values()])
     share = macs / macs.sum()
     both = np.stack([np.ones(len(times)), columns[:, 1::2] @ share], axis=1)
     constant, slope = nonnegative(both / times[:, None], np.ones(len(times)))

@@ -155,15 +155,22 @@ def losses(logits: Tensor, y: Tensor, *, loss: AttackLoss = "ce", clean_logits: 
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode, and give each of its modules back its own flag afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Give each module of a model its own training flag back afterwards, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode, and give each of its modules back its own flag afterwards."""
+    with kept_modes(model):
+        model.eval()
+        yield
 
 
 @contextmanager

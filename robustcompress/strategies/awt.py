@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import nn
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.session import Session
 from robustcompress.strategies.saliency import prune_in_rounds
-from robustcompress.strategies.scores import NORMS, MakeAscent, ScoreBased, search
+from robustcompress.strategies.scores import MakeAscent, ScoreBased, norm_parameters, search
 from robustcompress.strategies.tickets import TangentDistance, compare_tickets, tell
 from robustcompress.strategies.units import Channels, Choice, Scores, Weights
 from robustcompress.structure.masks import ScoreMasks
+from robustcompress.train import frozen
 
 Estimator = Literal["kernel", "ntk-sap"]
 
@@ -119,8 +118,7 @@ class AWT(ScoreBased):
             found = self._learn(session, units, ascent)
         else:
             found = units.remember("scores", lambda: prune_in_rounds(session, units, rounds=self.rounds))
-            if isinstance(units, Weights):
-                session.forget("scores")
+            units.forget("scores")
         compare = lambda: compare_tickets(session, units, found, samples=self.samples)  # noqa: E731
         tell(session, session.decide("tangent distances", compare))
         return Choice(found)
@@ -136,7 +134,8 @@ class AWT(ScoreBased):
             del record["robust"]  # its images are clean ones
             record |= objective.read()
 
-        with held(session.model):
+        # A ticket at the initialisation has all of its initial values: batch-norm affines rest too.
+        with frozen(norm_parameters(session.model)):
             found = search(
                 self,
                 session,
@@ -150,26 +149,15 @@ class AWT(ScoreBased):
         return found
 
 
-@contextlib.contextmanager
-def held(model: nn.Module) -> Iterator[None]:
-    """Keep batch-norm affines from training: a ticket at initialisation has all of its initial values."""
-    norms = [p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters() if p.requires_grad]
-    for parameter in norms:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in norms:
-            parameter.requires_grad_(True)
-
-
 def _check_start(session: Session) -> None:
     """Refuse a network whose logits are the same for all images: it has no outputs and no kernel to stay close to."""
+    if session.replaying:
+        return
     data = session.goal.data.train
     images = data.first(min(len(data), 16)).as_float().to(next(session.model.parameters()).device)
     with eval_mode(session.model), torch.no_grad():
         logits = session.model(images)
-    if not session.replaying and float((logits - logits[:1]).abs().max()) <= 1e-12 * (1 + float(logits.abs().max())):
+    if float((logits - logits[:1]).abs().max()) <= 1e-12 * (1 + float(logits.abs().max())):
         raise InputError(
             "awt: the initial network gives all images the same logits (is its classifier all zeros?): initialise it, "
             "or pretrain it and pass pretrained=True"

@@ -198,7 +198,7 @@ class LearnedTopK:
         return {n: straight_through(s, bits[n]) + (rates[n] - rates[n].detach()) for n, s in scores.items()}
 
 
-class Price(nn.Module):
+class Price:
     """The cost's weight over the course of a search, which checkpoints hold.
 
     Args:
@@ -208,35 +208,39 @@ class Price(nn.Module):
         steps: Steps of the search.
     """
 
-    done: Tensor
-    raised: Tensor
-
     def __init__(self, objective: Objective, rates: Rates, *, weight: float, steps: int) -> None:
-        super().__init__()
         self.objective = objective
         self.rates = rates
         self._weight = weight
         self._steps = steps
-        self.register_buffer("done", torch.zeros((), dtype=torch.long))
-        self.register_buffer("raised", torch.zeros((), dtype=torch.long))
+        self.done = self.raised = 0
 
     def step(self) -> None:
         """Count a step; where one of the published epochs ends away from the target, the weight grows."""
-        before, self.done = self._epoch(), self.done + 1
+        before = self._epoch()
+        self.done += 1
         if self._epoch() > before and abs(float(self.rates.cost().detach()) - 1) > NEAR:
             self.raised += self._epoch() - before
 
     @property
     def weight(self) -> float:
         """The weight now."""
-        return self._weight * (1 + int(self.raised))
+        return self._weight * (1 + self.raised)
 
     def __call__(self) -> Tensor:
         """What is added to the loss."""
         return self.weight * (self.rates.cost() - 1).abs()
 
+    def state_dict(self) -> dict[str, int]:
+        """Steps done, and how often the weight grew."""
+        return {"done": self.done, "raised": self.raised}
+
+    def load_state_dict(self, state: Mapping[str, int], /) -> None:
+        """Take them back."""
+        self.done, self.raised = state["done"], state["raised"]
+
     def _epoch(self) -> int:
-        return int(self.done) * EPOCHS // self._steps
+        return self.done * EPOCHS // self._steps
 
 
 class PricedObjective(Objective):

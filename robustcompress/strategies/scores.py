@@ -25,6 +25,11 @@ MakeAscent = Callable[[ScoreMasks], Ascent | None]
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 
+def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scales and shifts of all batch and layer norms."""
+    return [p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters()]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreBased(Pruning):
     """A strategy that learns one score a unit, by the gradient that a mask of the scores lets through.
@@ -126,10 +131,11 @@ def search(
     """
     start = units.remember("scores to begin with", first)
     rule = rule or TopK(units.counts)
-    affine = [p for m in session.model.modules() if isinstance(m, NORMS) for p in m.parameters()]
     with units.gates(start, rule) as gates:
         session.recalibrate()
-        groups = [*_score_groups(session, units, start, gates), {"params": affine, "lr_scale": 0.02}, *also]
+        paces = session.decide("paces of scores", lambda: {name: units.pace(s) for name, s in start.items()})
+        groups: list[dict[str, Any]] = [{"params": [s], "lr_scale": paces[name]} for name, s in gates.scores.items()]
+        groups += [{"params": norm_parameters(session.model), "lr_scale": 0.02}, *also]
         trail = MaskTrail(session, gates)
 
         def on_epoch(record: dict[str, Any]) -> None:
@@ -151,21 +157,11 @@ def search(
         trail.close()
         learnt = {name: values.detach().clone() for name, values in gates.scores.items()}
         then, now = gates.kept({name: s.to(learnt[name].device) for name, s in start.items()}), gates.kept(learnt)
-    if isinstance(units, Weights):
-        session.forget("scores to begin with")
+    units.forget("scores to begin with")
     swapped, total = sum(int((then[n] != now[n]).sum()) for n in now), sum(bits.numel() for bits in now.values())
     session.record({"phase": "search", "event": "scores", "changed": swapped / total})
     session.say(f"search changed {swapped} of {total} decisions")
-    return {name: values.cpu() for name, values in learnt.items()} if isinstance(units, Channels) else learnt
-
-
-def _score_groups(
-    session: Session, units: Channels | Weights, start: Mapping[str, Tensor], gates: ScoreMasks
-) -> list[dict[str, Any]]:
-    if isinstance(units, Channels):
-        return [{"params": gates.parameters()}]
-    paces = session.decide("paces of scores", lambda: {name: units.pace(first) for name, first in start.items()})
-    return [{"params": [scores], "lr_scale": paces[name]} for name, scores in gates.scores.items()]
+    return learnt
 
 
 class MaskTrail:

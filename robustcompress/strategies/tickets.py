@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from robustcompress.data import Batches
 from robustcompress.robust.attacks import eval_mode, kept_buffers
@@ -19,11 +18,10 @@ from robustcompress.robust.threat import ThreatModel
 from robustcompress.session import Session
 from robustcompress.strategies.units import Channels, Scores, Weights
 from robustcompress.structure.masks import largest_entries
+from robustcompress.train import STATISTICS_BATCHES, estimate_statistics
 
 PROBES = 16
 """Kernels, each of other images and another output, that a record is of."""
-CALIBRATION = 20
-"""Batches that batch-norm statistics are estimated on, as many as `Session.recalibrate` takes."""
 
 
 class TangentDistance(Objective):
@@ -119,10 +117,10 @@ def calibrated(session: Session) -> Iterator[None]:
     Estimated on training images as they are, always the same ones, so that networks can be compared.
     """
     size = session.goal.recipe.batch_size
-    images = session.goal.data.train.first(CALIBRATION * size)
+    images = session.goal.data.train.first(STATISTICS_BATCHES * size)
     batches = Batches(images, min(size, len(images)), device=_device(session), channels_last=False)
     with kept_buffers(session.model):
-        update_bn((x for x, _ in batches), session.model)
+        estimate_statistics(session.model, batches)
         yield
 
 

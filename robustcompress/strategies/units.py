@@ -74,8 +74,16 @@ class Units(ABC):
     def remember(self, name: str, compute: Callable[[], Scores]) -> Scores:
         """Something computed from weights and used after the next phase: a resumed run has what was computed first.
 
-        Call `session.forget(name)` when it is no longer needed; for channels that does nothing.
+        Call `forget` when it is no longer needed.
         """
+
+    @abstractmethod
+    def forget(self, name: str) -> None:
+        """Let go of what is remembered by this name."""
+
+    def counted(self, choice: Choice) -> Counts:
+        """How many units of each tensor a choice keeps: what it says, else what the allocation says."""
+        return self.counts(choice.scores) if choice.counts is None else choice.counts()
 
     @abstractmethod
     def cut(self, choose: Callable[[], Choice]) -> AbstractContextManager[None]:
@@ -107,7 +115,8 @@ class Channels(Units):
 
     def magnitudes(self) -> Scores:
         """Norm of all weights that touch each channel, `[C]`."""
-        return self._chosen(group_norms(self._session.editor))
+        norms = group_norms(self._session.editor)
+        return {name: norms[name] for name in self.widths}
 
     def first_scores(self, magnitudes: Mapping[str, Tensor]) -> Scores:
         """The fan is taken as one, as in HARP's released code."""
@@ -118,10 +127,10 @@ class Channels(Units):
         """One: all groups' scores begin in [0, 2.45]."""
         return 1.0
 
-    def counts(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    def counts(self, scores: Mapping[str, Tensor]) -> Counts:
         """Widths that meet the budget."""
         if self._allocation == "uniform":
-            return {name: self._uniform[name] for name in self.widths}
+            return dict(self._uniform)
         return self._global(scores)
 
     def gates(self, scores: Mapping[str, Tensor], rule: MaskRule) -> ScoreMasks:
@@ -132,24 +141,20 @@ class Channels(Units):
         """Through `Session.decide`: channels are few."""
         return self._session.decide(name, compute)
 
+    def forget(self, name: str) -> None:
+        """A decision is no burden: nothing to do."""
+
     @contextlib.contextmanager
     def cut(self, choose: Callable[[], Choice]) -> Iterator[None]:
         """Remove channels; there is nothing to hold down."""
         once = functools.cache(choose)
 
-        def pick() -> Widths:
-            counts = once().counts
-            return counts() if counts is not None else self.counts(once().scores)
-
         if self._session.latency is None:  # nothing is measured, so all of it can be one decision
-            prune_by(self._session, lambda: (pick(), once().scores))
+            prune_by(self._session, lambda: (self.counted(once()), once().scores))
         else:
-            widths = self._session.choose("widths to keep", pick)
+            widths = self._session.choose("widths to keep", lambda: self.counted(once()))
             prune_by(self._session, lambda: (widths, once().scores))
         yield
-
-    def _chosen(self, scores: Mapping[str, Tensor]) -> Scores:
-        return {name: scores[name] for name in self.widths}
 
     def _global(self, scores: Mapping[str, Tensor]) -> Widths:
         """Bisect for the share of a group's largest score below which channels go."""
@@ -231,6 +236,10 @@ class Weights(Units):
             kept.load_state_dict(compute())
         return kept.tensors
 
+    def forget(self, name: str) -> None:
+        """Leave the checkpoints."""
+        self._session.forget(name)
+
     @contextlib.contextmanager
     def cut(self, choose: Callable[[], Choice]) -> Iterator[None]:
         """Zero weights, and hold the zeros."""
@@ -239,7 +248,7 @@ class Weights(Units):
         session.keep("sparsity", sparsity)
         if not session.replaying:
             choice = choose()
-            counts = choice.counts() if choice.counts is not None else self.counts(choice.scores)
+            counts = self.counted(choice)
             sparsity.set_masks({name: largest_entries(s, counts[name]) for name, s in choice.scores.items()})
         kept = {name: int(mask.sum()) for name, mask in sparsity.masks.items()}
         density = sum(kept.values()) / sum(self._sizes.values())

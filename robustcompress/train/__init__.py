@@ -10,16 +10,19 @@ from robustcompress.train.device import (
     set_memory_format,
 )
 from robustcompress.train.ema import averaged
-from robustcompress.train.frozen import frozen_but
+from robustcompress.train.frozen import frozen, frozen_but
 from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps, train
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe, augmentation
 from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor
 from robustcompress.train.score_ascent import ScoreAscent, calibrate
 from robustcompress.train.selection import Selection
+from robustcompress.train.statistics import BATCHES as STATISTICS_BATCHES
+from robustcompress.train.statistics import estimate_statistics
 
 __all__ = [
     "SCHEDULES",
+    "STATISTICS_BATCHES",
     "Ascent",
     "CompiledNetwork",
     "Progress",
@@ -33,6 +36,8 @@ __all__ = [
     "calibrate",
     "computes_in_bf16",
     "describe",
+    "estimate_statistics",
+    "frozen",
     "frozen_but",
     "lr_factor",
     "make_optimizer",

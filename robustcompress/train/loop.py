@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.data import Batches
 from robustcompress.errors import RobustCompressError
-from robustcompress.robust.attacks import eval_mode
+from robustcompress.robust.attacks import eval_mode, kept_modes
 from robustcompress.robust.objectives import Objective
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.train.ascent import Ascent, forward_backward
@@ -128,7 +128,8 @@ def train(
     device_type = batches.images.pixels.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
     meter, done = _Meter(), start
-    with _training(model), progress.phase(phase, steps, start) as bar:
+    with kept_modes(model), progress.phase(phase, steps, start) as bar:
+        model.train()
         for x, y in _stream(batches, steps - start):
             for group in optimizer.param_groups:
                 group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
@@ -169,18 +170,6 @@ def train(
                 if done < steps:
                     meter = _Meter()
     return history
-
-
-@contextlib.contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Put the model in training mode, and give each of its modules back its own flag afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _stream(batches: Batches, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
