@@ -25,6 +25,9 @@ NETWORKS = 20
 SECONDS = 0.5
 """How long each of them is timed, about."""
 
+PRECISION = 0.003
+"""Standard error, relative, down to which the chosen network is timed, and the trained one again."""
+
 WIDEST = 2
 """Networks wider than this multiple of the reference are not measured: the limit lies below."""
 
@@ -56,7 +59,7 @@ def limit_latency(session: Session, strategy: Strategy, stopwatch: Stopwatch, ex
     limit = LatencyLimit(
         model,
         budget.latency_limit(model.reference_ms),
-        lambda widths: stopwatch.time(stopwatch.resized(widths), seconds=2 * SECONDS),
+        lambda widths: stopwatch.time(stopwatch.resized(widths), seconds=2 * SECONDS, precision=PRECISION),
     )
     session.say(
         f"latency (onnxruntime, one image, one thread): the reference takes {model.reference_ms:.3g} ms; reachable: "
@@ -124,7 +127,7 @@ def final_latency(
     if limit is None or stopwatch is None:
         return None, None
     reference_ms = limit.model.reference_ms
-    ms = stopwatch.time(model, seconds=4 * SECONDS).ratio * reference_ms
+    ms = stopwatch.time(model, seconds=4 * SECONDS, precision=PRECISION).ratio * reference_ms
     if ms > limit.limit * (1 + NOISE):
         session.progress.say(
             f"warning: the network takes {ms:.3g} ms at the end, more than {100 * NOISE:.0f} % over the limit of "

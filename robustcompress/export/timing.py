@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -19,6 +20,15 @@ from robustcompress.train import set_memory_format
 
 BLOCK = 5
 """Calls of one network before it is the other's turn; one more goes before them unseen, to fill the caches again."""
+
+WINDOW = 0.5
+"""Seconds after which both networks are opened anew: where their memory happens to lie moves a ratio by a percent."""
+
+WINDOWS = 5
+"""The fewest windows from which their scatter is judged."""
+
+LONGEST = 15.0
+"""Seconds after which a measurement ends, however much its windows scatter."""
 
 _OPSET = 20  # as `export_onnx` writes where nothing is said
 
@@ -39,7 +49,7 @@ class Stopwatch:
         self._editor.model.to("cpu", torch.float32).eval()
         self._shape = image_shape
         self._image = torch.full((1, *image_shape), 0.5).numpy()
-        self._reference: Any = None
+        self._reference: bytes | None = None
 
     def resized(self, widths: Mapping[str, int]) -> nn.Module:
         """A copy of the reference with these group widths."""
@@ -50,38 +60,61 @@ class Stopwatch:
                 twin.resize(group, [*range(min(now, width)), *[NEW] * (width - now)])
         return twin.model
 
-    def time(self, model: nn.Module, *, seconds: float = 1.0) -> Timing:
+    def time(self, model: nn.Module, *, seconds: float = WINDOW, precision: float | None = None) -> Timing:
         """Time a network and the reference in turns, so that what else the machine does meets both.
 
         Args:
             model: On any device; copied.
             seconds: How long, about; at least eight turns.
+            precision: Go on, at most for `LONGEST` seconds, until the standard error of the ratio is no more than this.
         """
+        ours = self._exported(model)
         if self._reference is None:
-            self._reference = self._open(self._editor.model)
-        sessions = (self._open(model), self._reference)
+            self._reference = self._exported(self._editor.model)
         alone: list[float] = []
+        windows: list[float] = []
+        start = time.perf_counter()
+        while not windows or time.perf_counter() < start + seconds or (precision and _scatter(windows) > precision):
+            if windows and time.perf_counter() > start + max(seconds, LONGEST):
+                break
+            windows.append(self._window(ours, min(seconds, WINDOW), alone))
+        reference_ms = 1000 * statistics.median(alone)
+        return Timing(statistics.median(windows) * reference_ms, reference_ms)
+
+    def _window(self, ours: bytes, seconds: float, alone: list[float]) -> float:
+        """The ratio of both, from turns of this many seconds; the reference's own times are added to `alone`."""
+        sessions = (_open(ours), _open(self._reference))
         ratios: list[float] = []
         end = time.perf_counter() + seconds
         while len(ratios) < 8 or time.perf_counter() < end:
-            ours, theirs = (_block(session, self._image) for session in sessions)
+            mine, theirs = (_block(session, self._image) for session in sessions)
             alone += theirs
             # The quickest of a block was interrupted least; a turn is short, so both have the same clock and caches.
-            ratios.append(min(ours) / min(theirs))
-        reference_ms = 1000 * statistics.median(alone)
-        return Timing(statistics.median(ratios) * reference_ms, reference_ms)
+            ratios.append(min(mine) / min(theirs))
+        return statistics.median(ratios)
 
-    def _open(self, model: nn.Module) -> Any:
-        import onnxruntime
-
+    def _exported(self, model: nn.Module) -> bytes:
         twin = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
         set_memory_format(twin, torch.contiguous_format)
         with torch.random.fork_rng(devices=[]):  # a strategy may be drawing
-            proto = to_proto(twin, self._shape, opset=_OPSET, batch="dynamic")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            written: bytes = to_proto(twin, self._shape, opset=_OPSET, batch="dynamic").SerializeToString()
+        return written
+
+
+def _scatter(windows: list[float]) -> float:
+    """Relative standard error of the median of the windows; infinite while there are too few to tell."""
+    if len(windows) < WINDOWS:
+        return math.inf
+    return 1.25 * statistics.stdev(windows) / len(windows) ** 0.5 / statistics.median(windows)
+
+
+def _open(written: bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"])
 
 
 def _block(session: Any, image: Any) -> list[float]:

@@ -1,304 +1,303 @@
-"""Walks torch-pruning's dependency graph and notes which positions of which layers are one channel.
+"""Which positions of which layers are one channel.
 
-Which layers depend on which is torch-pruning's finding. *Where* a channel lies behind a concat, a chunk, a slice or a
-flatten is read here from the shapes autograd recorded: torch-pruning infers those sizes from neighbouring layers and
-gets them wrong for a concat in front of a flatten, a chunk behind which two halves meet again, and a concat downstream
-of a plain parameter.
+The graph is torch-pruning's: it says which layers there are and what autograd recorded between them. What it says of
+*where* a channel lies is not used: its index mapping infers sizes from neighbouring layers, gets a concat in front of a
+flatten wrong, and does not come to an end on windows. Here every layer's output is labelled with the units it writes,
+and the labels go forward through each recorded operation (see `flow`), once, in the network's order.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from robustcompress.structure.attention import Heads
-from robustcompress.structure.groups import Axis, Side
-from robustcompress.structure.kinds import kind_of, slots_of, width_of
+from robustcompress.structure.flow import Labels, Operand, Step, carry
+from robustcompress.structure.groups import Axis
+from robustcompress.structure.kinds import LayerKind, holds, kind_of, width_of
+from robustcompress.structure.labels import NONE, Label, Shape, positions_of
 
-Unit = int
-"""A set of coupled positions, one channel wide."""
-
-Relation = tuple[torch.Tensor, torch.Tensor]
-"""Pairs (position at the producer, position at the consumer) along one edge."""
+Place = tuple[Any, int]
+"""A value: autograd's node, and which of its outputs."""
 
 
-class Couplings:
-    """Which positions of which axes are one channel.
-
-    Args:
-        graph: A built `torch_pruning.DependencyGraph`.
-        twin: The module the graph was built on.
-        heads: Attention heads, which are units beforehand: nothing is followed from their writers.
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer in the graph.
 
     Attributes:
-        unit_at: Per axis, the unit at each position that belongs to one.
-        outputs: Units that reach the model's output.
+        name: Its qualified name.
+        module: The layer.
+        function: The node that is its last.
+        number: Which of the node's outputs it returned.
+        given: The value it was given; None for one that autograd does not know.
+    """
+
+    name: str
+    module: nn.Module
+    function: Any
+    number: int
+    given: Place | None
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """What autograd recorded of one forward pass.
+
+    Attributes:
+        output: The value the network returned.
+        layers: Each layer by the node that is its last.
+        parameters: The qualified names of plain parameters, by identity.
+        calls: How often each layer was called.
+    """
+
+    output: Place
+    layers: Mapping[Any, Layer]
+    parameters: Mapping[int, str]
+    calls: Mapping[str, int]
+
+
+@dataclass
+class Couplings:
+    """What the labels found.
+
+    Attributes:
+        positions: Per axis, int64 `[positions]`: the unit at each, or -1.
+        outputs: Units that reach the network's output.
         parted: Units that pass through a chunk, a split or a slice.
-        opaque: Units that pass through a reshape whose channels cannot be followed.
-        param_dims: Per plain parameter, the dimension its channels lie along.
+        opaque: Units that went where they cannot be followed.
+        param_dims: Per plain parameter that holds channels, the dimension they lie along.
+        channel_dims: Per axis of a norm, the dimension of its input that holds the channels.
     """
 
-    def __init__(self, graph: Any, twin: nn.Module, heads: Sequence[Heads] = ()) -> None:
-        self.unit_at: dict[Axis, dict[int, Unit]] = defaultdict(dict)
-        self.outputs: set[Unit] = set()
-        self.parted: set[Unit] = set()
-        self.opaque: set[Unit] = set()
-        self.param_dims: dict[str, int] = {}
+    positions: dict[Axis, torch.Tensor] = field(default_factory=dict)
+    outputs: set[int] = field(default_factory=set)
+    parted: set[int] = field(default_factory=set)
+    opaque: set[int] = field(default_factory=set)
+    param_dims: dict[str, int] = field(default_factory=dict)
+    channel_dims: dict[Axis, int] = field(default_factory=dict)
+
+
+def find_couplings(graph: Graph, heads: Sequence[Heads] = ()) -> Couplings:
+    """Label everything and say what is coupled.
+
+    Args:
+        graph: Of a copy whose parameters all require gradients.
+        heads: Attention heads: their writers write one unit a head, not one a row.
+    """
+    walk = _Walk(graph, heads)
+    return walk.settled(walk.run())
+
+
+class _Walk:
+    """One pass over the graph. It is the ledger that `flow` writes in."""
+
+    def __init__(self, graph: Graph, heads: Sequence[Heads]) -> None:
         self._graph = graph
-        self._names: dict[Any, str] = {module: name for name, module in twin.named_modules()}
-        self._names.update({parameter: name for name, parameter in twin.named_parameters()})
-        self._parent: list[Unit] = []
-        self._seen: dict[tuple[Any, Any], dict[int, Unit]] = defaultdict(dict)
-        self._relations: dict[tuple[Any, Any], Relation | None] = {}
-        self._products = _products(graph)
-        order = {name: number for number, (name, _) in enumerate(twin.named_modules())}
-        told = {axis.module for found in heads for axis in found.axes if axis.side == "out"}
-        roots = [m for m in graph.module2node if isinstance(m, nn.Module) and m in self._names and _writes(m)]
-        for module in sorted(roots, key=lambda m: order[self._names[m]]):
-            if self._names[module] not in told:
-                self._walk(module)
+        self._count = 0
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._parted: list[torch.Tensor] = []
+        self._hidden: list[torch.Tensor] = []
+        self._parameters: dict[str, Label] = {}
+        self._axes: dict[Axis, torch.Tensor] = {}
+        self._dims: dict[Axis, int] = {}
+        self._heads: dict[Axis, torch.Tensor] = {}
         for found in heads:
-            self._declare(found)
+            units = self._born(found.width)
+            for axis, segments in found.axes.items():
+                self._heads[axis] = torch.cat([units.repeat_interleave(s.copies) for s in segments])
 
-    def find(self, unit: Unit) -> Unit:
-        """The unit that stands for everything `unit` has been joined with."""
-        while self._parent[unit] != unit:
-            self._parent[unit] = self._parent[self._parent[unit]]
-            unit = self._parent[unit]
-        return unit
+    def couple(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        if one is not other:
+            one, other = torch.broadcast_tensors(one, other)
+            both = (one != NONE) & (other != NONE) & (one != other)
+            self._pairs.append((one[both], other[both]))
 
-    def units(self) -> Iterator[tuple[Unit, dict[Axis, list[int]]]]:
-        """Every unit with the positions it takes, in the order in which the model writes them."""
-        found: dict[Unit, dict[Axis, list[int]]] = {}
-        for axis, positions in self.unit_at.items():
-            for position in sorted(positions):
-                unit = self.find(positions[position])
-                found.setdefault(unit, {}).setdefault(axis, []).append(position)
-        yield from found.items()
+    def part(self, units: torch.Tensor) -> None:
+        self._parted.append(units)
 
-    def _declare(self, heads: Heads) -> None:
-        """Make each head one unit, in place of whatever a walk has brought there."""
-        units = list(range(len(self._parent), len(self._parent) + heads.width))
-        self._parent.extend(units)
-        for axis, segments in heads.axes.items():
-            owners = [unit for segment in segments for unit in units for _ in range(segment.copies)]
-            self.unit_at[axis] = dict(enumerate(owners))
+    def hide(self, units: torch.Tensor) -> None:
+        self._hidden.append(units)
 
-    def _walk(self, module: nn.Module) -> None:
-        """Follow everything `module` writes that no earlier walk has reached."""
-        known = self.unit_at[Axis(self._names[module], "out")]
-        channels = torch.tensor([c for c in range(width_of(module, "out")) if c not in known], dtype=torch.long)
-        if len(channels) == 0:
-            return
-        units = torch.arange(len(self._parent), len(self._parent) + len(channels))
-        self._parent.extend(units.tolist())
-        node, handler = (
-            self._graph.module2node[module],
-            self._graph.get_pruner_of_module(module).prune_out_channels,
-        )
-        stack = [(node, handler, *self._arrive(node, handler, channels, units))]
-        while stack:
-            node, handler, positions, units = stack.pop()
-            for dependency in node.dependencies:
-                if not dependency.is_triggered_by(handler):
-                    continue
-                there = self._carry(node, dependency.target, positions, units)
-                fresh = self._arrive(dependency.target, dependency.handler, *there)
-                if len(fresh[0]):
-                    stack.append((dependency.target, dependency.handler, *fresh))
+    def run(self) -> Labels:
+        """Label every value in the network's order, and return the labels of the output."""
+        known: dict[Place, Labels] = {}
+        for function in _in_order(self._graph):
+            if function in self._graph.layers:
+                layer = self._graph.layers[function]
+                known[(function, layer.number)] = self._layer(layer, known)
+            elif hasattr(function, "variable"):
+                known[(function, 0)] = self._leaf(function.variable)
+            else:
+                operands = tuple(
+                    Operand((), None) if f is None else Operand(known.get((f, number), ()), shape_of((f, number)))
+                    for f, number in function.next_functions
+                )
+                shapes = tuple(tuple(int(size) for size in meta.shape) for meta in function._input_metadata)
+                for number in range(len(shapes)):
+                    known[(function, number)] = carry(Step(function, operands, shapes, number, self))
+        return known.get(self._graph.output, ())
 
-    def _arrive(self, node: Any, handler: Any, positions: torch.Tensor, units: torch.Tensor) -> Relation:
-        """Note the units at their positions; return those that are here for the first time."""
-        seen, axis = self._seen[(node, handler)], self._axis(node, handler)
-        is_output = _kind(node) == "_OutputOp" or (not node.outputs and (axis is None or axis.side != "in"))
-        first: list[int] = []
-        for number, (position, unit) in enumerate(zip(positions.tolist(), units.tolist(), strict=True)):
-            if is_output:
-                self.outputs.add(unit)
-            if position in seen:
-                self._join(seen[position], unit)
+    def settled(self, outputs: Labels) -> Couplings:
+        """Join what is coupled, and say where each unit lies."""
+        roots = _components(self._count, self._pairs)
+        found = Couplings(channel_dims=self._dims)
+        for axis, units in (self._axes | self._heads).items():
+            found.positions[axis] = torch.where(units == NONE, NONE, roots[units.clamp_min(0)])
+        in_layers = torch.zeros(self._count, dtype=torch.bool)
+        for units in found.positions.values():
+            in_layers[units[units != NONE]] = True
+        hidden = list(self._hidden)
+        for name, label in self._parameters.items():
+            units = roots[label.ids]
+            units = torch.where(in_layers[units], units, NONE)
+            if not bool((units != NONE).any()):
                 continue
-            seen[position] = unit
-            first.append(number)
-            if axis is not None:
-                self._join(self.unit_at[axis].setdefault(position, unit), unit)
-        return positions[first], units[first]
-
-    def _join(self, one: Unit, other: Unit) -> None:
-        one, other = self.find(one), self.find(other)
-        if one != other:
-            self._parent[max(one, other)] = min(one, other)
-
-    def _axis(self, node: Any, handler: Any) -> Axis | None:
-        target = node.module
-        if target not in self._names:
-            return None
-        name = self._names[target]
-        if isinstance(target, nn.Parameter):
-            self.param_dims[name] = int(node.pruning_dim)
-            return Axis(name, "param")
-        if kind_of(target) is None:
-            return None
-        out, into = (
-            self._graph.is_out_channel_pruning_fn(handler),
-            self._graph.is_in_channel_pruning_fn(handler),
+            dim = next((d for d in sorted(label.live) if _lies_along(units, d)), None)
+            if dim is None:
+                hidden.append(units[units != NONE])
+            else:
+                found.param_dims[name] = dim
+                found.positions[Axis(name, "param")] = units.movedim(dim, -1).reshape(-1, units.shape[dim])[0]
+        found.outputs, found.parted, found.opaque = (
+            set(roots[torch.cat(units)].tolist()) if units else set[int]()
+            for units in ([label.units() for label in outputs], self._parted, hidden)
         )
-        side: Side = "both" if out and into else "out" if out else "in"
-        return Axis(name, side) if slots_of(target, side) else None
+        return found
 
-    def _carry(self, source: Any, target: Any, positions: torch.Tensor, units: torch.Tensor) -> Relation:
-        """Where positions of `source` lie at `target`, along every edge between the two."""
-        forward = target in source.outputs
-        edge = (source, target) if forward else (target, source)
-        if edge not in self._relations:
-            self._relations[edge] = _relate(*edge, self._products)
-        relation = self._relations[edge]
-        if relation is None:
-            self.opaque.update(units.tolist())
-            return positions[:0], units[:0]
-        there = _follow(positions, units, *(relation if forward else relation[::-1]))
-        if _kind(edge[0]) in ("_SplitOp", "_UnbindOp") or _kind(edge[1]) == "_SliceOp":
-            self.parted.update(there[1].tolist())
-        return there
+    def _born(self, count: int) -> torch.Tensor:
+        self._count += count
+        return torch.arange(self._count - count, self._count)
 
+    def _leaf(self, tensor: torch.Tensor) -> Labels:
+        """All entries of a plain parameter are told apart: what they meet says which of its dimensions holds channels."""
+        name = self._graph.parameters.get(id(tensor))
+        if name is None or tensor.numel() < 2:
+            return ()
+        self._parameters[name] = label = positions_of(tuple(tensor.shape), self._count)
+        self._count += tensor.numel()
+        return (label,)
 
-def _writes(module: nn.Module) -> bool:
-    kind = kind_of(module)
-    return kind is not None and "out" in kind.slots
+    def _layer(self, layer: Layer, known: Mapping[Place, Labels]) -> Labels:
+        module, name = layer.module, layer.name
+        kind = kind_of(module)
+        assert kind is not None
+        labels = known.get(layer.given, ()) if layer.given is not None else ()
+        if "both" in kind.widths:
+            return self._pass(layer, kind, labels)
+        read, rest = self._read(labels, kind.channel_dim, width_of(module, "in"))
+        axis = Axis(name, "out")
+        written = self._heads.get(axis)
+        if written is None:
+            written = self._born(width_of(module, "out"))
+        if read is not None:
+            self._axes[Axis(name, "in")] = read
+        self._axes[axis] = written
+        if kind.parts is not None:
+            self._tie(written, read, kind.parts(module))
+        if kind.channel_dim == 1:  # a convolution mixes what lies along any other dimension
+            for label in rest:
+                self.hide(label.units())
+            rest = ()
+        rank = len(shape_of((layer.function, layer.number)))
+        dim = kind.channel_dim % rank
+        ids = written.reshape([-1 if d == dim else 1 for d in range(rank)])
+        return (Label(ids, frozenset({dim})), *rest)
 
+    def _read(self, labels: Labels, channel_dim: int, width: int) -> tuple[torch.Tensor | None, Labels]:
+        """The units a layer reads, int64 `[width]`, and the labels along other dimensions."""
+        for label in labels:
+            dim = channel_dim % label.ids.dim()
+            if dim in label.live:
+                columns = label.ids.movedim(dim, -1).reshape(-1, label.ids.shape[dim])
+                self.couple(columns, columns[:1])
+                return columns[0].expand(width), tuple(other for other in labels if other is not label)
+        return None, labels
 
-def _follow(positions: torch.Tensor, units: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> Relation:
-    """Join positions with the pairs (start, end); one position may lead to several."""
-    order = torch.argsort(start, stable=True)
-    start, end = start[order].contiguous(), end[order]
-    low, high = torch.searchsorted(start, positions), torch.searchsorted(start, positions, right=True)
-    counts = high - low
-    first = torch.repeat_interleave(low - (counts.cumsum(0) - counts), counts)
-    return end[first + torch.arange(int(counts.sum()))], torch.repeat_interleave(units, counts)
+    def _pass(self, layer: Layer, kind: LayerKind, labels: Labels) -> Labels:
+        """Through a layer that treats each channel, or each whole group of them, by itself."""
+        module, axis = layer.module, Axis(layer.name, "both")
+        shape = shape_of((layer.function, layer.number))
+        width = width_of(module, "both")
+        dims = [kind.channel_dim % len(shape)]
+        if kind.anywhere:  # subclasses of layer norm may normalise images, with channels second
+            dims = [d for d, size in enumerate(shape) if size == width]
+        for dim in dims if holds(module, "both") else ():
+            read, _ = self._read(labels, dim, width)
+            if read is not None:
+                self._axes[axis], self._dims[axis] = read, dim
+                if kind.parts is not None:
+                    self._tie(read, None, kind.parts(module))
+                break
+        kept: list[Label] = []
+        for label in labels:
+            if len(shape) == label.ids.dim() and all(label.ids.shape[d] in (1, shape[d]) for d in label.live):
+                kept.append(label)
+            else:
+                self.hide(label.units())
+        return tuple(kept)
 
-
-def _products(graph: Any) -> dict[Any, int]:
-    """The matrix products inside linear layers, each with the number of features its layer reads.
-
-    For inputs of more than two dimensions autograd records a linear layer as several operations, of which torch-pruning
-    takes only the last for the layer; what arrives at the others are still the features that the layer reads.
-    """
-    found: dict[Any, int] = {}
-    for module, node in graph.module2node.items():
-        if not isinstance(module, nn.Linear) or _is_product(node.grad_fn):
-            continue
-        inside = [node.grad_fn] if node.grad_fn.name().startswith((*_VIEWS, "AddBackward")) else []  # the bias is added
-        while inside:
-            for function, _ in inside.pop().next_functions:
-                if function is not None and (_is_product(function) or function.name().startswith(_VIEWS)):
-                    found[function] = module.in_features
-                    inside += [] if _is_product(function) else [function]
-    return found
-
-
-_VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward")
-
-
-def _is_product(function: Any) -> bool:
-    return bool(function.name().startswith(("AddmmBackward", "MmBackward", "BmmBackward")))
-
-
-def _relate(producer: Any, consumer: Any, products: Mapping[Any, int]) -> Relation | None:
-    """Pair the producer's positions with the consumer's, or None where the channels cannot be followed."""
-    if producer.grad_fn in products:
-        here = torch.arange(products[producer.grad_fn])
-        return here, here
-    pairs: list[Relation] = []
-    functions = consumer.grad_fn.next_functions
-    for slot, (function, number) in enumerate(functions):
-        if function is not producer.grad_fn:
-            continue
-        inside = _shape(producer, number)
-        width = inside[_channel_dim(inside)]
-        here = torch.arange(width)
-        if consumer.grad_fn in products and _is_product(consumer.grad_fn):
-            if function.name() == "TBackward0":  # the layer's own weight
-                return here[:0], here[:0]
-            return (here, here) if width == products[consumer.grad_fn] else None
-        start = sum(_channels(producer, k) for k in range(number)) if _kind(producer) == "_SplitOp" else 0
-        there = _through(consumer, slot, here, inside)
-        if there is None:
-            return None
-        pairs.append((there[0] + start, there[1]))
-    if not pairs:  # a module that wraps several autograd nodes: its own input is not visible, channels pass as they are
-        here = torch.arange(_channels(producer, 0))
-        return here, here
-    return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
+    def _tie(self, units: torch.Tensor, others: torch.Tensor | None, parts: int) -> None:
+        """Channels that a layer treats in whole groups can only change together."""
+        one = units.reshape(parts, -1)
+        self.couple(one, one[:, :1])
+        if others is None:
+            return
+        other = others.reshape(parts, -1)
+        self.couple(other, other[:, :1])
+        self.couple(one[:, :1], other[:, :1])
+        self.hide(one[(other == NONE).any(1)].flatten())
 
 
-def _through(node: Any, slot: int, here: torch.Tensor, inside: tuple[int, ...]) -> Relation | None:
-    """What `node` does to the channels of its input number `slot`, as pairs (input channel, node position)."""
-    kind, dim = _kind(node), _channel_dim(inside)
-    if isinstance(node.module, nn.Module) and not kind.startswith("_"):
-        return here, here
-    outside = _shape(node, 0)
-    width, out = len(here), outside[_channel_dim(outside)]
-    along = kind in ("_ConcatOp", "_SliceOp") and int(node.grad_fn._saved_dim) in (dim, dim - len(inside))
-    if kind == "_ConcatOp" and along:
-        offset = _offset(node, slot, dim, out)
-        return None if offset is None else (here, here + offset)
-    if kind == "_SliceOp" and along:
-        start, step = int(node.grad_fn._saved_start), int(node.grad_fn._saved_step)
-        start -= (1 << 64) if start >= 1 << 63 else 0  # autograd saves a negative start unsigned
-        start = max(0, start + width) if start < 0 else start
-        taken = torch.arange(start, start + out * step, step)
-        return taken, torch.arange(out)
-    if width == out:
-        return here, here
-    if kind in ("_ReshapeOp", "_OutputOp"):
-        if len(inside) > len(outside) and out % width == 0:  # flatten: each channel becomes `out / width` features
-            return torch.arange(out) // (out // width), torch.arange(out)
-        if len(inside) < len(outside) and width % out == 0:  # unflatten: as many features make one channel
-            return here, here // (width // out)
-        return None
-    if kind in ("_SplitOp", "_UnbindOp", "_SliceOp", "_ConcatOp"):
-        return here, here  # along another dimension
-    if kind == "_ExpandOp" or width == 1:
-        return here[:0], here[:0]  # broadcast: not a channel of the result
-    return None
-
-
-def _offset(node: Any, slot: int, dim: int, out: int) -> int | None:
-    """Where input number `slot` of a concatenation begins; None when that cannot be told."""
-    sizes = [None if f is None else _sizes(f, number)[dim] for f, number in node.grad_fn.next_functions]
-    if sizes.count(None) == 1:  # a tensor without gradient, such as a buffer, takes what the others leave
-        sizes[sizes.index(None)] = out - sum(size for size in sizes if size is not None)
-    before = sizes[:slot]
-    return None if None in before else sum(size for size in before if size is not None)
-
-
-def _kind(node: Any) -> str:
-    return type(node.module).__name__
-
-
-def _sizes(function: Any, number: int) -> tuple[int, ...]:
+def shape_of(place: Place) -> Shape:
+    """The shape of a value."""
+    function, number = place
     if hasattr(function, "variable"):
         return tuple(function.variable.shape)
     return tuple(int(size) for size in function._input_metadata[number].shape)
 
 
-def _shape(node: Any, number: int) -> tuple[int, ...]:
-    """Shape of output `number` of the operation behind `node`."""
-    if isinstance(node.module, nn.Parameter):
-        # Seen from its channels: the dimension torch-pruning edits comes second, as in an activation.
-        return (1, int(node.module.shape[node.pruning_dim]))
-    return _sizes(node.grad_fn, number)
+def _in_order(graph: Graph) -> Iterator[Any]:
+    """Autograd's nodes from the input to the output; of a layer's own nodes only the last."""
+    done: set[Any] = set()
+    stack: list[tuple[Any, bool]] = [(graph.output[0], False)]
+    while stack:
+        function, ready = stack.pop()
+        if ready:
+            yield function
+        elif function not in done:
+            done.add(function)
+            stack.append((function, True))
+            stack.extend((f, False) for f in _before(graph, function) if f is not None and f not in done)
 
 
-def _channel_dim(shape: tuple[int, ...]) -> int:
-    """Images and features keep channels second; token sequences `[N, T, C]` last."""
-    return len(shape) - 1 if len(shape) in (1, 3) else 1
+def _before(graph: Graph, function: Any) -> list[Any]:
+    layer = graph.layers.get(function)
+    if layer is not None:
+        return [] if layer.given is None else [layer.given[0]]
+    return [f for f, _ in function.next_functions]
 
 
-def _channels(node: Any, number: int) -> int:
-    shape = _shape(node, number)
-    return shape[_channel_dim(shape)]
+def _lies_along(units: torch.Tensor, dim: int) -> bool:
+    rows = units.movedim(dim, -1).reshape(-1, units.shape[dim])
+    return torch.equal(rows, rows[:1].expand_as(rows))
+
+
+def _components(count: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """For each of `count` units the first one that it is joined with, directly or not."""
+    parent = torch.arange(count)
+    if not pairs:
+        return parent
+    one, other = (torch.cat([pair[side] for pair in pairs]) for side in (0, 1))
+    while True:
+        a, b = parent[one], parent[other]
+        if torch.equal(a, b):
+            return parent
+        low = torch.minimum(a, b)
+        parent.scatter_reduce_(0, torch.cat([a, b]), torch.cat([low, low]), "amin")
+        while not torch.equal(parent, parent[parent]):
+            parent = parent[parent]

@@ -17,7 +17,6 @@ from robustcompress.structure.groups import NEW, ChannelGroup, Edit
 from robustcompress.structure.initial import INITS, fill, resolve_clones
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.masks import MaskRule
-from robustcompress.structure.support import check_supported
 from robustcompress.structure.surgery import apply_gathers, copy_fresh, migrate_optimizer, plan_edit
 from robustcompress.structure.trace import trace
 from robustcompress.structure.verify import find_broken
@@ -59,7 +58,6 @@ class StructuralEditor:
         self.model = model
         self.round_to = round_to
         with torch.inference_mode(False):  # inside it, tracing would see no graph
-            check_supported(model, example)
             self.layout: Layout = trace(model, example)
             self._widths = self.layout.widths()
             self._broken = find_broken(model, self.layout, example)

@@ -18,12 +18,18 @@ class LayerKind:
     """One kind of layer.
 
     Attributes:
-        name: The role its tensors play when channels are born: "dense", "norm", "depthwise" or "prelu"; "layer norm"
-            passes channels that are never resized.
+        name: The role its tensors play when channels are born: "dense" and "grouped" (random weights), "norm" (scale
+            one, shift zero), "depthwise", "prelu".
         slots: Per side, the tensors and the dimension along which that side's channels lie.
-        widths: Per side, the attributes that count the channels.
+        widths: Per side, the attributes that count the channels: "in" and "out" of a layer that mixes what it reads,
+            "both" of one through which each channel passes by itself.
         refuse: Returns why this very layer cannot be edited, or an empty string.
         channel_dim: Dimension of the *input* activation that holds the channels.
+        anywhere: The channels may lie along any dimension that is as long as the layer is wide.
+        parts: Into how many equal groups the layer divides its channels, which come and go as a whole; None where
+            channels come and go one by one.
+        counts: Attributes that hold the number of those groups.
+        mixes: Whether the layer's statistics are taken over the channels, so that all depend on each.
     """
 
     name: str
@@ -31,13 +37,10 @@ class LayerKind:
     widths: dict[Side, tuple[str, ...]]
     refuse: Callable[[nn.Module], str] = lambda module: ""
     channel_dim: int = 1
-
-
-def _refuse_conv(module: nn.Module) -> str:
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    if module.groups == 1 or is_depthwise(module):
-        return ""
-    return f"grouped convolution (groups={module.groups}) cannot be edited yet; use groups=1 or depthwise"
+    anywhere: bool = False
+    parts: Callable[[nn.Module], int] | None = None
+    counts: tuple[str, ...] = ()
+    mixes: Callable[[nn.Module], bool] = lambda module: False
 
 
 def _refuse_layer_norm(module: nn.Module) -> str:
@@ -60,7 +63,13 @@ CONV = LayerKind(
     name="dense",
     slots={"out": (("weight", 0), ("bias", 0)), "in": (("weight", 1),)},
     widths={"out": ("out_channels",), "in": ("in_channels",)},
-    refuse=_refuse_conv,
+)
+GROUPED = LayerKind(
+    name="grouped",
+    slots={"out": (("weight", 0), ("bias", 0)), "in": ()},
+    widths=CONV.widths,
+    parts=lambda m: int(m.groups),
+    counts=("groups",),
 )
 TRANSPOSED = LayerKind(
     name="dense",
@@ -85,11 +94,21 @@ BATCH_NORM = LayerKind(
     widths={"both": ("num_features",)},
 )
 LAYER_NORM = LayerKind(
-    name="layer norm",
+    name="norm",
     slots={"both": (("weight", 0), ("bias", 0))},
     widths={"both": ("normalized_shape",)},
     refuse=_refuse_layer_norm,
     channel_dim=-1,
+    anywhere=True,
+    mixes=lambda m: True,
+)
+GROUP_NORM = LayerKind(
+    name="norm",
+    slots={"both": (("weight", 0), ("bias", 0))},
+    widths={"both": ("num_channels",)},
+    parts=lambda m: int(m.num_groups),
+    counts=("num_groups",),
+    mixes=lambda m: m.num_groups == 1,
 )
 PRELU = LayerKind(name="prelu", slots={"both": (("weight", 0),)}, widths={"both": ("num_parameters",)})
 
@@ -98,7 +117,10 @@ KINDS: dict[type[nn.Module], LayerKind] = {
     nn.modules.conv._ConvNd: CONV,
     nn.Linear: LINEAR,
     nn.modules.batchnorm._BatchNorm: BATCH_NORM,
+    nn.modules.instancenorm._InstanceNorm: BATCH_NORM,
     nn.LayerNorm: LAYER_NORM,
+    nn.RMSNorm: LAYER_NORM,
+    nn.GroupNorm: GROUP_NORM,
     nn.PReLU: PRELU,
 }
 """Looked up in order, by isinstance: put subclasses before their bases."""
@@ -106,8 +128,8 @@ KINDS: dict[type[nn.Module], LayerKind] = {
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of a layer, or None for a type the editor has not been taught."""
-    if is_depthwise(module) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return DEPTHWISE
+    if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return DEPTHWISE if is_depthwise(module) else CONV if module.groups == 1 else GROUPED
     for layer_type, kind in KINDS.items():
         if isinstance(module, layer_type):
             return kind
@@ -123,6 +145,12 @@ def slots_of(module: nn.Module, side: Side) -> Slots:
     return tuple((name, dim) for name, dim in kind.slots[side] if getattr(module, name, None) is not None)
 
 
+def holds(module: nn.Module, side: Side) -> bool:
+    """Whether the layer has channels of its own on `side`: a slope that all channels share has none."""
+    kind = kind_of(module)
+    return kind is not None and side in kind.widths and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
+
+
 def width_of(module: nn.Module, side: Side) -> int:
     """The number of positions along `side` of `module`."""
     kind = kind_of(module)
@@ -135,10 +163,14 @@ def set_width(module: nn.Module, side: Side, width: int) -> None:
     """Make the layer's own channel counts say `width`."""
     kind = kind_of(module)
     assert kind is not None
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+    if not holds(module, side):
         return
+    if kind.parts is not None and side != "out":  # both sides of a layer divide into as many groups
+        each = width_of(module, side) // kind.parts(module)
+        for name in kind.counts:
+            setattr(module, name, width // each)
     for name in kind.widths[side]:
-        setattr(module, name, width)
+        setattr(module, name, (width,) if isinstance(getattr(module, name), tuple) else width)
 
 
 def gather(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:

@@ -83,29 +83,39 @@ def _positions(segment: Segment, channels: torch.Tensor, offset: int) -> torch.T
     return positions.masked_fill((channels < 0)[:, None], -1).flatten()
 
 
-def runs(owners: Sequence[tuple[str, int] | None], widths: Mapping[str, int]) -> tuple[Segment, ...] | None:
+def runs(
+    owners: torch.Tensor, channels: torch.Tensor, names: Sequence[str], widths: Mapping[str, int]
+) -> tuple[Segment, ...] | None:
     """Read the owners of an axis's positions, in order, as segments.
 
     Args:
-        owners: For each position, (group, channel), or None where no group owns it.
+        owners: Int64 `[positions]`: the number of the group that owns each, or -1.
+        channels: Int64 `[positions]`: its channel there.
+        names: The groups' names.
         widths: The width of each group.
 
     Returns:
         The segments, or None when some group's channels do not lie in their order.
     """
+    changes = torch.ones(len(owners), dtype=torch.bool)
+    changes[1:] = (owners[1:] != owners[:-1]) | ((channels[1:] != channels[:-1]) & (owners[1:] >= 0))
+    starts = [*changes.nonzero().flatten().tolist(), len(owners)]
+    following = dict(zip(starts, starts[1:], strict=False))
     segments: list[Segment] = []
     start = 0
     while start < len(owners):
-        head, stop = owners[start], start
-        while stop < len(owners) and owners[stop] == head:
-            stop += 1
-        if head is None:
+        stop = following.get(start)
+        if stop is None:
+            return None
+        owner = int(owners[start])
+        if owner < 0:
             segments.append(Segment(None, fixed=stop - start))
         else:
-            name, copies = head[0], stop - start
-            stop = start + copies * widths[name]
-            if list(owners[start:stop]) != [(name, c) for c in range(widths[name]) for _ in range(copies)]:
+            copies, width = stop - start, widths[names[owner]]
+            stop = start + copies * width
+            expected = torch.arange(width).repeat_interleave(copies)
+            if stop > len(owners) or not torch.equal(channels[start:stop], expected) or bool((owners[start:stop] != owner).any()):
                 return None
-            segments.append(Segment(name, copies))
+            segments.append(Segment(names[owner], copies))
         start = stop
     return tuple(segments)

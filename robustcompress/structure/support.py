@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections import Counter, defaultdict
 
 import torch
@@ -10,28 +10,27 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from robustcompress.errors import Problems, UnsupportedModelError
+from robustcompress.structure.copies import copied, hollow
+from robustcompress.structure.couplings import Graph
 from robustcompress.structure.kinds import kind_of
 
 _UNSUPPORTED: dict[type, str] = {
     nn.MultiheadAttention: (
         "torch's attention asserts its number of heads; call robustcompress.models.open_attention(model) first"
     ),
-    nn.GroupNorm: "group norm mixes the channels it normalises and cannot be edited yet; use BatchNorm2d",
     nn.LocalResponseNorm: "local response norm mixes neighbouring channels and cannot be edited",
     nn.RNNBase: "recurrent layers cannot be edited",
     nn.Embedding: "embeddings cannot be edited",
     nn.Bilinear: "bilinear layers cannot be edited",
-    nn.modules.instancenorm._InstanceNorm: "instance norm cannot be edited yet; use BatchNorm2d",
     nn.modules.lazy.LazyModuleMixin: "run one batch through the model first, so that lazy layers take their shape",
 }
 
 
-def check_supported(model: nn.Module, example: torch.Tensor) -> None:
+def check_supported(model: nn.Module) -> None:
     """Raise one error that names every layer which cannot be edited.
 
     Args:
         model: The network.
-        example: One input batch; copies of the model are run on it, in eval and in training mode.
 
     Raises:
         UnsupportedModelError: Listing each layer with its reason and the remedy.
@@ -60,8 +59,6 @@ def check_supported(model: nn.Module, example: torch.Tensor) -> None:
     if not names_of:
         problems.add("it has no parameters")
     problems.raise_if_any(UnsupportedModelError)
-    _check_forward(model, example, problems)
-    problems.raise_if_any(UnsupportedModelError)
 
 
 def _check_wrapping(model: nn.Module, problems: Problems) -> None:
@@ -73,39 +70,51 @@ def _check_wrapping(model: nn.Module, problems: Problems) -> None:
         problems.add("it is wrapped for parallel training; pass model.module")
 
 
-def _check_forward(model: nn.Module, example: torch.Tensor, problems: Problems) -> None:
-    calls, output = _calls(model, example, problems, training=False)
-    if output is None:
-        return
-    if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(example):
-        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        problems.add(f"it returns {shape}; it must return logits of shape [batch, classes]")
-    for name, count in calls.items():
+def check_forward(model: nn.Module, example: torch.Tensor, graph: Graph) -> None:
+    """Raise one error about what the network does with its layers.
+
+    Args:
+        model: The network; a copy is run in training mode.
+        example: One input batch.
+        graph: Of a forward pass in eval mode.
+
+    Raises:
+        UnsupportedModelError: A layer is called more than once, or in training mode only.
+    """
+    problems = Problems(f"{type(model).__name__} cannot be edited")
+    for name, count in graph.calls.items():
         if count > 1:
             problems.add(f"{name}: the layer is called {count} times in one forward pass; give each call its own layer")
     problems.raise_if_any(UnsupportedModelError)
-    trained, _ = _calls(model, example, problems, training=True)
-    for name in trained:
-        if name not in calls:
+    for name in _called_in_training(model, example, problems):
+        if name not in graph.calls:
             problems.add(f"{name}: the layer is used in training mode only; switch its branch off (aux_logits=False)")
+    problems.raise_if_any(UnsupportedModelError)
 
 
 @torch.no_grad()
-def _calls(
-    model: nn.Module, example: torch.Tensor, problems: Problems, *, training: bool
-) -> tuple[Counter[str], object | None]:
-    """How often each layer is called in one forward pass of a copy, and what the model returns."""
-    twin = copy.deepcopy(model).train(training)
+def _called_in_training(model: nn.Module, example: torch.Tensor, problems: Problems) -> Counter[str]:
+    for tables in (True, False):
+        with contextlib.suppress(Exception):  # whatever a forward that looks at values raises on tensors without any
+            return _calls(hollow(model, tables=tables), torch.empty_like(example, device="meta"))
+    try:
+        return _calls(copied(model, lambda tensor: tensor.detach().clone()), example)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        problems.add(f"it does not run in training mode {on(example, error)}")
+        return Counter()
+
+
+def on(example: torch.Tensor, error: Exception) -> str:
+    """Words for a forward pass that raised."""
+    said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return f"on an input of shape {tuple(example.shape)}: {said}"
+
+
+def _calls(twin: nn.Module, example: torch.Tensor) -> Counter[str]:
     calls: Counter[str] = Counter()
-    for name, module in twin.named_modules():
+    for name, module in twin.train().named_modules():
         if kind_of(module) is not None:
             module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return calls, twin(example)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        mode = "in training mode " if training else ""
-        problems.add(
-            f"it does not run {mode}on an input of shape {tuple(example.shape)}: {str(error).splitlines()[0][:200]}"
-        )
-        return calls, None
+    with torch.random.fork_rng(devices=[]):
+        twin(example)
+    return calls

@@ -2,176 +2,285 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from robustcompress.errors import Problems, UnsupportedModelError
 from robustcompress.structure.attention import Heads, find_heads
-from robustcompress.structure.couplings import Couplings, Unit
+from robustcompress.structure.copies import copied, hollow
+from robustcompress.structure.couplings import Couplings, Graph, Layer, Place, find_couplings
 from robustcompress.structure.groups import Axis, ChannelGroup, Kind, Segment
 from robustcompress.structure.kinds import kind_of, width_of
 from robustcompress.structure.layout import Layout, runs
+from robustcompress.structure.support import check_forward, check_supported, on
 
 
 def trace(model: nn.Module, example: torch.Tensor) -> Layout:
     """Find the channel groups of a network.
 
-    The graph is built on a copy: tracing follows autograd, so frozen parameters would vanish, and torch-pruning leaves
-    the model it traces in eval mode.
+    The graph is built on a copy without values, wherever the network's forward permits that: nothing is computed, and
+    no memory is taken.
 
     Args:
-        model: A network that `check_supported` accepts. It is not touched.
+        model: The network. It is not touched.
         example: One input batch, `[N, 3, H, W]`.
 
     Returns:
         The groups and where they lie. Groups that cannot be edited say why.
+
+    Raises:
+        UnsupportedModelError: The network holds layers that cannot be edited, each named with its reason, or does not
+            run, or does not return logits.
     """
-    twin = copy.deepcopy(model)
-    for tensor in twin.parameters():
-        tensor.grad = None
-        tensor.requires_grad_(True)
-    heads = tuple(find_heads(twin))
-    return _layout(Couplings(_dependency_graph(twin, example), twin, heads), twin, heads)
+    check_supported(model)
+    graph = _graph(model, example)
+    check_forward(model, example, graph)
+    heads = tuple(find_heads(model))
+    return _layout(find_couplings(graph, heads), model, heads)
 
 
-def _dependency_graph(twin: nn.Module, example: torch.Tensor) -> Any:
+def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
+    """The graph of a copy: torch-pruning leaves what it traces in eval mode, and sees only what has gradients."""
+    for tables in (True, False):
+        with contextlib.suppress(Exception):  # whatever a forward that looks at values raises on tensors without any
+            return _record(hollow(model, tables=tables), torch.empty_like(example, device="meta"))
+    try:
+        return _record(copied(model, lambda tensor: tensor.detach().clone()), example)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        problems = Problems(f"{type(model).__name__} cannot be edited")
+        problems.add(f"it does not run {on(example, error)}")
+        problems.raise_if_any(UnsupportedModelError)
+        raise AssertionError from error
+
+
+def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
     import torch_pruning
 
+    given: dict[nn.Module, Place | None] = {}
+    returned: list[Place] = []
+    taught: dict[Any, tuple[nn.Module, int]] = {}
+
+    calls: Counter[str] = Counter()
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls[names[module]] += 1
+        value = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        given[module] = None if value is None or value.grad_fn is None else (value.grad_fn, value.output_nr)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+            taught[output.grad_fn] = (module, output.output_nr)
+
+    def forward(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        out = network(images)
+        if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != len(images):
+            shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise UnsupportedModelError(
+                f"{type(twin).__name__} cannot be edited: it returns {shape}; it must return logits of shape "
+                "[batch, classes]"
+            )
+        returned.append((out.grad_fn, out.output_nr))
+        return out
+
+    names = {module: name for name, module in twin.named_modules() if kind_of(module) is not None}
+    for module in names:
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+    graph = torch_pruning.DependencyGraph()
     with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")  # about plain parameters, whose dimension is checked when the trace is verified
+        warnings.simplefilter("ignore")  # about plain parameters, whose dimension is found by what they meet
         # With a gradient the image itself is a node of the graph, so that its share of a concatenation is known.
         example = example.detach().clone().requires_grad_()
-        return torch_pruning.DependencyGraph().build_dependency(twin, example_inputs=example, verbose=False)
+        try:
+            graph.build_dependency(twin, example_inputs=example, forward_fn=forward, verbose=False)
+        except ZeroDivisionError:  # in its index mapping, which comes last and is not used, for a channel shuffle
+            if not hasattr(graph, "module2node"):
+                raise
+    layers = {
+        node.grad_fn: node.module for node in graph.module2node.values() if isinstance(node.module, nn.Module)
+    } | {function: module for function, (module, _) in taught.items()}
+    inside = {id(p) for module in names for p in module.parameters(recurse=False)}
+    return Graph(
+        returned[-1],
+        {
+            function: Layer(names[module], module, function, taught[function][1], given[module])
+            for function, module in layers.items()
+            if module in names and function in taught
+        },
+        {id(p): name for name, p in twin.named_parameters() if id(p) not in inside},
+        calls,
+    )
 
 
-def _layout(couplings: Couplings, twin: nn.Module, heads: Sequence[Heads]) -> Layout:
-    outputs = {couplings.find(unit) for unit in couplings.outputs}
-    # Units with the same members are interchangeable: together they are one group.
-    by_signature: dict[tuple[object, ...], list[tuple[Unit, dict[Axis, list[int]]]]] = {}
-    for unit, places in couplings.units():
-        signature = (*sorted((a.module, a.side, len(p)) for a, p in places.items()), unit in outputs)
-        by_signature.setdefault(signature, []).append((unit, places))
-    parted = {couplings.find(unit) for unit in couplings.parted}
-    families = _tie_parts(list(by_signature.values()), parted)
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Channels that are alike: they will be a group.
 
-    order = {name: number for number, (name, _) in enumerate(twin.named_modules())}
-    channel_of: dict[Unit, tuple[str, int]] = {}
-    widths: dict[str, int] = {}
-    described: list[tuple[str, bool, list[Axis], bool]] = []
-    for family in families:
-        axes = sorted({axis for places in family[0][1] for axis in places}, key=lambda a: order.get(a.module, -1))
-        writer = next(axis for axis in axes if axis.side == "out")
-        name, serial = writer.module, 1
-        while name in widths:
-            serial += 1
-            name = f"{writer.module}#{serial}"
-        widths[name] = len(family)
-        for channel, (units, _) in enumerate(family):
-            channel_of.update({unit: (name, channel) for unit in units})
-        described.append((name, any(u in outputs for units, _ in family for u in units), axes, len(family[0][0]) > 1))
-
-    axes_runs, irregular = _axes(couplings, channel_of, widths, twin)
-    for found in heads:
-        axes_runs.update(found.axes)  # with a single head its runs cannot be told apart by looking
-    attention = {found.group: found.module for found in heads}
-    opaque = {channel_of[couplings.find(unit)][0] for unit in couplings.opaque}
-    groups: dict[str, ChannelGroup] = {}
-    output = ""
-    for name, is_output, axes, is_split in sorted(described, key=lambda d: order[d[0].split("#")[0]]):
-        group = _describe(name, widths[name], axes, is_output, is_split, axes_runs, irregular | opaque, twin)
-        groups[name] = replace(group, kind="heads") if name in attention and group.editable else group
-        output = name if is_output else output
-    return Layout(groups, axes_runs, couplings.param_dims, output, attention)
-
-
-def _tie_parts(
-    families: list[list[tuple[Unit, dict[Axis, list[int]]]]], parted: set[Unit]
-) -> list[list[tuple[tuple[Unit, ...], tuple[dict[Axis, list[int]], ...]]]]:
-    """Tie equal parts of one writer (chunk, split): their widths may only change together.
-
-    Returns:
-        Families of channels; each channel is the units it ties and the places of each.
+    Attributes:
+        units: Int64 `[channels, ties]`: each channel is one unit, or several that are tied.
+        axes: All axes that hold them.
     """
-    merged: list[list[tuple[tuple[Unit, ...], tuple[dict[Axis, list[int]], ...]]]] = []
+
+    units: torch.Tensor
+    axes: tuple[Axis, ...]
+
+
+def _families(couplings: Couplings, order: Mapping[str, int]) -> list[_Family]:
+    """Units that lie equally often on the same axes, tied where they are equal parts of one writer."""
+    axes = list(couplings.positions)
+    count = 1 + max((int(units.max()) for units in couplings.positions.values() if len(units)), default=0)
+    present = torch.zeros(count, dtype=torch.bool)
+    kind = torch.zeros(count, dtype=torch.long)
+    where: list[set[Axis]] = [set()]
+    for axis in axes:
+        units = couplings.positions[axis]
+        seen, copies = units[units >= 0].unique(return_counts=True)
+        present[seen] = True
+        # Kinds met so far are divided by how many positions they have here.
+        pairs, inverse = torch.stack([kind[seen], copies], 1).unique(dim=0, return_inverse=True)
+        fresh = len(where)
+        where.extend(where[int(old)] | {axis} for old, _ in pairs.tolist())
+        kind[seen] = fresh + inverse
+    if couplings.outputs:
+        out = torch.tensor(sorted(couplings.outputs))
+        out = out[present[out]]
+        kinds, inverse = kind[out].unique(return_inverse=True)
+        fresh = len(where)
+        where.extend(where[old] for old in kinds.tolist())
+        kind[out] = fresh + inverse
+    alive = present.nonzero().flatten()
+    by_kind: dict[int, list[int]] = {}
+    for unit, number in zip(alive.tolist(), kind[alive].tolist(), strict=True):
+        by_kind.setdefault(number, []).append(unit)
+    found = [
+        _Family(torch.tensor(units)[:, None], tuple(sorted(where[number], key=lambda a: (order.get(a.module, -1), a.side))))
+        for number, units in by_kind.items()
+    ]
+    return _tie_parts(found, couplings.parted)
+
+
+def _tie_parts(families: list[_Family], parted: set[int]) -> list[_Family]:
+    """Tie equal parts of one writer (chunk, split): their widths may only change together."""
+    merged: list[_Family] = []
     part_of: dict[tuple[Axis, int], int] = {}
     for family in families:
-        split = all(unit in parted for unit, _ in family)
-        writers = [axis for axis in family[0][1] if axis.side == "out" and split]
-        partner = next((part_of[(w, len(family))] for w in writers if (w, len(family)) in part_of), None)
+        writers = [axis for axis in family.axes if axis.side == "out" and parted.issuperset(family.units[:, 0].tolist())]
+        partner = next((part_of[key] for axis in writers if (key := (axis, len(family.units))) in part_of), None)
         if partner is None:
-            for writer in writers:
-                part_of[(writer, len(family))] = len(merged)
-            merged.append([((unit,), (places,)) for unit, places in family])
+            part_of |= {(axis, len(family.units)): len(merged) for axis in writers}
+            merged.append(family)
         else:
-            merged[partner] = [
-                ((*units, unit), (*parts, places))
-                for (units, parts), (unit, places) in zip(merged[partner], family, strict=True)
-            ]
+            tied = torch.cat([merged[partner].units, family.units], 1)
+            axes = dict.fromkeys(merged[partner].axes + family.axes)
+            merged[partner] = _Family(tied, tuple(axes))
     return merged
 
 
-def _axes(
-    couplings: Couplings, channel_of: dict[Unit, tuple[str, int]], widths: dict[str, int], twin: nn.Module
-) -> tuple[dict[Axis, tuple[Segment, ...]], set[str]]:
-    modules = dict(twin.named_modules())
-    parameters = dict(twin.named_parameters())
+def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> Layout:
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    families = [f for f in _families(couplings, order) if any(axis.side == "out" for axis in f.axes)]
+    count = 1 + max((int(f.units.max()) for f in families), default=0)
+    group_of, channel_of = torch.full((count,), -1), torch.full((count,), -1)
+    named: list[tuple[str, _Family]] = []
+    widths: dict[str, int] = {}
+    for number, family in enumerate(families):
+        axes = sorted(family.axes, key=lambda axis: order.get(axis.module, -1))
+        writer = next((a for a in axes if a.side == "out" and not _is_grouped(a, model)), axes[0]).module
+        name, serial = writer, 1
+        while name in widths:
+            serial += 1
+            name = f"{writer}#{serial}"
+        widths[name] = len(family.units)
+        named.append((name, _Family(family.units, tuple(axes))))
+        group_of[family.units] = number
+        channel_of[family.units] = torch.arange(len(family.units))[:, None]
+
+    names = [name for name, _ in named]
     segments: dict[Axis, tuple[Segment, ...]] = {}
     irregular: set[str] = set()
-    for axis, positions in couplings.unit_at.items():
-        if axis.side == "param":
-            length = parameters[axis.module].shape[couplings.param_dims[axis.module]]
-        else:
-            length = width_of(modules[axis.module], axis.side)
-        owners = [channel_of[couplings.find(positions[p])] if p in positions else None for p in range(length)]
-        read = runs(owners, widths)
+    for axis, units in couplings.positions.items():
+        known = (units >= 0) & (units < count)
+        owners = torch.where(known, group_of[units.clamp(0, count - 1)], -1)
+        read = runs(owners, channel_of[units.clamp(0, count - 1)], names, widths)
         if read is None:
-            irregular.update(owner[0] for owner in owners if owner is not None)
-            read = (Segment(None, fixed=length),)
+            irregular.update(names[number] for number in owners[owners >= 0].unique().tolist())
+            read = (Segment(None, fixed=len(units)),)
         segments[axis] = read
-    return segments, irregular
+    for found in heads:
+        if found.group in widths:
+            segments.update(found.axes)  # with a single head its runs cannot be told apart by looking
+    attention = {found.group: found.module for found in heads if found.group in widths}
+    groups: dict[str, ChannelGroup] = {}
+    output = ""
+    for name, family in sorted(named, key=lambda pair: order.get(pair[0].split("#")[0], -1)):
+        units = set(family.units.flatten().tolist())
+        is_output = not couplings.outputs.isdisjoint(units)
+        unclear = name in irregular or not couplings.opaque.isdisjoint(units)
+        group = _describe(name, family, segments, model, is_output=is_output, unclear=unclear)
+        groups[name] = replace(group, kind="heads") if name in attention and group.editable else group
+        output = name if is_output else output
+    return Layout(groups, segments, couplings.param_dims, output, attention)
 
 
 def _describe(
     name: str,
-    width: int,
-    axes: list[Axis],
+    family: _Family,
+    segments: Mapping[Axis, tuple[Segment, ...]],
+    model: nn.Module,
+    *,
     is_output: bool,
-    is_split: bool,
-    segments: dict[Axis, tuple[Segment, ...]],
-    irregular: set[str],
-    twin: nn.Module,
+    unclear: bool,
 ) -> ChannelGroup:
-    writers = tuple(a for a in axes if a.side == "out")
-    readers = tuple(a for a in axes if a.side == "in")
-    passers = tuple(a for a in axes if a.side in ("both", "param"))
+    readers = tuple(a for a in family.axes if a.side == "in" and not _is_grouped(a, model))
+    writers = tuple(a for a in family.axes if a.side == "out" and not _is_grouped(a, model))
+    passers = tuple(a for a in family.axes if a not in readers and a not in writers)
     kind: Kind = "hidden"
     reason = ""
     if is_output:
         kind, reason = "output", "holds the model's output"
-    elif any(isinstance(twin.get_submodule(a.module), nn.LayerNorm) for a in passers if a.side == "both"):
-        kind, reason = "frozen", "a layer norm takes its mean and variance over these channels: all depend on each"
-    elif name in irregular:
+    elif any(_mixes(axis, model) for axis in passers):
+        kind, reason = "frozen", "a norm takes its mean and variance over these channels: all depend on each"
+    elif unclear:
         kind, reason = "frozen", "its channels pass through an operation in which they cannot be followed"
+    elif not writers:
+        kind, reason = "frozen", "no layer writes it"
     elif not readers:
         kind, reason = "frozen", "nothing reads it"
-    elif is_split:
+    elif family.units.shape[1] > 1:
         kind = "split"
     elif any(len({s.group for s in segments[a]} - {None}) > 1 for a in (*writers, *readers)):
         kind = "concat"
     elif len(writers) > 1:
         kind = "residual"
-    # A depthwise convolution or a PReLU of one channel is indistinguishable from an ordinary or a shared one.
-    min_width = 2 if any(_is_per_channel(axis, twin) for axis in passers) else 1
-    return ChannelGroup(name, width, kind, writers, readers, passers, min_width, reason)
+    # One channel of these is indistinguishable from an ordinary layer, or from one that all channels share.
+    min_width = 2 if any(_is_per_channel(axis, model) for axis in passers) else 1
+    return ChannelGroup(name, len(family.units), kind, writers, readers, passers, min_width, reason)
 
 
-def _is_per_channel(axis: Axis, twin: nn.Module) -> bool:
+def _is_grouped(axis: Axis, model: nn.Module) -> bool:
+    if axis.side == "param":
+        return False
+    kind = kind_of(model.get_submodule(axis.module))
+    return kind is not None and kind.name == "grouped"
+
+
+def _mixes(axis: Axis, model: nn.Module) -> bool:
+    if axis.side != "both":
+        return False
+    module = model.get_submodule(axis.module)
+    kind = kind_of(module)
+    return kind is not None and kind.mixes(module)
+
+
+def _is_per_channel(axis: Axis, model: nn.Module) -> bool:
     if axis.side == "param":
         return True
-    kind = kind_of(twin.get_submodule(axis.module))
-    return kind is not None and kind.name in ("depthwise", "prelu")
+    kind = kind_of(model.get_submodule(axis.module))
+    return kind is not None and kind.name in ("depthwise", "grouped", "prelu")

@@ -46,7 +46,7 @@ class Clockwork:
     def resized(self, widths: dict[str, int]) -> nn.Module:
         return self._real.resized(widths)
 
-    def time(self, model: nn.Module, *, seconds: float = 1.0) -> Timing:
+    def time(self, model: nn.Module, *, seconds: float = 1.0, precision: float | None = None) -> Timing:
         type(self).timed += 1
         ms = clock(model.cpu(), self._shape)
         odd = sum(m.out_channels % 4 > 0 for m in model.modules() if isinstance(m, nn.Conv2d))

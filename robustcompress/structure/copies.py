@@ -1,0 +1,55 @@
+"""Copies of a network with other tensors in them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def copied(model: nn.Module, of: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy of a network with other parameters and buffers; the network's own are not copied on the way.
+
+    Args:
+        model: The network.
+        of: Gives the tensor that takes the place of a parameter or a buffer. What stands for a parameter becomes one,
+            with gradients.
+
+    Returns:
+        The copy. A tensor in use in two places stays one.
+    """
+    memo: dict[int, Any] = {id(buffer): of(buffer) for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(of(p), requires_grad=True) for p in model.parameters()}
+    twin: nn.Module = copy.deepcopy(model, memo)
+    return twin
+
+
+def hollow(model: nn.Module, *, tables: bool = True) -> nn.Module:
+    """A copy without values, on torch's meta device: its forward computes shapes alone, and takes no memory.
+
+    Args:
+        model: The network.
+        tables: Leave tensors of whole numbers their values: tables of indices say which position becomes which.
+    """
+
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            if tables and not tensor.is_floating_point():
+                return tensor.detach().cpu()
+            return torch.empty_like(tensor, device="meta")
+
+    twin = copied(model, of)
+    for module in twin.modules():
+        if type(module) in _BATCH_NORMS:  # known to keep shapes, and the dearest layer of all there
+            module.forward = _kept  # type: ignore[method-assign]
+    return twin
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def _kept(x: torch.Tensor) -> torch.Tensor:
+    return -x
