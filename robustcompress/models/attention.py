@@ -81,8 +81,8 @@ class OpenAttention(nn.Module):
 def open_attention(model: nn.Module) -> nn.Module:
     """Replace the attention in a network by the same function with heads that can be removed.
 
-    Opened are `nn.MultiheadAttention`, the attention of torchvision's Swin (both versions) and MaxViT, and that of timm's
-    Swin (both versions), BEiT and EVA. No random number is drawn; frozen weights stay frozen.
+    Opened are `nn.MultiheadAttention`, the attention of torchvision's Swin (both versions) and MaxViT, and that of
+    timm's Swin (both versions), BEiT and EVA. No random number is drawn; frozen weights stay frozen.
 
     torch's module cannot lose a head: it holds queries, keys and values as one bare parameter, and its forward asserts
     that the heads together are as wide as the embedding. The replacement has the same weights (`in_proj_weight` becomes

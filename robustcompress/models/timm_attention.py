@@ -125,7 +125,7 @@ class RotaryAttention(TakenOver):
 
 
 def _open_windows(module: nn.Module) -> nn.Module:
-    """timm's first Swin counts its heads itself, and does not say how wide they are."""
+    """Say how wide a head is: all that the attention of timm's first Swin, which counts its heads, leaves out."""
     module.head_dim = _head_dim(module)  # type: ignore[assignment]
     return module
 

@@ -100,7 +100,7 @@ class CosineWindowAttention(TakenOver):
         qkv = self.qkv(tokens)
         if self.qkv.bias is not None:
             # Taken from all at once, so that its gradient is the sum that it is within `qkv`, and cancels to the bit.
-            qkv = qkv - (self.qkv.bias.unflatten(0, (3, -1)) * self.keys).flatten()
+            qkv = qkv - (torch.unflatten(self.qkv.bias, 0, (3, -1)) * self.keys).flatten()
         q, k, v = split_heads(qkv, self.head_dim)
         bias = network_bias(self.cpb_mlp, self.relative_coords_table, self.relative_position_index)
         logits = cosine_logits(q, k, self.logit_scale) + bias
@@ -177,7 +177,7 @@ def over_windows(x: Tensor, window: Pair, shift: Pair, attend: Callable[[Tensor,
     x = attend(_cut(x, window).flatten(0, 2), mask)
     # [N * windows, tokens, dim] to [N, rows, height of a window, columns, width of a window, dim] to [N, H, W, dim]
     grid = padded[0] // window[0], padded[1] // window[1]
-    x = x.unflatten(0, (-1, *grid)).unflatten(3, window).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    x = torch.unflatten(torch.unflatten(x, 0, (-1, *grid)), 3, window).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     if shifted:
         x = x.roll((down, along), (1, 2))
     return x[:, :height, :width] if bottom or right else x
@@ -207,13 +207,13 @@ def region_mask(size: Pair, window: Pair, shift: Pair, like: Tensor) -> Tensor:
 
 def _cut(x: Tensor, window: Pair) -> Tensor:
     """`[N, H, W, C]` to `[N, rows of windows, columns of windows, tokens, C]`."""
-    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
+    x = torch.unflatten(torch.unflatten(x, 2, (-1, window[1])), 1, (-1, window[0]))
     return x.transpose(2, 3).flatten(3, 4)
 
 
 def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """`[N, tokens, 3 * heads * head_dim]` to three of `[N, heads, tokens, head_dim]`: queries, keys and values."""
-    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = torch.unflatten(qkv, -1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
@@ -228,7 +228,7 @@ def table_bias(table: Tensor, index: Tensor) -> Tensor:
         `[heads, tokens, tokens]`.
     """
     tokens = math.isqrt(index.numel())
-    return table[index.flatten()].unflatten(0, (tokens, tokens)).permute(2, 0, 1)
+    return torch.unflatten(table[index.flatten()], 0, (tokens, tokens)).permute(2, 0, 1)
 
 
 def network_bias(network: nn.Module, coordinates: Tensor, index: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def mix(logits: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> 
         `[N * windows, tokens, heads * head_dim]`.
     """
     if mask is not None:
-        logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        logits = (torch.unflatten(logits, 0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
     return (F.dropout(logits.softmax(-1), dropout) @ values).transpose(1, 2).flatten(2)
 
 

@@ -87,6 +87,7 @@ class Couplings:
         for axis, segments in heads.axes.items():
             owners = [unit for segment in segments for unit in units for _ in range(segment.copies)]
             self.unit_at[axis] = dict(enumerate(owners))
+        self.param_dims.update(heads.param_dims)
 
     def _walk(self, module: nn.Module) -> None:
         """Follow everything `module` writes that no earlier walk has reached."""

@@ -84,7 +84,8 @@ def _layout(couplings: Couplings, twin: nn.Module, heads: Sequence[Heads]) -> La
     output = ""
     for name, is_output, axes, is_split in sorted(described, key=lambda d: order[d[0].split("#")[0]]):
         group = _describe(name, widths[name], axes, is_output, is_split, axes_runs, irregular | opaque, twin)
-        groups[name] = replace(group, kind="heads") if name in attention and group.editable else group
+        told = name in attention and group.editable  # and so one head is as plain as many
+        groups[name] = replace(group, kind="heads", min_width=1) if told else group
         output = name if is_output else output
     return Layout(groups, axes_runs, couplings.param_dims, output, attention)
 
