@@ -19,6 +19,8 @@ from robustcompress.models.windows import TakenOver, cosine_logits, mix, network
 class CosineAttention(TakenOver):
     """Stands in for the window attention of Swin V2 (Liu et al. 2022).
 
+    Its window stays: set the network's input size before it is opened.
+
     Args:
         original: timm's `swin_transformer_v2.WindowAttention`.
     """

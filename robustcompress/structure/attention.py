@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from robustcompress.errors import InputError, Problems
-from robustcompress.structure.groups import Axis, Segment
+from robustcompress.structure.groups import Axis, Segment, Side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +43,8 @@ class AttentionKind:
     head_dim: str = "head_dim"
     heads: tuple[str, ...] = ("num_heads",)
     channels: tuple[str, ...] = ("attn_dim",)
-    params: tuple[tuple[str, int], ...] = (
-        ("relative_position_bias_table", 1),
-        ("logit_scale", 0),
-        ("q_bias", 0),
-        ("v_bias", 0),
-    )
-    rows: tuple[str, ...] = ("cpb_mlp.2",)
+    params: tuple[tuple[str, int], ...] = ()
+    rows: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = Problems("this kind of attention makes no sense")
@@ -60,17 +55,22 @@ class AttentionKind:
         problems.raise_if_any()
 
 
-FUSED = AttentionKind()
+_PARAMS = (("relative_position_bias_table", 1), ("logit_scale", 0), ("q_bias", 0), ("v_bias", 0))
+_ROWS = ("cpb_mlp.2",)  # of the network that makes the table in Swin V2
+
+FUSED = AttentionKind(params=_PARAMS, rows=_ROWS)
 """What a module without a kind of its own is held for, where it has the layers: timm's Attention, for example."""
 
 APART = AttentionKind(
     writers=(("q_proj", 1), ("k_proj", 1), ("v_proj", 1), ("gate", 1)),
     heads=("num_heads", "num_kv_heads"),
     channels=("attn_dim", "kv_dim"),
+    params=_PARAMS,
+    rows=_ROWS,
 )
 """The same for a module with a layer each for queries, keys and values, as some of timm's have."""
 
-MERGED = AttentionKind(writers=(("to_qkv", 3),), reader="merge", heads=("n_heads",))
+MERGED = AttentionKind(writers=(("to_qkv", 3),), reader="merge", heads=("n_heads",), params=_PARAMS)
 """The same for a module with the names of torchvision's MaxViT."""
 
 _TAUGHT: dict[type[nn.Module], AttentionKind] = {}
@@ -148,7 +148,7 @@ def _check_taught(name: str, module: nn.Module) -> None:
     if not isinstance(head_dim, int):
         problems.add(f"it has no whole number {kind.head_dim!r}")
     elif isinstance(reader, nn.Linear) and (width := reader.in_features // max(1, head_dim)):
-        for path, shape, dim in _further(module, kind):
+        for path, _, shape, dim in _further(module, kind):
             if not _copies(shape, dim, width):
                 problems.add(f"{path!r} of shape {list(shape)} does not hold {width} heads along dimension {dim}")
     problems.raise_if_any()
@@ -167,27 +167,27 @@ def _heads(name: str, module: nn.Module) -> Heads | None:
         return None
     prefix = f"{name}." if name else ""
     further = [
-        (path, copies, dim) for path, shape, dim in _further(module, kind) if (copies := _copies(shape, dim, width))
+        (path, side, n, dim) for path, side, shape, dim in _further(module, kind) if (n := _copies(shape, dim, width))
     ]
     order = [child for child, _ in module.named_modules()]
-    rows = [path for path, _, _ in further if path in kind.rows]
+    rows = [path for path, side, _, _ in further if side == "out"]
     group = prefix + min([writer for writer, _, _ in present] + rows, key=order.index)
     run = Segment(group, head_dim)
     axes = {Axis(prefix + writer, "out"): (run,) * runs for writer, _, runs in present}
     axes[Axis(prefix + kind.reader, "in")] = (run,)
-    axes |= {Axis(prefix + path, "out" if path in rows else "param"): (Segment(group, n),) for path, n, _ in further}
-    param_dims = {prefix + path: dim for path, _, dim in further if path not in rows}
+    axes |= {Axis(prefix + path, side): (Segment(group, n),) for path, side, n, _ in further}
+    param_dims = {prefix + path: dim for path, side, _, dim in further if side == "param"}
     return Heads(name, group, width, axes, param_dims)
 
 
-def _further(module: nn.Module, kind: AttentionKind) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """What holds heads beside writers and reader, where the module has it: name, shape, dimension of the heads."""
+def _further(module: nn.Module, kind: AttentionKind) -> Iterator[tuple[str, Side, tuple[int, ...], int]]:
+    """What else holds heads, where the module has it: its name, side, shape, and the dimension of the heads."""
     for name, dim in kind.params:
         if isinstance(found := _inner(module, name), nn.Parameter):
-            yield name, tuple(found.shape), dim
+            yield name, "param", tuple(found.shape), dim
     for name in kind.rows:
         if isinstance(found := _inner(module, name), nn.Linear):
-            yield name, tuple(found.weight.shape), 0
+            yield name, "out", tuple(found.weight.shape), 0
 
 
 def _copies(shape: tuple[int, ...], dim: int, width: int) -> int:
