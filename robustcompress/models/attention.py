@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustcompress.errors import Problems, UnsupportedModelError
+from robustcompress.models import timm_attention, windows
 
 
 class Attention(nn.Module):
@@ -77,11 +79,15 @@ class OpenAttention(nn.Module):
 
 
 def open_attention(model: nn.Module) -> nn.Module:
-    """Replace every `nn.MultiheadAttention` in a network by the same function with heads that can be removed.
+    """Replace the attention in a network by the same function with heads that can be removed.
+
+    Opened are `nn.MultiheadAttention`, the attention of torchvision's Swin (both versions) and MaxViT, and that of
+    timm's Swin (both versions), BEiT and EVA. No random number is drawn; frozen weights stay frozen.
 
     torch's module cannot lose a head: it holds queries, keys and values as one bare parameter, and its forward asserts
     that the heads together are as wide as the embedding. The replacement has the same weights (`in_proj_weight` becomes
-    `inner.qkv.weight`, `out_proj` becomes `inner.proj`), frozen ones stay frozen, and it returns None for the weights.
+    `inner.qkv.weight`, `out_proj` becomes `inner.proj`), and it returns None for the weights of the attention. The
+    others infer a head's width from the embedding's; their replacements keep every name in the state dict.
 
     Args:
         model: Edited in place; torchvision's VisionTransformer, for example.
@@ -90,27 +96,42 @@ def open_attention(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        UnsupportedModelError: An attention that cannot be replaced: with keys or values of another width, of added
-            biases or zeros, not batch first, or inside torch's own encoder layers, which read its parameters.
+        UnsupportedModelError: An attention that cannot be replaced: the model itself; or torch's with keys or values of
+            another width, of added biases or zeros, not batch first, or inside torch's own encoder layers, which read
+            its parameters.
     """
     problems = Problems(f"the attention of {type(model).__name__} cannot be replaced")
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    for name, module in found:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if not name or isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            owner = "the model itself" if not name else f"part of {type(parent).__name__}, which reads its parameters"
-            problems.add(f"{name or 'attention'}: it is {owner}")
-        if not module._qkv_same_embed_dim:
-            problems.add(f"{name}: keys or values are not as wide as queries")
-        if module.bias_k is not None or module.add_zero_attn:
-            problems.add(f"{name}: it adds a bias or zeros to the sequence")
-        if not module.batch_first:
-            problems.add(f"{name}: the sequence comes before the batch; use batch_first=True")
+    found = [(name, m, opener) for name, m in model.named_modules() if (opener := _opener(m)) is not None]
+    for name, module, _ in found:
+        if not name:
+            problems.add("attention: it is the model itself")
+        if isinstance(module, nn.MultiheadAttention):
+            _check_multihead(model, name, module, problems)
     problems.raise_if_any(UnsupportedModelError)
-    for name, module in found:
+    for name, module, opener in found:
         owner_name, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner_name), attribute, _opened(module))
+        setattr(model.get_submodule(owner_name), attribute, opener(module))
     return model
+
+
+def _opener(module: nn.Module) -> Callable[[Any], nn.Module] | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return _opened
+    kind = type(module)  # by its name, and not its bases': a subclass may compute something else
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return windows.OPENED.get(name) or timm_attention.OPENED.get(name)
+
+
+def _check_multihead(model: nn.Module, name: str, module: nn.MultiheadAttention, problems: Problems) -> None:
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        problems.add(f"{name}: it is part of {type(parent).__name__}, which reads its parameters")
+    if not module._qkv_same_embed_dim:
+        problems.add(f"{name}: keys or values are not as wide as queries")
+    if module.bias_k is not None or module.add_zero_attn:
+        problems.add(f"{name}: it adds a bias or zeros to the sequence")
+    if not module.batch_first:
+        problems.add(f"{name}: the sequence comes before the batch; use batch_first=True")
 
 
 @torch.no_grad()

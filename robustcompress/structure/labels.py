@@ -52,9 +52,10 @@ def reshaped(label: Label, old: Shape, new: Shape) -> Label:
             ids = first
         elif ids.shape[d] > 1:
             live.add(d)
-    if touched and not live:  # a lone unit: where one dimension is as long as it is, it lives there
+    if touched and not live:  # a lone unit keeps a dimension of its own, or takes the features it is flattened to
         home = min(touched, key=lambda d: (new[d] > 1, d))
-        ids, live = ids.expand([new[d] if d == home else 1 for d in range(len(new))]), {home}
+        if new[home] == 1 or len(new) == 2 or any(old[d] > 1 for d in label.live):
+            ids, live = ids.expand([new[d] if d == home else 1 for d in range(len(new))]), {home}
     return Label(ids, frozenset(live))
 
 

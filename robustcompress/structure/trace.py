@@ -224,9 +224,13 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
         is_output = not couplings.outputs.isdisjoint(units)
         unclear = name in irregular or not couplings.opaque.isdisjoint(units)
         group = _describe(name, family, segments, model, is_output=is_output, unclear=unclear)
-        groups[name] = replace(group, kind="heads") if name in attention and group.editable else group
+        told = name in attention and group.editable  # and so one head is as plain as many
+        groups[name] = replace(group, kind="heads", min_width=1) if told else group
         output = name if is_output else output
-    return Layout(groups, segments, couplings.param_dims, output, attention)
+    param_dims = dict(couplings.param_dims)
+    for found in heads:
+        param_dims |= found.param_dims
+    return Layout(groups, segments, param_dims, output, attention)
 
 
 def _describe(
