@@ -203,6 +203,8 @@ class _Walk:
             for label in rest:
                 self.hide(label.units())
             rest = ()
+        if axis in self._heads and len(written.unique()) == 1:
+            return rest  # behind reshapes a single head cannot be told from any other dimension of size 1
         rank = len(shape_of((layer.function, layer.number)))
         dim = kind.channel_dim % rank
         ids = written.reshape([-1 if d == dim else 1 for d in range(rank)])

@@ -94,7 +94,7 @@ def carry(step: Step) -> Labels:
         return ()
     name = step.function.name()
     rule = next((rule for prefixes, rule in _RULES if name.startswith(prefixes)), _default)
-    return rule(step)
+    return tuple(label for label in rule(step) if label.live)  # a lone unit may have lost its dimension
 
 
 def join(operands: Sequence[Operand], shape: Shape, ledger: Ledger) -> Labels:

@@ -213,10 +213,13 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
             irregular.update(names[number] for number in owners[owners >= 0].unique().tolist())
             read = (Segment(None, fixed=len(units)),)
         segments[axis] = read
+    attention: dict[str, str] = {}
     for found in heads:
-        if found.group in widths:
-            segments.update(found.axes)  # with a single head its runs cannot be told apart by looking
-    attention = {found.group: found.module for found in heads if found.group in widths}
+        number = int(group_of[couplings.positions[next(iter(found.axes))][0].clamp(0, count - 1)])
+        if number >= 0 and widths[names[number]] == found.width:
+            attention[names[number]] = found.module
+            # With a single head its runs cannot be told apart by looking.
+            segments |= {axis: tuple(replace(s, group=names[number]) for s in runs) for axis, runs in found.axes.items()}
     groups: dict[str, ChannelGroup] = {}
     output = ""
     for name, family in sorted(named, key=lambda pair: order.get(pair[0].split("#")[0], -1)):

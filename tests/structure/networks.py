@@ -111,7 +111,55 @@ class Upsampled(nn.Module):
         return F.max_pool2d(F.relu(self.up(x)), 2)
 
 
-BLOCKS = (Chain, Residual, Bare, Projected, Dense, Inverted, Squeeze, Chunked, Scaled, Upsampled)
+class Grouped(nn.Module):
+    """Convolutions in two groups, of unlike numbers of channels; the second multiplies a depthwise one's channels."""
+
+    def __init__(self, c: int, each: int) -> None:
+        super().__init__()
+        self.expand, self.bn1 = nn.Conv2d(c, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.grouped, self.bn2 = nn.Conv2d(6, 3 * each, 3, padding=1, groups=3), nn.BatchNorm2d(3 * each)
+        self.multiplied = nn.Conv2d(3 * each, 6 * each, 3, padding=1, groups=3 * each)
+        self.project, self.out = nn.Conv2d(6 * each, c, 1), c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn2(self.grouped(F.relu(self.bn1(self.expand(x))))))
+        return x + self.project(F.relu(self.multiplied(y)))
+
+
+class Normed(nn.Module):
+    """Norms that take their statistics from the image: whole groups of channels, or each channel by itself."""
+
+    def __init__(self, c: int, groups: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(c, 2 * groups, 3, padding=1), nn.GroupNorm(groups, 2 * groups)
+        self.conv2, self.norm2 = nn.Conv2d(2 * groups, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=groups % 2 == 0)
+        self.conv3, self.out = nn.Conv2d(4, c, 1), c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm1(self.conv1(x)))
+        return self.conv3(F.relu(self.norm2(self.conv2(x))))
+
+
+class Mixed(nn.Module):
+    """One layer over places and one over channels: two sorts of channels in one tensor."""
+
+    def __init__(self, c: int, hidden: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.over, self.back = nn.Linear(4, hidden), nn.Linear(hidden, 4)
+        self.up, self.down, self.out = nn.Linear(c, hidden), nn.Linear(hidden, c), c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.pool(x).flatten(2)
+        y = (y + self.back(F.gelu(self.over(y)))).transpose(1, 2)
+        y = y + self.down(F.gelu(self.up(y)))
+        return x + y.mean(1)[:, :, None, None]
+
+
+BLOCKS = (
+    *(Chain, Residual, Bare, Projected, Dense, Inverted, Squeeze, Chunked, Scaled, Upsampled),
+    *(Grouped, Normed, Mixed),
+)
 
 
 class Net(nn.Module):

@@ -156,18 +156,23 @@ def test_layers_under_other_names_are_taught(taught: None) -> None:
     editor = editor_of(type("Subclass", (Apart,), {})())
     assert [(g.name, g.kind, g.width) for g in editor.editable] == [("attn.value", "heads", HEADS)]
     assert [a.module for a in editor.groups["attn.value"].writers] == ["attn.value", "attn.query", "attn.key"]
-    # What is taught wrongly is not believed: values written by two layers are no heads of three.
+    # What is left out is found: queries and keys have as many heads as the values that they weigh.
     teach_attention(Apart, AttentionKind(writers=(("query", 1), ("key", 1)), reader="out", head_dim="size"))
-    wrong = editor_of(Apart())
-    assert "attn.query" not in [g.name for g in wrong.editable]
-    assert len(wrong.groups["attn.query"].reason) > 10
+    completed = editor_of(Apart())
+    assert [(g.name, g.kind, g.width) for g in completed.editable] == [("attn.value", "heads", HEADS)]
+    # What is taught wrongly is not believed: halves of heads.
+    every = (("query", 1), ("key", 1), ("value", 1))
+    teach_attention(Apart, AttentionKind(writers=every, reader="out", head_dim="half"))
+    wrong = Apart()
+    wrong.half = HEAD_DIM // 2
+    assert [g.name for g in editor_of(wrong).editable] == []
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (FromTheEmbedding, "forward() assumes its width"),
-        (lambda: Counted(inside=nn.LayerNorm(HEADS * HEAD_DIM)), "forward() assumes its width"),
+        (lambda: Counted(inside=nn.LayerNorm(HEADS * HEAD_DIM)), "a norm takes its mean and variance"),
         (Talking, "forward() mixes its channels"),
     ],
     ids=["width from the embedding", "norm over all heads", "talking heads"],
@@ -189,7 +194,7 @@ def test_a_kind_without_writers_makes_no_sense() -> None:
 
 def test_the_embedding_keeps_its_width_and_says_why() -> None:
     reasons = {g.name: g.reason for g in StructuralEditor(vit_micro(depth=1), EXAMPLE).groups.values()}
-    assert "a layer norm takes its mean and variance over these channels" in reasons["blocks.0.attention.proj"]
+    assert "a norm takes its mean and variance over these channels" in reasons["patch"]
 
 
 class Perceptron(nn.Module):

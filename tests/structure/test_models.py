@@ -37,8 +37,6 @@ def torchvision_vit() -> nn.Module:
     return models.open_attention(model)
 
 
-TORCHVISION_PROJ = "encoder.layers.encoder_layer_0.self_attention.inner.proj"
-
 EVERY: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet8": (lambda: models.resnet8(width=0.5), 32),
     "resnet20": (lambda: models.resnet20(width=0.5), 32),
@@ -55,8 +53,8 @@ EVERY: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "torchvision:vit": (torchvision_vit, 32),
 }
 
-# A transformer's residual stream goes through layer norms and keeps its width; its patches are flattened on the way.
-EMBEDDING = {"vit_micro": ("patch", "blocks.0.attention.proj"), "torchvision:vit": ("conv_proj", TORCHVISION_PROJ)}
+# A transformer's residual stream goes through layer norms and keeps its width.
+EMBEDDING = {"vit_micro": ("patch",), "torchvision:vit": ("conv_proj",)}
 
 EXPORTED = ("resnet8", "wrn_16_4", "torchvision:squeezenet1_1", "vit_micro")
 
