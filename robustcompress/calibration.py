@@ -56,7 +56,8 @@ def limit_latency(session: Session, strategy: Strategy, stopwatch: Stopwatch, ex
     limit = LatencyLimit(
         model,
         budget.latency_limit(model.reference_ms),
-        lambda widths: stopwatch.time(stopwatch.resized(widths), seconds=2 * SECONDS),
+        lambda widths: stopwatch.time(stopwatch.resized(widths, without=editor.bypassed), seconds=2 * SECONDS),
+        without=lambda: editor.bypassed,
     )
     session.say(
         f"latency (onnxruntime, one image, one thread): the reference takes {model.reference_ms:.3g} ms; reachable: "

@@ -42,7 +42,8 @@ def find_branch(block: nn.Module, shape: tuple[int, ...]) -> frozenset[str]:
         if _variable(node) is leaf:
             around = True
             continue
-        met = {names[id(p)] for child in _inputs(node) if child not in reaching for p in _leaves(child) if id(p) in names}
+        own = [p for child in _inputs(node) if child not in reaching for p in _leaves(child)]
+        met = {names[id(p)] for p in own if id(p) in names}
         found |= met
         if met and not node.name().startswith(_SUMS):
             continue
