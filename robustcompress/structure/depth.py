@@ -111,7 +111,10 @@ class BypassProof:
         block = self._quiet.get_submodule(name)
         branch = find_branch(block, call.given)
         if not branch:
-            return "no way leads around its layers: without an identity shortcut (a projection is none) it cannot leave"
+            return (
+                "every way through it passes one of its layers: it has no identity shortcut, as which neither a "
+                "projection counts nor a norm behind the sum"
+            )
         # What the network gives a narrow block may be all zeros, which tell nothing.
         positive = torch.rand(call.given, generator=self._generator, dtype=torch.float64).to(self._images.device)
         with silent(block, branch), torch.no_grad():
@@ -125,7 +128,7 @@ class BypassProof:
         if not returns:
             return (
                 "with its residual branch silent it does not return what it was given: something else changes it, "
-                "such as an activation behind the sum where the input may be negative, or a norm"
+                "such as an activation behind the sum where the input may be negative"
             )
         with _removed(self._quiet, name) as gone:
             if len(gone) < len(list(block.parameters())):
