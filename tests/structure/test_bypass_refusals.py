@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -116,3 +118,107 @@ def test_a_refusal_says_why_and_changes_nothing(name: str) -> None:
 
 
 _ODD: dict[str, StructuralEditor] = {}
+
+
+class Around(nn.Module):
+    """A network around one block of four channels, whose input is not negative."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.block, self.fc = networks.Chain(3, 4), block, nn.Linear(4, 5)
+
+    def before(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stem(x)
+
+    def after(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.after(self.block(self.before(x))).mean((2, 3)))
+
+
+class Dead(Around):
+    """What the block is given is zero, and twice that is as well."""
+
+    def before(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stem(x) * 0.0
+
+
+class Peeking(Around):
+    """Takes more from the block than what it returns, where there is more."""
+
+    def after(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = getattr(self.block, "hidden", None)
+        return x if hidden is None else x + hidden
+
+
+class Remembering(networks.Bare):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.hidden = x
+        return x + self.conv(x)
+
+
+class Tapped(Around):
+    """Holds a layer of the block by a second name."""
+
+    def __init__(self, block: networks.Bare) -> None:
+        super().__init__(block)
+        self.tap = nn.ModuleList([block.conv])
+
+
+class Biased(networks.Bare):
+    def __init__(self) -> None:
+        super().__init__(4, 0)
+        self.bias, self.scale = nn.Parameter(torch.rand(4, 1, 1)), nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(x, self.scale, self.conv(x)) + self.bias
+
+
+class Plain(networks.Residual):
+    """Its last norm has neither scale nor shift."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.bn2 = nn.BatchNorm2d(4, affine=False)
+
+
+class Overwriting(networks.Bare):
+    """Writes to what it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sub_(1.0) + self.conv(x)
+
+
+class Frozen(networks.Residual):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (lambda: Dead(Doubled()), "does not return what it was given"),
+        (lambda: Peeking(Remembering(4, 0)), "without it the model does not compute"),
+        (lambda: Tapped(networks.Bare(4, 0)), "holds some of its parameters elsewhere"),
+        (lambda: Around(Overwriting(4, 0)), "does not return what it was given"),
+        (lambda: Around(networks.Residual(4, 3)), ""),
+        (lambda: Around(Biased()), ""),
+        (lambda: Around(Plain()), ""),
+        (lambda: Around(Frozen()), ""),
+        (lambda: Around(nn.Sequential(networks.Bare(4, 0), networks.Inverted(4, 3))), ""),
+    ],
+    ids=["dead", "peeking", "tapped", "overwriting", "residual", "biased", "norm without scale", "frozen", "sequence"],
+)
+def test_the_proof_looks_at_the_network_and_not_at_the_code(net: Callable[[], Around], said: str) -> None:
+    torch.manual_seed(0)
+    model = net().double().eval()
+    editor = StructuralEditor(model, EXAMPLE)
+    if said:
+        with pytest.raises(InputError, match=said):
+            editor.bypass("block")
+    else:
+        editor.bypass("block")
+        x = networks.images()
+        assert torch.equal(model(x), model.fc(model.stem(x).mean((2, 3))))
