@@ -8,16 +8,16 @@ import statistics
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from robustcompress.errors import Problems
 from robustcompress.structure import StructuralEditor
-from robustcompress.structure.groups import Axis
+from robustcompress.structure.groups import Axis, inside
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.weights import count_weights
 
@@ -250,6 +250,15 @@ def _flop_counter(model: nn.Module, example: torch.Tensor) -> float:
     return float(counter.get_total_flops()) / 2
 
 
+class _Share(NamedTuple):
+    """What one layer, or one parameter, has of the cost: in proportion to the widths of these axes."""
+
+    module: str
+    axes: tuple[Axis, ...]
+    macs: float
+    params: int
+
+
 class CostModel:
     """Predicts the cost of any widths without building the network.
 
@@ -258,17 +267,18 @@ class CostModel:
     hold no channels of their own (pooling) is bounded from above: it stays where groups shrink, and grows with the
     group that grows most. So a network that is predicted to keep a budget keeps it.
 
+    Blocks that leave the network after this was made leave the prediction too.
+
     Args:
         editor: The editor of the model as it is now.
         example: One input batch.
     """
 
     def __init__(self, editor: StructuralEditor, example: torch.Tensor) -> None:
-        self._layout = editor.layout
-        self._start = editor.widths
-        self._macs, per_layer = _profile(editor.model, example)
-        self._params = sum(p.numel() for p in editor.model.parameters())
-        self._layers: list[tuple[tuple[Axis, ...], float, int]] = []
+        self._editor, self._layout, self._start = editor, editor.layout, editor.widths
+        self._macs, self._per_layer = _profile(editor.model, example)
+        self._params = {name: p.numel() for name, p in editor.model.named_parameters()}
+        self._layers: list[_Share] = []
         by_module: dict[str, list[Axis]] = {}
         for axis in self._layout.axes:
             if axis.side != "param":
@@ -282,32 +292,51 @@ class CostModel:
             others = sum(p.numel() for p in module.parameters(recurse=False)) - (
                 0 if weight is None else weight.numel()
             )
-            self._layers.append((tuple(axes), per_layer.get(name, 0.0), 0 if weight is None else weight.numel()))
+            count = 0 if weight is None else weight.numel()
+            self._layers.append(_Share(name, tuple(axes), self._per_layer.get(name, 0.0), count))
             if others:
                 written = tuple(axis for axis in axes if axis.side != "in")
-                self._layers.append((written, 0.0, others))
-        self._unowned = self._macs - sum(per_layer.get(name, 0.0) for name in by_module)
+                self._layers.append(_Share(name, written, 0.0, others))
+        self._owned = set(by_module)
         for axis in self._layout.axes:
             if axis.side == "param":
-                self._layers.append(((axis,), 0.0, editor.model.get_parameter(axis.module).numel()))
+                self._layers.append(_Share(axis.module, (axis,), 0.0, self._params[axis.module]))
+        self._counted: dict[frozenset[str], tuple[float, float, float, list[_Share]]] = {}
 
-    def predict(self, widths: Mapping[str, int]) -> tuple[float, float]:
-        """MACs and parameters of the network with these group widths."""
-        macs, params = self._sums(widths)
+    def predict(self, widths: Mapping[str, int], *, without: Iterable[str] = ()) -> tuple[float, float]:
+        """MACs and parameters of the network with these group widths.
+
+        Args:
+            widths: Of groups that are not named, those from when this was made count.
+            without: Blocks to leave out, beside those that the editor has bypassed.
+        """
+        macs, params = self._sums(widths, without)
         return float(macs), float(params)
 
     def relaxed(self, widths: Mapping[str, Any]) -> tuple[Any, Any]:
         """As `predict`, for widths that are no whole numbers: floats, or tensors, and then with their gradients."""
         return self._sums(widths)
 
-    def _sums(self, widths: Mapping[str, Any]) -> tuple[Any, Any]:
+    def _sums(self, widths: Mapping[str, Any], without: Iterable[str] = ()) -> tuple[Any, Any]:
         widths = {**self._start, **widths}
         most = max((widths[name] / width for name, width in self._start.items()), default=1.0)
-        macs, params = self._macs + self._unowned * max(0.0, most - 1), float(self._params)
-        for axes, layer_macs, layer_params in self._layers:
+        macs, params, unowned, layers = self._left(frozenset((*self._editor.bypassed, *without)))
+        macs = macs + unowned * max(0.0, most - 1)
+        for layer in layers:
             scale: Any = 1.0
-            for axis in axes:
+            for axis in layer.axes:
                 scale = scale * (self._layout.axis_width(axis, widths) / self._layout.axis_width(axis, self._start))
-            macs = macs + layer_macs * (scale - 1)
-            params = params + layer_params * (scale - 1)
+            macs = macs + layer.macs * (scale - 1)
+            params = params + layer.params * (scale - 1)
         return macs, params
+
+    def _left(self, gone: frozenset[str]) -> tuple[Any, Any, float, list[_Share]]:
+        """MACs, parameters, MACs of layers without channels, and layers of what these blocks leave."""
+        if gone not in self._counted:
+            per_layer = {name: macs for name, macs in self._per_layer.items() if not inside(name, gone)}
+            macs = self._macs - sum(self._per_layer[name] for name in self._per_layer.keys() - per_layer.keys())
+            unowned = macs - sum(count for name, count in per_layer.items() if name in self._owned)
+            params = sum(count for name, count in self._params.items() if not inside(name, gone))
+            layers = [layer for layer in self._layers if not inside(layer.module, gone)]
+            self._counted[gone] = (macs, float(params), unowned, layers)
+        return self._counted[gone]

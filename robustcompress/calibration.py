@@ -59,7 +59,10 @@ def limit_latency(session: Session, strategy: Strategy, stopwatch: Stopwatch, ex
     limit = LatencyLimit(
         model,
         budget.latency_limit(model.reference_ms),
-        lambda widths: stopwatch.time(stopwatch.resized(widths), seconds=2 * SECONDS, precision=PRECISION),
+        lambda widths: stopwatch.time(
+            stopwatch.resized(widths, without=editor.bypassed), seconds=2 * SECONDS, precision=PRECISION
+        ),
+        without=lambda: editor.bypassed,
     )
     session.say(
         f"latency (onnxruntime, one image, one thread): the reference takes {model.reference_ms:.3g} ms; reachable: "

@@ -20,9 +20,10 @@ from robustcompress.budget import Budget, Cost, human
 from robustcompress.errors import InputError, ResultError
 from robustcompress.models import ModelSpec
 from robustcompress.robust import RobustReport, ThreatModel
-from robustcompress.structure import Edit, StructuralEditor
+from robustcompress.structure import AnyEdit, Bypass, StructuralEditor, edit_from_json
 
-FORMAT = 1
+FORMAT = 2
+"""The newest format that is read. What every version can read is written as 1: all without edits of the depth."""
 MAX_PIXELS = 1 << 24
 """An image read from a file may not be larger: a damaged record must not exhaust the memory."""
 
@@ -55,7 +56,7 @@ class CompressResult:
     model: nn.Module
     spec: ModelSpec | None
     strategy: Mapping[str, Any]
-    edits: tuple[Edit, ...]
+    edits: tuple[AnyEdit, ...]
     before: Cost
     after: Cost
     budget: Mapping[str, float]
@@ -122,7 +123,7 @@ class CompressResult:
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights and the history, as plain JSON."""
         return {
-            "format": FORMAT,
+            "format": FORMAT if any(isinstance(edit, Bypass) for edit in self.edits) else 1,
             "model": self.spec.to_json() if self.spec else None,
             "strategy": dict(self.strategy),
             "budget": dict(self.budget),
@@ -263,7 +264,7 @@ def load(
     history = _history(directory)
     try:
         spec = ModelSpec.from_json(record["model"]) if record["model"] is not None else None
-        edits = tuple(Edit.from_json(edit) for edit in record["edits"])
+        edits = tuple(edit_from_json(edit) for edit in record["edits"])
         parts: dict[str, Any] = {
             "spec": spec,
             "strategy": _checked_strategy(record["strategy"]),

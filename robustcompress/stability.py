@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from robustcompress.errors import InputError
 from robustcompress.models import ModelSpec, identify
 from robustcompress.result import CompressResult
-from robustcompress.structure import NEW, StructuralEditor
+from robustcompress.structure import NEW, Bypass, StructuralEditor
+from robustcompress.structure.layout import Layout
 from robustcompress.structure.weights import maskable_weights
 
 Masks = dict[str, Tensor]
@@ -123,8 +124,8 @@ def _masks(results: Mapping[str, CompressResult], reference: nn.Module | None) -
     if "density" in first.budget:
         masks = {name: _kept_weights(result) for name, result in results.items()}
     else:
-        widths = _reference_widths(first, reference)
-        masks = {name: _kept_channels(name, result, widths) for name, result in results.items()}
+        layout, widths = _reference_structure(first, reference)
+        masks = {name: _kept_channels(name, result, layout, widths) for name, result in results.items()}
     shapes = {name: {key: bits.shape for key, bits in found.items()} for name, found in masks.items()}
     for name in results:
         if shapes[name] != shapes[first_name]:
@@ -145,20 +146,25 @@ def _kept_weights(result: CompressResult) -> Masks:
     return {name: weight.detach() != 0 for name, weight in maskable_weights(result.model).items()}
 
 
-def _reference_widths(result: CompressResult, reference: nn.Module | None) -> dict[str, int]:
+def _reference_structure(result: CompressResult, reference: nn.Module | None) -> tuple[Layout, dict[str, int]]:
+    """Where the reference's channels lie, and the widths of those groups that can be edited."""
     if reference is None:
         if result.spec is None or result.spec.imports_code:
             raise InputError("which channels there were is not known: pass reference=, the network it all began with")
         with torch.random.fork_rng(devices=[]):
             reference = result.spec.build()
     editor = StructuralEditor(reference, torch.zeros(2, *result.image_shape))
-    return {group.name: group.width for group in editor.editable}
+    return editor.layout, {group.name: group.width for group in editor.editable}
 
 
-def _kept_channels(name: str, result: CompressResult, widths: Mapping[str, int]) -> Masks:
-    """Follow each channel of the reference through all gathers."""
+def _kept_channels(name: str, result: CompressResult, layout: Layout, widths: Mapping[str, int]) -> Masks:
+    """Follow each channel of the reference through all edits; those of a block that left are gone."""
     origins = {group: list(range(width)) for group, width in widths.items()}
     for edit in result.edits:
+        if isinstance(edit, Bypass):
+            layout = layout.without(edit.module, layout.widths())
+            origins = {group: channels if group in layout.groups else [] for group, channels in origins.items()}
+            continue
         if edit.group not in origins:
             continue  # the classes
         before = origins[edit.group]

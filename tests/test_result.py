@@ -255,8 +255,8 @@ def test_a_damaged_history_is_named(text: str, copy: Path) -> None:
 
 
 def test_a_newer_format_says_upgrade(copy: Path) -> None:
-    change(copy, lambda r: r.update(format=2))
-    with pytest.raises(rc.ResultError, match=r"format 2; this version reads up to 1: upgrade"):
+    change(copy, lambda r: r.update(format=3))
+    with pytest.raises(rc.ResultError, match=r"format 3; this version reads up to 2: upgrade"):
         rc.load(copy)
 
 
@@ -297,6 +297,12 @@ EDITS = {
     "words": [{"group": "conv1", "sources": "all", "init": None, "share": False}],
     "a range of too many": [{"group": "conv1", "sources": [[0, 10**15]], "init": None, "share": False}],
     "too many new ones": [{"group": "conv1", "sources": [[-1, 10**15]], "init": "pair", "share": False}],
+    "a bypass of no block": [{"bypass": "conv1"}],
+    "a bypass of a block that cannot leave": [{"bypass": "layers.1.0"}],
+    "a bypass of nothing": [{"bypass": "layers.9"}],
+    "a bypass without a name": [{"bypass": ""}],
+    "a bypass of a number": [{"bypass": 3}],
+    "a bypass of more": [{"bypass": "layers.0.0", "sources": [0]}],
     "a backward range": [{"group": "conv1", "sources": [[3, 0]], "init": None, "share": False}],
     "a triple": [{"group": "conv1", "sources": [[0, 1, 2]], "init": None, "share": False}],
     "an output that reads what is not there": [{"group": "fc", "sources": [500], "init": None, "share": False}],

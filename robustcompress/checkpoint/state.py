@@ -11,7 +11,7 @@ from torch import nn
 
 from robustcompress.data import Batches
 from robustcompress.errors import CheckpointError
-from robustcompress.structure import Edit
+from robustcompress.structure import AnyEdit
 from robustcompress.train import Selection
 
 Tensors = dict[str, torch.Tensor]
@@ -47,7 +47,7 @@ class State:
     modules: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
     generators: dict[str, torch.Generator]
-    edits: tuple[Edit, ...]
+    edits: tuple[AnyEdit, ...]
     batches: Batches
     selection: Selection | None
     kept: dict[str, Stateful] = field(default_factory=dict)

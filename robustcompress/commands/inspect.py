@@ -17,7 +17,7 @@ from robustcompress.models import build_model
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.search_plot import plot_search, search_records
 from robustcompress.stability import stability
-from robustcompress.structure import ChannelGroup, StructuralEditor
+from robustcompress.structure import Bypass, ChannelGroup, StructuralEditor
 from robustcompress.terminal import Output, table
 
 NAME = "inspect"
@@ -165,8 +165,14 @@ def _groups(arguments: argparse.Namespace, name: str, result: CompressResult | N
         "image_shape": list(shape),
         "cost": cost.to_json(),
         "groups": groups,
+        "bypassable": list(editor.bypassable),
     }
-    parts = [table(title, columns, rows, left=("group", "kind", "editable")), totals, *filter(None, [cost.note])]
+    blocks = f"blocks that can be bypassed: {', '.join(editor.bypassable) or 'none'}"
+    parts = [table(title, columns, rows, left=("group", "kind", "editable")), totals, blocks]
+    parts += filter(None, [cost.note])
+    if result is not None and (gone := [edit.module for edit in result.edits if isinstance(edit, Bypass)]):
+        document["bypassed"] = gone
+        parts.append(f"blocks that have left: {', '.join(gone)}")
     if result is not None and (records := search_records(result)):
         document["search"] = records
         parts.append(_searches({name: records}))

@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,9 +51,11 @@ class Stopwatch:
         self._image = torch.full((1, *image_shape), 0.5).numpy()
         self._reference: bytes | None = None
 
-    def resized(self, widths: Mapping[str, int]) -> nn.Module:
-        """A copy of the reference with these group widths."""
+    def resized(self, widths: Mapping[str, int], *, without: Iterable[str] = ()) -> nn.Module:
+        """A copy of the reference with these group widths, and without these blocks."""
         twin = copy.deepcopy(self._editor)
+        for module in without:
+            twin.bypass(module)
         for group, now in twin.widths.items():
             width = widths.get(group, now)
             if width != now:

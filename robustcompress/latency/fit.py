@@ -31,6 +31,7 @@ class Layer:
         outputs: Numbers written at the reference's widths.
         sides: What the multiply-adds are in proportion to.
         written: What the outputs are in proportion to.
+        name: The layer's.
     """
 
     family: str
@@ -38,6 +39,7 @@ class Layer:
     outputs: float
     sides: tuple[Side, ...]
     written: tuple[Side, ...]
+    name: str = ""
 
 
 def layers_of(editor: StructuralEditor, example: torch.Tensor) -> list[Layer]:
@@ -67,7 +69,9 @@ def layers_of(editor: StructuralEditor, example: torch.Tensor) -> list[Layer]:
         kind = type(module).__name__ + (" depthwise" if depthwise else "")
         written = tuple(side for key, side in sides[name].items() if key in ("out", "both"))
         layers.append(
-            Layer(f"{kind} {places}", weight.numel() * places, shape.numel(), tuple(sides[name].values()), written)
+            Layer(
+                f"{kind} {places}", weight.numel() * places, shape.numel(), tuple(sides[name].values()), written, name
+            )
         )
     return layers
 
@@ -112,8 +116,8 @@ def fit(layers: Sequence[Layer], widths: Sequence[Mapping[str, int]], ms: Sequen
     for index, (_, members) in enumerate(families.items()):
         macs, outputs = sum(layer.macs for layer in members), sum(layer.outputs for layer in members)
         for layer in members:
-            terms.append(Term(found[2 * index] * layer.macs / macs, layer.sides))
-            terms.append(Term(found[2 * index + 1] * layer.outputs / outputs, layer.written))
+            terms.append(Term(found[2 * index] * layer.macs / macs, layer.sides, layer.name))
+            terms.append(Term(found[2 * index + 1] * layer.outputs / outputs, layer.written, layer.name))
     return LatencyModel(
         reference_ms=float(times[0]),
         narrowest_ms=float(min(times)),

@@ -65,6 +65,7 @@ class LatencyLimit:
         model: The predictor.
         limit: Milliseconds, on the scale of the predictor's reference.
         measure: Measures the network of these widths against the reference.
+        without: Tells which blocks have left the network since the reference; none by default.
 
     Attributes:
         model: The predictor.
@@ -73,16 +74,28 @@ class LatencyLimit:
         measured: Milliseconds of the widths chosen last; None before.
     """
 
-    def __init__(self, model: LatencyModel, limit: float, measure: Callable[[Mapping[str, int]], Timing]) -> None:
+    def __init__(
+        self,
+        model: LatencyModel,
+        limit: float,
+        measure: Callable[[Mapping[str, int]], Timing],
+        *,
+        without: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
         self.model, self.limit = model, limit
         self.factor = 1.0
         self.measured: float | None = None
         self._measure = measure
+        self._without = without
         self._settled: Choice | None = None
+        self._settled_without: tuple[str, ...] = ()
 
-    def predict(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds, corrected by what was measured last."""
-        return self.factor * self.model.predict(widths)
+    def predict(self, widths: Mapping[str, Any]) -> Any:
+        """Milliseconds, corrected by what was measured last; for numbers or, with gradients, scalar tensors."""
+        return self.factor * self._uncorrected(widths)
+
+    def _uncorrected(self, widths: Mapping[str, Any]) -> Any:
+        return self.model.predict(widths, without=self._without())
 
     @property
     def missed(self) -> bool:
@@ -106,8 +119,8 @@ class LatencyLimit:
             say: Told what came of it.
         """
         choice = Choice(**decide(f"{name}, measured", lambda: asdict(self.choose(pick))))
-        self.measured, self._settled = choice.ms, choice
-        self.factor = min(choice.factor, self.limit / self.model.predict(choice.widths))
+        self.measured, self._settled, self._settled_without = choice.ms, choice, self._without()
+        self.factor = min(choice.factor, self.limit / self._uncorrected(choice.widths))
         say(
             f"{name}: {choice.ms:.3g} ms measured, at most {self.limit:.3g} ms asked for "
             f"({choice.rounds} networks measured, {choice.factor:.3f} of what was predicted)"
@@ -127,14 +140,15 @@ class LatencyLimit:
         before, over, under, probes = self.factor, 0.0, math.inf, 0
         for _ in range(4 * ROUNDS):
             widths = pick()
-            if not tried and self._settled is not None and widths == self._settled.widths:
+            same = self._settled is not None and widths == self._settled.widths
+            if not tried and self._settled is not None and same and self._settled_without == self._without():
                 return replace(self._settled, rounds=0)  # this very network was settled on before
             key = tuple(sorted(widths.items()))
             if key not in tried:
                 if len(tried) == ROUNDS:
                     break
                 ms = self._measure(widths).ratio * self.model.reference_ms
-                tried[key] = Choice(widths, ms, ms / self.model.predict(widths), len(tried) + 1)
+                tried[key] = Choice(widths, ms, ms / self._uncorrected(widths), len(tried) + 1)
             now = tried[key]
             if NEAR * self.limit <= now.ms <= self.limit:
                 break
@@ -172,5 +186,5 @@ class LatencyLimit:
                 return best
             ms = (best.ms + self._measure(best.widths).ratio * self.model.reference_ms) / 2
             fresh.remove(best)
-            measured[measured.index(best)] = Choice(best.widths, ms, ms / self.model.predict(best.widths), best.rounds)
+            measured[measured.index(best)] = Choice(best.widths, ms, ms / self._uncorrected(best.widths), best.rounds)
         return min(measured, key=lambda choice: choice.ms)

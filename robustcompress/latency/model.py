@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 from torch import Tensor
+
+from robustcompress.structure.groups import inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,12 @@ class Term:
     Attributes:
         ms: Milliseconds at the reference's widths, not negative.
         sides: What it is in proportion to.
+        layer: The layer whose share it is.
     """
 
     ms: float
     sides: tuple[Side, ...]
+    layer: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,21 +73,25 @@ class LatencyModel:
     networks: int
 
     @overload
-    def predict(self, widths: Mapping[str, float]) -> float: ...
+    def predict(self, widths: Mapping[str, float], *, without: Collection[str] = ()) -> float: ...
 
     @overload
-    def predict(self, widths: Mapping[str, Tensor]) -> Tensor: ...
+    def predict(self, widths: Mapping[str, Tensor], *, without: Collection[str] = ()) -> Tensor: ...
 
-    def predict(self, widths: Mapping[str, Any]) -> Any:
+    def predict(self, widths: Mapping[str, Any], *, without: Collection[str] = ()) -> Any:
         """Milliseconds of the network with these group widths.
 
         Args:
             widths: Numbers, or scalar tensors, through which gradients run. Groups that are not named have the
                 reference's width.
+            without: Blocks that have left the network. What the constant holds of them stays, so that this is an upper
+                bound for networks that were never measured.
         """
         known = {**self.widths, **widths}
         total: Any = self.constant
         for term in self.terms:
+            if inside(term.layer, without):
+                continue
             share: Any = term.ms
             for side in term.sides:
                 share = share * side.ratio(known)
@@ -97,7 +105,10 @@ class LatencyModel:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> LatencyModel:
         """Read what `to_json` wrote, also after a way through JSON."""
-        terms = tuple(Term(term["ms"], tuple(_side(side) for side in term["sides"])) for term in record["terms"])
+        terms = tuple(
+            Term(term["ms"], tuple(_side(side) for side in term["sides"]), term.get("layer", ""))
+            for term in record["terms"]
+        )
         return cls(**{**record, "terms": terms, "widths": dict(record["widths"])})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,7 +24,8 @@ from robustcompress.strategies.base import (
     steps_of,
 )
 from robustcompress.strategies.scratch import plant
-from robustcompress.structure import Edit, StructuralEditor
+from robustcompress.structure import AnyEdit, Bypass, Edit, StructuralEditor
+from robustcompress.structure.groups import inside
 
 WIDEST = 8
 """No group may become wider than this multiple of the reference's width (as far as `grape` may grow)."""
@@ -37,7 +39,7 @@ class Compressed(Protocol):
         """The compact network."""
 
     @property
-    def edits(self) -> tuple[Edit, ...]:
+    def edits(self) -> tuple[AnyEdit, ...]:
         """What led to it."""
 
     @property
@@ -58,12 +60,14 @@ class Fixed(Strategy):
         widths: By group name (`robustcompress inspect` lists them); above the reference's width, up to 8 times it,
             channels are added before training. Groups that are not named share what the named ones leave of the
             budget, as in `uniform`.
+        bypassed: Residual blocks that leave first, by name, in this order (see `StructuralEditor.bypass`).
     """
 
     name: ClassVar[str] = "fixed"
     direction: ClassVar[Direction] = "prune"
     given_shape: ClassVar[bool] = True
     widths: Mapping[str, int] = field(default_factory=dict)
+    bypassed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = Problems("fixed cannot run")
@@ -73,11 +77,15 @@ class Fixed(Strategy):
         for name, width in self.widths.items():
             if not isinstance(name, str) or type(width) is not int or width < 1:
                 problems.add(f"widths[{name!r}]={width!r}: must be a whole number of channels, at least 1")
+        listed = isinstance(self.bypassed, list | tuple) and all(isinstance(name, str) for name in self.bypassed)
+        if not listed:
+            problems.add(f"bypassed={self.bypassed!r}: give a list of block names, such as ['layers.0.1']")
         problems.raise_if_any()
         object.__setattr__(self, "widths", dict(self.widths))  # its own, and plain for JSON
+        object.__setattr__(self, "bypassed", tuple(self.bypassed))
 
     def __hash__(self) -> int:
-        return hash((self.name, *sorted(self.widths.items())))
+        return hash((self.name, *sorted(self.widths.items()), *self.bypassed))
 
     @classmethod
     def of(cls, result: Compressed) -> Fixed:
@@ -87,9 +95,13 @@ class Fixed(Strategy):
             result: What `compress` returned or `load` read. Compress the same reference again to retrain it.
         """
         editor = StructuralEditor(result.model, torch.zeros(2, *result.image_shape))
+        bypassed = tuple(edit.module for edit in result.edits if isinstance(edit, Bypass))
         widths = {group.name: group.width for group in editor.editable}
-        widths |= {edit.group: len(edit.sources) for edit in result.edits if edit.group != editor.layout.output}
-        return cls(widths=widths)
+        for edit in result.edits:
+            # A group of a block that left is not there to be given a width, though it may have had one.
+            if isinstance(edit, Edit) and edit.group != editor.layout.output and not inside(edit.group, bypassed):
+                widths[edit.group] = len(edit.sources)
+        return cls(widths=widths, bypassed=bypassed)
 
     def largest(self, widths: Widths) -> Widths:
         """The given widths, where they are wider."""
@@ -99,10 +111,11 @@ class Fixed(Strategy):
         """Take the shape, then train.
 
         Raises:
-            InputError: A group that does not exist or cannot be edited, or a width out of range; all are listed.
+            InputError: A block that cannot leave, a group that does not exist or cannot be edited, or a width out of
+                range; all are listed.
             BudgetError: The network is over the budget. Nothing was trained in either case.
         """
-        self._check(session)
+        self._shorten(session)
         plant(session, self._complete(session))
         cost, budget = session.cost(), session.goal.budget
         if not budget.allows(cost, session.goal.reference):
@@ -118,8 +131,12 @@ class Fixed(Strategy):
             )
         session.train("train", share=1.0, select=True)
 
-    def _check(self, session: Session) -> None:
-        problems, groups = Problems("fixed cannot run"), session.editor.groups
+    def _shorten(self, session: Session) -> None:
+        """Take the blocks out, and check the widths against the groups that are left."""
+        problems = Problems("fixed cannot run")
+        for module in self.bypassed:
+            problems.attempt(partial(session.editor.bypass, module))
+        groups = session.editor.groups
         for name, width in self.widths.items():
             if name not in groups:
                 problems.add(f"widths[{name!r}]: there is no such channel group{nearest(name, groups)}")

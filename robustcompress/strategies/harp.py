@@ -168,7 +168,7 @@ class Rates:
         ratios = [cost / limit for cost, limit in zip(costs, self._session.limits, strict=True)]
         latency = self._session.latency
         if latency is not None:
-            ratios.append(latency.factor * latency.model.predict(kept) / latency.limit)
+            ratios.append(latency.predict(kept) / latency.limit)
         return max(ratios)
 
     def _target(self) -> float:

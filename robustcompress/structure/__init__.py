@@ -2,6 +2,18 @@
 
 from robustcompress.structure.attention import AttentionKind, teach_attention
 from robustcompress.structure.editor import StructuralEditor
-from robustcompress.structure.groups import NEW, Axis, ChannelGroup, Edit, Segment
+from robustcompress.structure.groups import NEW, AnyEdit, Axis, Bypass, ChannelGroup, Edit, Segment, edit_from_json
 
-__all__ = ["NEW", "AttentionKind", "Axis", "ChannelGroup", "Edit", "Segment", "StructuralEditor", "teach_attention"]
+__all__ = [
+    "NEW",
+    "AnyEdit",
+    "AttentionKind",
+    "Axis",
+    "Bypass",
+    "ChannelGroup",
+    "Edit",
+    "Segment",
+    "StructuralEditor",
+    "edit_from_json",
+    "teach_attention",
+]

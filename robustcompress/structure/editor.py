@@ -12,12 +12,20 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.structure.depth import BypassProof
 from robustcompress.structure.gates import Gates
-from robustcompress.structure.groups import NEW, ChannelGroup, Edit
+from robustcompress.structure.groups import NEW, AnyEdit, Bypass, ChannelGroup, Edit
 from robustcompress.structure.initial import INITS, fill, resolve_clones
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.masks import MaskRule
-from robustcompress.structure.surgery import apply_gathers, copy_fresh, migrate_optimizer, plan_edit
+from robustcompress.structure.surgery import (
+    apply_gathers,
+    copy_fresh,
+    drop_parameters,
+    migrate_optimizer,
+    plan_edit,
+    remove_module,
+)
 from robustcompress.structure.trace import trace
 from robustcompress.structure.verify import find_broken
 
@@ -25,12 +33,14 @@ Twin = nn.Module | torch.optim.Optimizer
 
 
 class StructuralEditor:
-    """Resizes the channel groups of a network in place, and everything that must follow it.
+    """Resizes the channel groups of a network in place, takes whole blocks out, and has everything follow that must.
 
     Growing and pruning are the same edit: new channel `i` is old channel `sources[i]`, or fresh where `NEW`.
 
         editor.resize("layer1.0.conv1", [0, 2, 3])                 # prunes
         editor.resize("layer1.0.conv1", [0, 1, 2, 3, NEW, NEW])    # grows
+
+    A residual block whose shape allows it leaves the network by `bypass`.
 
     The model is traced once, on a copy, and the traced structure is verified on a copy by resizing every group at once
     and comparing with the same network whose readers ignore the dropped channels; groups for which that fails are
@@ -62,7 +72,9 @@ class StructuralEditor:
             self._widths = self.layout.widths()
             self._broken = find_broken(model, self.layout, example)
         self._generator = torch.Generator().manual_seed(seed)
-        self._edits: list[Edit] = []
+        self._edits: list[AnyEdit] = []
+        self._image_shape = example.shape[1:]
+        self._bypassable: tuple[str, ...] | None = None
         self._followers: list[Twin] = []
 
     @property
@@ -86,9 +98,28 @@ class StructuralEditor:
         return dict(self._widths)
 
     @property
-    def edits(self) -> tuple[Edit, ...]:
+    def edits(self) -> tuple[AnyEdit, ...]:
         """Every edit so far, in order: with the reference model's factory this is the whole structure."""
         return tuple(self._edits)
+
+    @property
+    def bypassed(self) -> tuple[str, ...]:
+        """The blocks that have left so far, in order."""
+        return tuple(edit.module for edit in self._edits if isinstance(edit, Bypass))
+
+    @property
+    def bypassable(self) -> tuple[str, ...]:
+        """The blocks that `bypass` accepts, in the model's order: of blocks inside blocks, the innermost.
+
+        Each is proven when this is first asked for, which takes a few forward passes a block. `bypass` also accepts
+        what several of them make up, such as a stage without a projection.
+        """
+        if self._bypassable is None:
+            with torch.inference_mode(False):
+                self._bypassable = BypassProof(self.model, self._image_shape).innermost()
+        left = {name for name, _ in self.model.named_modules()}
+        gone = self.bypassed
+        return tuple(name for name in self._bypassable if name in left and name not in gone)
 
     @property
     def generator(self) -> torch.Generator:
@@ -139,6 +170,28 @@ class StructuralEditor:
             raise InputError("the model's output is not written by one convolution or linear layer: replace it by hand")
         return self._carry_out(Edit(self.layout.output, (NEW,) * num_classes, "kaiming"))
 
+    def bypass(self, module: str) -> Bypass:
+        """Replace a residual block by the identity: what it is given goes out unchanged.
+
+        Before anything is done it is proven, on a copy with random weights, that the block is the identity once its
+        residual branch is silent, and that the network then computes the same without it.
+
+        Args:
+            module: The block's name (see `bypassable`).
+
+        Returns:
+            The edit, as recorded. Groups that lived inside the block are gone from `groups` and `widths`; those it
+            shared with the rest have lost its layers, and keep their names, also where that is a layer's that left.
+
+        Raises:
+            InputError: There is no such block, or it is not the identity when its branch is silent; with the reason.
+                Nothing has changed then.
+        """
+        with torch.inference_mode(False):
+            if complaint := BypassProof(self.model, self._image_shape).complaint(module):
+                raise InputError(f"the bypass was refused: {complaint}")
+            return self._carry_out_bypass(Bypass(module))
+
     def gates(self, scores: Mapping[str, torch.Tensor], rule: MaskRule | None = None) -> Gates:
         """Open a context in which the groups named in `scores` are gated where they are read.
 
@@ -176,7 +229,7 @@ class StructuralEditor:
         self._followers = [known for known in self._followers if not any(known is t for t in twins)]
 
     @classmethod
-    def replay(cls, model: nn.Module, example: torch.Tensor, edits: Iterable[Edit]) -> StructuralEditor:
+    def replay(cls, model: nn.Module, example: torch.Tensor, edits: Iterable[AnyEdit]) -> StructuralEditor:
         """Carry a list of edits out on a fresh reference model, in place.
 
         New channels get arbitrary values: load the saved weights afterwards, with `strict=True`.
@@ -189,6 +242,9 @@ class StructuralEditor:
         """
         editor = cls(model, example)
         for edit in edits:
+            if isinstance(edit, Bypass):
+                editor.bypass(edit.module)
+                continue
             if edit.group != editor.layout.output:
                 # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
                 editor._validate(edit.group, edit.sources, None)
@@ -209,6 +265,18 @@ class StructuralEditor:
                 apply_gathers(inner, self.layout, self._widths, edit)
                 copy_fresh(inner, self.model, tensors)
         self._widths = new_widths
+        self._edits.append(edit)
+        return edit
+
+    def _carry_out_bypass(self, edit: Bypass) -> Bypass:
+        gone = remove_module(self.model, edit.module)
+        for twin in self._followers:
+            if isinstance(twin, torch.optim.Optimizer):
+                drop_parameters(twin, gone)
+            else:
+                remove_module(twin.module if isinstance(twin, AveragedModel) else twin, edit.module)
+        self.layout = self.layout.without(edit.module, self._widths)
+        self._widths = {name: self._widths[name] for name in self.layout.groups}
         self._edits.append(edit)
         return edit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,6 +119,50 @@ class Edit:
         if not known:
             raise ValueError(f"not an edit: {str(data)[:200]}")
         return cls(data["group"], _unpack(data["sources"]), init, data.get("share", False) is True)
+
+
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    """One edit of the depth as it is replayed and saved: a residual block became the identity.
+
+    Attributes:
+        module: The block's name.
+    """
+
+    module: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The edit as plain JSON."""
+        return {"bypass": self.module}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Bypass:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The record cannot have been written by it.
+        """
+        if set(data) != {"bypass"} or not isinstance(data["bypass"], str) or not data["bypass"]:
+            raise ValueError(f"not a bypass: {str(data)[:200]}")
+        return cls(data["bypass"])
+
+
+AnyEdit = Edit | Bypass
+"""Whatever may stand in a list of edits: one of width or one of depth."""
+
+
+def edit_from_json(data: dict[str, Any]) -> AnyEdit:
+    """Read an edit of either kind.
+
+    Raises:
+        ValueError: It is none.
+    """
+    return Bypass.from_json(data) if "bypass" in data else Edit.from_json(data)
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of these modules, or lies in one of them."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _pack(sources: tuple[int, ...]) -> list[int | list[int]]:

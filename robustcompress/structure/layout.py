@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from robustcompress.structure.groups import Axis, ChannelGroup, Segment
+from robustcompress.structure.groups import Axis, ChannelGroup, Kind, Segment, inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,49 @@ class Layout:
             else:
                 pieces.append(torch.full((segment.positions(width),), -1, dtype=torch.long))
         return torch.cat(pieces)
+
+    def without(self, module: str, widths: Mapping[str, int]) -> Layout:
+        """The structure that is left when a module is replaced by the identity.
+
+        What lived inside goes with it; other groups lose the members that did, and keep their names. A group that
+        nothing writes any more can never change again: where it is read, its positions become fixed ones.
+
+        Args:
+            module: The module's name.
+            widths: The present widths of all groups.
+        """
+        axes = {axis: runs for axis, runs in self.axes.items() if not inside(axis.module, [module])}
+        written = {name for name, group in self.groups.items() if any(axis in axes for axis in group.writers)}
+        axes = {axis: tuple(_settled(s, written, widths) for s in segments) for axis, segments in axes.items()}
+        return Layout(
+            {name: _remaining(group, axes) for name, group in self.groups.items() if name in written},
+            axes,
+            {name: dim for name, dim in self.param_dims.items() if not inside(name, [module])},
+            self.output,
+            {name: owner for name, owner in self.attention.items() if name in written},
+        )
+
+
+def _settled(segment: Segment, written: Collection[str], widths: Mapping[str, int]) -> Segment:
+    if segment.group is None or segment.group in written:
+        return segment
+    return Segment(None, fixed=segment.positions(widths[segment.group]))
+
+
+def _remaining(group: ChannelGroup, axes: Mapping[Axis, tuple[Segment, ...]]) -> ChannelGroup:
+    """The group with those of its members that are still there, and what it now is."""
+    writers, readers, passers = (
+        tuple(axis for axis in members if axis in axes) for members in (group.writers, group.readers, group.passers)
+    )
+    if (writers, readers, passers) == (group.writers, group.readers, group.passers):
+        return group
+    kind: Kind = group.kind
+    if kind in ("residual", "concat"):
+        shared = any(len({s.group for s in axes[axis]} - {None}) > 1 for axis in (*writers, *readers))
+        kind = "concat" if shared else "residual" if len(writers) > 1 else "hidden"
+    if not readers and not group.reason:
+        return replace(group, kind="frozen", writers=writers, readers=(), passers=passers, reason="nothing reads it")
+    return replace(group, kind=kind, writers=writers, readers=readers, passers=passers)
 
 
 def spread(values: torch.Tensor, segment: Segment) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -172,3 +172,32 @@ def _first_occurrences(index: torch.Tensor) -> torch.Tensor:
         kept.append(-1 if source in seen else source)
         seen.add(source)
     return torch.tensor(kept, dtype=torch.long)
+
+
+def remove_module(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Put the identity in the place of a module, wherever the model holds it.
+
+    Args:
+        model: The network, or a twin with the same module names.
+        name: The module's name.
+
+    Returns:
+        The parameters that are no longer in the model.
+    """
+    old = model.get_submodule(name)
+    identity = nn.Identity().train(old.training)
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                parent._modules[child] = identity
+    left = {id(parameter) for parameter in model.parameters()}
+    return [parameter for parameter in old.parameters() if id(parameter) not in left]
+
+
+def drop_parameters(optimizer: torch.optim.Optimizer, gone: Iterable[nn.Parameter]) -> None:
+    """Have an optimizer forget parameters; those of all others, and their order, stay as they are."""
+    lost = {id(parameter): parameter for parameter in gone}
+    for param_group in optimizer.param_groups:
+        param_group["params"] = [parameter for parameter in param_group["params"] if id(parameter) not in lost]
+    for parameter in lost.values():
+        optimizer.state.pop(parameter, None)

@@ -43,8 +43,8 @@ class Clockwork:
         self._shape = image_shape
         self._reference = clock(self._real.resized({}), image_shape)
 
-    def resized(self, widths: dict[str, int]) -> nn.Module:
-        return self._real.resized(widths)
+    def resized(self, widths: dict[str, int], *, without: tuple[str, ...] = ()) -> nn.Module:
+        return self._real.resized(widths, without=without)
 
     def time(self, model: nn.Module, *, seconds: float = 1.0, precision: float | None = None) -> Timing:
         type(self).timed += 1
