@@ -48,10 +48,11 @@ CONFINED = {
     "torch_pruning": {"structure/trace.py"},
     "pyautoattack": {"robust/autoattack.py"},
     "thop": {"budget.py"},
+    "timm": {"models/timm_models.py"},
 }
 HEAVY = (
     *("torchvision", "onnx", "onnxscript", "onnxruntime", "matplotlib", "thop", "torch_pruning"),
-    *("pyautoattack", "rich", "sklearn", "scipy", "PIL", "yaml"),
+    *("pyautoattack", "rich", "sklearn", "scipy", "PIL", "yaml", "timm", "huggingface_hub"),
 )
 
 

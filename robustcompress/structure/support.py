@@ -103,7 +103,7 @@ def _calls(
     try:
         with torch.random.fork_rng(devices=[]):
             return calls, twin(example)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         mode = "in training mode " if training else ""
         problems.add(
             f"it does not run {mode}on an input of shape {tuple(example.shape)}: {str(error).splitlines()[0][:200]}"
