@@ -300,6 +300,23 @@ class CostModel:
         """As `predict`, for widths that are no whole numbers: floats, or tensors, and then with their gradients."""
         return self._sums(widths)
 
+    def macs_of_groups(self) -> dict[str, float]:
+        """Multiply-adds now of the layers that write each group, and of those through which it passes.
+
+        No layer is counted twice: one that writes several groups is shared out by positions. What is counted for layers
+        that write none (pooling) is in none.
+        """
+        found = dict.fromkeys(self._start, 0.0)
+        for axes, macs, _ in self._layers:
+            for axis in axes:
+                if axis.side == "in":
+                    continue
+                width = self._layout.axis_width(axis, self._start)
+                for segment in self._layout.axes[axis]:
+                    if segment.group is not None:
+                        found[segment.group] += macs * segment.positions(self._start[segment.group]) / width
+        return found
+
     def _sums(self, widths: Mapping[str, Any]) -> tuple[Any, Any]:
         widths = {**self._start, **widths}
         most = max((widths[name] / width for name, width in self._start.items()), default=1.0)
