@@ -24,7 +24,7 @@ KINDS = {
 """Colour of each kind of group that can be edited, and what the key says; colours as in `plots.COLOURS`."""
 
 FIXED: dict[str, Any] = {"facecolor": "#e4e4e4", "edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0}
-COLUMN = 64
+COLUMN = 72
 """Groups that stand below each other, before a second column begins."""
 
 
@@ -64,7 +64,7 @@ def draw_widths(widths: Widths, path: str | Path, *, title: str) -> Path:
     """Draw what `widths_of` found; for arguments, return value and errors see `plot_widths`."""
     columns = -(-len(widths.groups) // COLUMN)
     rows = -(-len(widths.groups) // columns)
-    labels = [_shortened(group.name) for group in widths.groups]
+    labels = _labels([group.name for group in widths.groups])
     size = 8 if rows <= 40 else 7
     # In inches, so that a row, a letter and a bar have one size in every picture.
     margin = 0.3 + 0.0085 * size * max(len(label) for label in labels)
@@ -157,6 +157,17 @@ def _key(widths: Widths) -> list[Any]:
     return handles
 
 
-def _shortened(name: str) -> str:
-    """A long module name without its middle: where it stands, and which layer it is."""
-    return name if len(name) <= 34 else f"{name[:12]}…{name[-21:]}"
+def _labels(names: Sequence[str], most: int = 34) -> list[str]:
+    """Module names of at most so many letters: without their first parts, or their middles where those are needed."""
+    ends = [_end(name, most) for name in names]
+    if len(set(ends)) == len(set(names)):
+        return ends
+    return [name if len(name) <= most else f"{name[:12]}…{name[13 - most :]}" for name in names]
+
+
+def _end(name: str, most: int) -> str:
+    """The last parts of a dotted name, as many as there is room for."""
+    if len(name) <= most:
+        return name
+    tail = name[1 - most :]
+    return "…" + (tail.partition(".")[2] or tail)
