@@ -49,6 +49,7 @@ from robustcompress.strategies import (
 )
 from robustcompress.structure import NEW, StructuralEditor
 from robustcompress.train import Recipe
+from robustcompress.width_plot import plot_widths
 
 __version__ = "0.1.0"
 
@@ -102,6 +103,7 @@ __all__ = [
     "measure",
     "plot_results",
     "plot_search",
+    "plot_widths",
     "register_strategy",
     "stability",
     "verify_onnx",

@@ -64,8 +64,9 @@ def compress(
 
     Args:
         model: The reference: any network the editor supports, which maps images in [0, 1] to logits; it is copied and
-            never touched. Or a name: a built-in ("resnet18"), "torchvision:resnet18", "package.module:factory"; or a
-            `ModelSpec`, a name with arguments. A classifier whose size differs from the data's classes is replaced.
+            never touched. Or a name: a built-in ("resnet18"), "torchvision:resnet18", "timm:resnet26",
+            "package.module:factory"; or a `ModelSpec`, a name with arguments. A classifier whose size differs from the
+            data's classes is replaced.
         strategy: "grape", "hydra", "s2ap", "harp", "awt", "magnitude", "taylor", "none", a control ("uniform",
             "scaling", "fixed", "random"), or a strategy with options, such as `Hydra(granularity="weight")`.
         data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,

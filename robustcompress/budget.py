@@ -18,7 +18,7 @@ from torch import nn
 from robustcompress.errors import Problems
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.groups import Axis, inside
-from robustcompress.structure.kinds import kind_of
+from robustcompress.structure.kinds import slots_of
 from robustcompress.structure.weights import count_weights
 
 DISAGREEMENT = 0.05
@@ -283,10 +283,10 @@ class CostModel:
         for axis in self._layout.axes:
             if axis.side != "param":
                 by_module.setdefault(axis.module, []).append(axis)
-        for name, axes in by_module.items():
+        for name, held in by_module.items():
             module = editor.model.get_submodule(name)
-            kind = kind_of(module)
-            assert kind is not None
+            # Each group of a grouped convolution reads as many channels as before: only what it writes counts.
+            axes = [axis for axis in held if axis.side != "in" or slots_of(module, "in")]
             # A weight scales with every side, a bias with what is written: count the two apart.
             weight = getattr(module, "weight", None)
             others = sum(p.numel() for p in module.parameters(recurse=False)) - (
@@ -316,6 +316,23 @@ class CostModel:
     def relaxed(self, widths: Mapping[str, Any]) -> tuple[Any, Any]:
         """As `predict`, for widths that are no whole numbers: floats, or tensors, and then with their gradients."""
         return self._sums(widths)
+
+    def macs_of_groups(self) -> dict[str, float]:
+        """Multiply-adds now of the layers that write each group, and of those through which it passes.
+
+        No layer is counted twice: one that writes several groups is shared out by positions. What is counted for layers
+        that write none (pooling) is in none.
+        """
+        found = dict.fromkeys(self._start, 0.0)
+        for layer in self._layers:
+            for axis in layer.axes:
+                if axis.side == "in":
+                    continue
+                width = self._layout.axis_width(axis, self._start)
+                for segment in self._layout.axes[axis]:
+                    if segment.group is not None:
+                        found[segment.group] += layer.macs * segment.positions(self._start[segment.group]) / width
+        return found
 
     def _sums(self, widths: Mapping[str, Any], without: Iterable[str] = ()) -> tuple[Any, Any]:
         widths = {**self._start, **widths}

@@ -12,6 +12,7 @@ from typing import Any
 PACKAGES = (
     "torch",
     "torchvision",
+    "timm",
     "torch-pruning",
     "thop",
     "onnx",

@@ -57,17 +57,27 @@ def new_figure(path: str | Path, size: tuple[float, float]) -> tuple[Any, Path]:
     Raises:
         InputError: The format or the directory does not exist.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    path = check_picture(path)
+    return Figure(figsize=size, layout="constrained"), path
+
+
+def check_picture(path: str | Path) -> Path:
+    """The path of a picture, which could be saved there.
+
+    Raises:
+        InputError: The format or the directory does not exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no directory {path.parent}; create it first")
-    figure = Figure(figsize=size, layout="constrained")
-    formats = FigureCanvasAgg(figure).get_supported_filetypes()
+    formats = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
         raise InputError(f"{path}: name one of the formats {', '.join(sorted(formats))} by its suffix, such as .png")
-    return figure, path
+    return path
 
 
 def _accuracies(axes: Any, results: Mapping[str, CompressResult], colours: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from robustcompress.budget import Budget
 from robustcompress.checkpoint import check_directory
 from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems
-from robustcompress.models import ModelSpec, build_model, identify
+from robustcompress.models import ModelSpec, build_model, check_image_size, identify
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.attacks import AttackSpec
@@ -127,6 +127,8 @@ def resolve(
             for item in check_autoattack(adversary, splits.image_shape[1:]).items:
                 problems.add(item)
     reference, spec = problems.attempt(lambda: _reference(model, seed)) or (None, None)
+    if reference is not None and isinstance(splits, DataSplits):
+        problems.attempt(lambda: check_image_size(reference, *splits.image_shape[1:]))
     problems.raise_if_any()
     assert reference is not None
     return Request(

@@ -250,7 +250,8 @@ def load(
 
     Args:
         directory: What `CompressResult.save` wrote.
-        model: The reference, or its factory, for a result whose reference is not a built-in or torchvision model.
+        model: The reference, or its factory, for a result whose reference is no built-in model and none of
+            torchvision's or timm's.
             A factory named in the file is never imported on the file's word alone.
 
     Returns:

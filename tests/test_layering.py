@@ -23,8 +23,8 @@ LAYERS = [
     {"session", "terminal", "machine"},
     {"diagnostics"},
     {"strategies", "result"},
-    {"export", "plots", "stability"},
-    {"search_plot"},
+    {"export", "plots", "stability", "widths"},
+    {"search_plot", "width_plot"},
     {"resolve", "calibration", "reach"},
     {"api"},
     {"recipe"},
@@ -48,10 +48,11 @@ CONFINED = {
     "torch_pruning": {"structure/trace.py"},
     "pyautoattack": {"robust/autoattack.py"},
     "thop": {"budget.py"},
+    "timm": {"models/timm_models.py"},
 }
 HEAVY = (
     *("torchvision", "onnx", "onnxscript", "onnxruntime", "matplotlib", "thop", "torch_pruning"),
-    *("pyautoattack", "rich", "sklearn", "scipy", "PIL", "yaml"),
+    *("pyautoattack", "rich", "sklearn", "scipy", "PIL", "yaml", "timm", "huggingface_hub"),
 )
 
 

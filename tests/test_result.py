@@ -410,7 +410,7 @@ def test_a_factory_is_not_imported_on_the_files_word(copy: Path, planted: Any) -
     assert marker.exists()
 
 
-@pytest.mark.parametrize("module", ["torchvision:planted", "robustcompress:planted"])
+@pytest.mark.parametrize("module", ["torchvision:planted", "robustcompress:planted", "timm:planted"])
 def test_no_spelling_of_a_name_imports_what_is_foreign(module: str, copy: Path, planted: Any) -> None:
     marker = planted(module)
     change(copy, lambda r: r.update(model={"name": f"{module}:make", "kwargs": {}}))
@@ -419,7 +419,9 @@ def test_no_spelling_of_a_name_imports_what_is_foreign(module: str, copy: Path, 
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", [":make", "planted_factory:", "torchvision:", "robustcompress:", "", "a:b:c", "no"])
+@pytest.mark.parametrize(
+    "name", [":make", "planted_factory:", "torchvision:", "robustcompress:", "timm:", "", "a:b:c", "no"]
+)
 def test_names_of_no_model_are_refused(name: str, copy: Path) -> None:
     change(copy, lambda r: r.update(model={"name": name, "kwargs": {}}))
     with pytest.raises((rc.InputError, rc.ResultError)):

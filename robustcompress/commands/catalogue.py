@@ -9,19 +9,24 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from robustcompress.data import NAMES
+from robustcompress.models import list_timm_models
 from robustcompress.models.registry import BUILT_IN, list_torchvision_models
+from robustcompress.models.timm_models import timm_is_installed
 from robustcompress.robust.objectives import FGSMRS, PGDAT, TRADES, Natural
 from robustcompress.strategies import STRATEGIES
 from robustcompress.terminal import Output, table
 
 NAME = "list"
 SUMMARY = "list models, strategies, data sets, attacks and objectives"
-DESCRIPTION = "List every name that the other commands take, with one line each."
+DESCRIPTION = """\
+List every name that the other commands take, with one line each; the networks of timm, which are many, where asked for:
+`robustcompress list timm`."""
 EXAMPLES = """\
 examples:
   robustcompress list
   robustcompress list strategies
-  robustcompress list models --json"""
+  robustcompress list models --json
+  robustcompress list timm"""
 
 ATTACKS = {
     "clean": "no attack",
@@ -44,13 +49,13 @@ DIRECTORY = "or a directory: train/ and test/ with a folder a class, or a folder
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("what", nargs="?", choices=tuple(LISTS), help="one of these alone (default: all)")
+    parser.add_argument("what", nargs="?", choices=(*LISTS, "timm"), help="one of these alone (default: all but timm)")
 
 
 def run(arguments: argparse.Namespace) -> Output:
     """List what was asked for."""
     chosen = [arguments.what] if arguments.what else list(LISTS)
-    found = {what: LISTS[what]() for what in chosen}
+    found = {what: _timm() if what == "timm" else LISTS[what]() for what in chosen}
     parts: list[Any] = []
     for what, entries in found.items():
         rows = [(str(entry["name"]), _line(entry)) for entry in entries]
@@ -69,7 +74,17 @@ def _models() -> list[dict[str, Any]]:
         {"name": f"torchvision:{name}", "summary": "torchvision's, with fresh weights"}
         for name in list_torchvision_models()
     ]
-    return [*entries, {"name": "package.module:factory", "summary": "a function of yours that returns an nn.Module"}]
+    timm = "one of timm's: `robustcompress list timm`"
+    missing = "" if timm_is_installed() else "; not installed: pip install 'robustcompress[timm]'"
+    return [
+        *entries,
+        {"name": "timm:NAME", "summary": timm + missing},
+        {"name": "package.module:factory", "summary": "a function of yours that returns an nn.Module"},
+    ]
+
+
+def _timm() -> list[dict[str, Any]]:
+    return [{"name": f"timm:{name}", "summary": "timm's, with fresh weights"} for name in list_timm_models()]
 
 
 def _strategies() -> list[dict[str, Any]]:

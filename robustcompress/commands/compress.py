@@ -34,8 +34,9 @@ SUMMARY = "make a compact, robust model"
 DESCRIPTION = """\
 Make a compact network that withstands attacks.
 
-MODEL is a built-in model (`robustcompress list models`), a torchvision classifier (torchvision:resnet18),
-or package.module:factory, a function of yours that returns an nn.Module; it maps images in [0, 1] to logits."""
+MODEL is a built-in model (`robustcompress list models`), a torchvision classifier (torchvision:resnet18), a network of
+timm's (timm:resnet26; `robustcompress list timm`), or package.module:factory, a function of yours that returns an
+nn.Module; it maps images in [0, 1] to logits."""
 EXAMPLES = """\
 examples:
   robustcompress compress resnet8 --model-arg stem_stride=2 --epochs 5 --out runs/digits
@@ -45,6 +46,7 @@ examples:
   robustcompress compress resnet8 --strategy grape --option order=random --option events=6 --eps 0.1
   robustcompress compress resnet8 --strategy hydra --option granularity=weight --density 0.1 --eps 0.1
   robustcompress compress resnet8 --strategy s2ap --option 'host={"name": "harp", "search": 0.2}' --eps 0.1
+  robustcompress compress timm:vit_tiny_patch16_224 --model-arg img_size=32 --model-arg patch_size=4 --data cifar10
   robustcompress compress my_models:small_net --eps 0.5 --norm l2 --objective trades --attack-steps 7 --json"""
 
 

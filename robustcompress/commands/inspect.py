@@ -1,41 +1,46 @@
-"""`robustcompress inspect`: the channel groups of a model and what each costs; the searches of results, compared."""
+"""`robustcompress inspect`: the channel groups of a model, how wide each is and what it costs; searches, compared."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from robustcompress.budget import CostModel, human, measure
+from robustcompress.budget import human
 from robustcompress.commands.arguments import assignment
 from robustcompress.errors import Problems
-from robustcompress.models import build_model
+from robustcompress.models import build_model, check_image_size
+from robustcompress.plots import check_picture
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.search_plot import plot_search, search_records
 from robustcompress.stability import stability
-from robustcompress.structure import Bypass, ChannelGroup, StructuralEditor
+from robustcompress.structure import Bypass
 from robustcompress.terminal import Output, table
+from robustcompress.width_plot import draw_widths
+from robustcompress.widths import GroupWidth, Widths, widths_of
 
 NAME = "inspect"
 SUMMARY = "show the channel groups of a model, or compare what searches kept"
 DESCRIPTION = """\
-Show which channels of a model can only change together, how wide each group is, and what one channel of it costs.
+Show which channels of a model can only change together, how wide each group is, what one channel of it costs, and
+whether it can be edited, which is to say pruned and grown. --plot draws the widths, and where the multiply-adds go.
 
-MODEL is what `robustcompress compress` takes, or the directory of a saved result.
+MODEL is what `robustcompress compress` takes, or the directory of a saved result, whose widths are shown beside those
+of its reference.
 
 For several results: how far their masks are apart, as normalised Hamming distances. Between results that were not cut
-out of one pretrained network, expect the distance of chance. --plot draws the searches of results that learnt scores;
-more is recorded for it where the strategy was given the option diagnose=True."""
+out of one pretrained network, expect the distance of chance. --plot then draws the searches of those that learnt
+scores; more is recorded for it where the strategy was given the option diagnose=True."""
 EXAMPLES = """\
 examples:
   robustcompress inspect resnet20
-  robustcompress inspect torchvision:squeezenet1_1 --image-size 64
+  robustcompress inspect torchvision:resnet50 --plot resnet50.png
+  robustcompress inspect timm:resnet26 --image-size 64
   robustcompress inspect resnet8 --model-arg width=0.5 --json
-  robustcompress inspect runs/digits
+  robustcompress inspect runs/digits --plot widths.svg
   robustcompress inspect runs/hydra runs/s2ap --plot search.png"""
 
 
@@ -48,30 +53,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-arg", type=assignment, action="append", default=[], metavar="K=V", help="an argument of its factory"
     )
     parser.add_argument(
-        "--image-size", type=int, metavar="N", help="pixels a side (default: 32, or those of the saved result)"
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="pixels a side (default: those of the saved result, or what the model was made for)",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the searches of saved results: .png, .pdf, .svg"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the widths of one model, or the searches of several results: .png, .pdf, .svg",
     )
 
 
 def run(arguments: argparse.Namespace) -> Output:
     """Trace the model and list its groups; or compare results."""
     results = _results(arguments)
-    if len(arguments.models) > 1:
-        output = _compared(results)
-    else:
-        output = _groups(arguments, arguments.models[0], next(iter(results.values()), None))
+    if arguments.plot is not None:
+        check_picture(arguments.plot)
+    if len(arguments.models) == 1:
+        return _one(arguments, arguments.models[0], next(iter(results.values()), None))
+    output = _compared(results)
     if arguments.plot is None:
         return output
     names = _short(results)
     path = plot_search({names[name]: result for name, result in results.items()}, arguments.plot)
-    document = {**output.document, "plot": str(path)}
-    return Output(document=document, parts=(*output.parts, f"the searches are drawn in {path}"))
+    return _with_plot(output, path, f"the searches are drawn in {path}")
+
+
+def _with_plot(output: Output, path: Path, said: str) -> Output:
+    return Output(document={**output.document, "plot": str(path)}, parts=(*output.parts, said))
 
 
 def _results(arguments: argparse.Namespace) -> dict[str, CompressResult]:
-    """By directory, the results that are named; all that are named must be some where several are, or a plot is."""
+    """By directory, the results that are named; all that are named must be some where several are."""
     several = len(arguments.models) > 1
     problems = Problems("inspect cannot start")
     if several and (arguments.model_arg or arguments.image_size is not None):
@@ -81,7 +96,7 @@ def _results(arguments: argparse.Namespace) -> dict[str, CompressResult]:
     if arguments.image_size is not None and arguments.image_size < 1:
         problems.add(f"--image-size {arguments.image_size}: must be positive")
     for name in arguments.models:
-        if (several or arguments.plot is not None) and not (Path(name) / RESULT).is_file():
+        if several and not (Path(name) / RESULT).is_file():
             problems.add(f"{name} holds no {RESULT}: name the directories of saved results")
         if sum(Path(other).resolve() == Path(name).resolve() for other in arguments.models) > 1:
             problems.add(f"{name} is named twice: name each result once")
@@ -135,73 +150,62 @@ def _searches(searches: Mapping[str, list[Mapping[str, Any]]]) -> Any:
     return table("Last epoch of the search", ("result", *(head for head, _ in shown.values())), rows, left=("result",))
 
 
-def _groups(arguments: argparse.Namespace, name: str, result: CompressResult | None) -> Output:
-    model, shape = _model(arguments, name, result)
-    example = torch.zeros(2, *shape)
-    editor = StructuralEditor(model, example)
-    cost, model_of_cost = measure(model, example), CostModel(editor, example)
-    now = model_of_cost.predict(editor.widths)
-    groups = [_describe(group, model_of_cost, editor.widths, now) for group in editor.groups.values()]
-    rows = [
-        (
-            group["name"],
-            group["kind"],
-            str(group["width"]),
-            human(group["macs_per_channel"]),
-            human(group["params_per_channel"]),
-            "yes" if group["editable"] else f"no: {group['reason']}",
-        )
-        for group in groups
-    ]
-    title = f"{name}, images 3x{shape[1]}x{shape[2]}"
-    columns = ("group", "kind", "width", "MACs/channel", "params/channel", "editable")
-    editable = sum(group["editable"] for group in groups)
+def _one(arguments: argparse.Namespace, name: str, result: CompressResult | None) -> Output:
+    model = result.model if result is not None else build_model(name, **dict(arguments.model_arg))[0]
+    size = arguments.image_size
+    if size is not None:
+        check_image_size(model, size, size)
+    example = torch.zeros(2, 3, size, size) if size is not None else None
+    widths = widths_of(model if result is None else result, example, depth=True)
+    output = _groups(widths, name)
+    if result is not None and (gone := [edit.module for edit in result.edits if isinstance(edit, Bypass)]):
+        parts = (*output.parts, f"blocks that have left: {', '.join(gone)}")
+        output = Output(document={**output.document, "bypassed": gone}, parts=parts)
+    if result is not None and (records := search_records(result)):
+        document = {**output.document, "search": records}
+        output = Output(document=document, parts=(*output.parts, _searches({name: records})))
+    if arguments.plot is None:
+        return output
+    title = name
+    if result is not None:
+        called, strategy = Path(name).resolve().name, str(result.strategy["name"])
+        title = called if strategy in called else f"{called} ({strategy})"
+    path = draw_widths(widths, arguments.plot, title=title)
+    return _with_plot(output, path, f"the widths are drawn in {path}")
+
+
+def _groups(widths: Widths, name: str) -> Output:
+    """The table of groups; with a column for the reference where it is a result's."""
+    columns: dict[str, Callable[[GroupWidth], str]] = {
+        "group": lambda group: group.name,
+        "kind": lambda group: group.kind,
+        "before": lambda group: "-" if group.before is None else str(group.before),
+        "width": lambda group: str(group.width),
+        "% of MACs": lambda group: f"{100 * group.share:.1f}",
+        "MACs/channel": lambda group: human(group.macs_per_channel),
+        "params/channel": lambda group: human(group.params_per_channel),
+        "editable": lambda group: "yes" if group.editable else f"no: {group.reason}",
+    }
+    if widths.before is None:
+        del columns["before"]
+    rows = [[cell(group) for cell in columns.values()] for group in widths.groups]
+    _, height, width = widths.image_shape
+    shown = table(f"{name}, images 3x{height}x{width}", tuple(columns), rows, left=("group", "kind", "editable"))
+    cost, before = widths.cost, widths.before
+    editable = sum(group.editable for group in widths.groups)
     totals = (
         f"{human(cost.macs)} MACs, {human(cost.params)} parameters, {human(cost.size)}B; "
-        f"{editable} of {len(groups)} groups can be edited"
+        f"{editable} of {len(widths.groups)} groups can be edited"
     )
+    if before is not None:
+        totals += f"; the reference has {human(before.macs)} MACs, {human(before.params)} parameters"
     document = {
         "model": name,
-        "image_shape": list(shape),
+        "image_shape": list(widths.image_shape),
         "cost": cost.to_json(),
-        "groups": groups,
-        "bypassable": list(editor.bypassable),
+        "before": before.to_json() if before is not None else None,
+        "groups": [group.to_json() for group in widths.groups],
+        "bypassable": list(widths.bypassable),
     }
-    blocks = f"blocks that can be bypassed: {', '.join(editor.bypassable) or 'none'}"
-    parts = [table(title, columns, rows, left=("group", "kind", "editable")), totals, blocks]
-    parts += filter(None, [cost.note])
-    if result is not None and (gone := [edit.module for edit in result.edits if isinstance(edit, Bypass)]):
-        document["bypassed"] = gone
-        parts.append(f"blocks that have left: {', '.join(gone)}")
-    if result is not None and (records := search_records(result)):
-        document["search"] = records
-        parts.append(_searches({name: records}))
-    return Output(document=document, parts=tuple(parts))
-
-
-def _model(
-    arguments: argparse.Namespace, name: str, result: CompressResult | None
-) -> tuple[nn.Module, tuple[int, int, int]]:
-    size = arguments.image_size
-    if result is not None:
-        _, height, width = result.image_shape
-        return result.model, (3, size or height, size or width)
-    model, _ = build_model(name, **dict(arguments.model_arg))
-    return model, (3, size or 32, size or 32)
-
-
-def _describe(
-    group: ChannelGroup, costs: CostModel, widths: dict[str, int], now: tuple[float, float]
-) -> dict[str, Any]:
-    fewer = costs.predict({**widths, group.name: group.width - 1})
-    return {
-        "name": group.name,
-        "kind": group.kind,
-        "width": group.width,
-        "min_width": group.min_width,
-        "macs_per_channel": round(now[0] - fewer[0]),
-        "params_per_channel": round(now[1] - fewer[1]),
-        "editable": group.editable,
-        "reason": group.reason,
-        "members": [f"{axis.module}:{axis.side}" for axis in group.members],
-    }
+    blocks = f"blocks that can be bypassed: {', '.join(widths.bypassable) or 'none'}"
+    return Output(document=document, parts=(shown, totals, blocks, *filter(None, [cost.note])))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from robustcompress.models.attention import Attention, open_attention
 from robustcompress.models.densenet import densenet121
 from robustcompress.models.identify import identify
+from robustcompress.models.image_size import ImageSize, check_image_size, image_size
 from robustcompress.models.mobilenet import mobilenet_v2
 from robustcompress.models.normalize import Normalize
 from robustcompress.models.registry import (
@@ -26,18 +27,23 @@ from robustcompress.models.resnet import (
     resnet44,
     resnet56,
 )
+from robustcompress.models.timm_models import list_timm_models
 from robustcompress.models.vgg import vgg16_bn
 from robustcompress.models.vit import vit_micro, vit_tiny
 from robustcompress.models.wrn import wrn_16_4, wrn_28_4, wrn_28_10
 
 __all__ = [
     "Attention",
+    "ImageSize",
     "ModelSpec",
     "Normalize",
     "build_model",
+    "check_image_size",
     "densenet121",
     "identify",
+    "image_size",
     "list_models",
+    "list_timm_models",
     "list_torchvision_models",
     "mobilenet_v2",
     "open_attention",

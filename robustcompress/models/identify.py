@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustcompress.errors import InputError
+from robustcompress.models.image_size import image_size
 from robustcompress.models.registry import (
     BUILT_IN,
     OURS,
@@ -17,6 +19,7 @@ from robustcompress.models.registry import (
     build_torchvision,
     list_torchvision_models,
 )
+from robustcompress.models.timm_models import TIMM, build_timm
 
 # What callers may have passed to GoogLeNet or Inception.
 _AUXILIARY: tuple[dict[str, Any], ...] = (
@@ -27,7 +30,7 @@ _AUXILIARY: tuple[dict[str, Any], ...] = (
 
 
 def identify(model: nn.Module) -> ModelSpec | None:
-    """Find the spec that rebuilds the architecture of a built-in model or one of torchvision's.
+    """Find the spec that rebuilds the architecture of a built-in model, or one of torchvision's or timm's.
 
     Candidates are built without memory (on the meta device) with the number of classes read from the last
     layer, and compared with `model` in every parameter name and shape, every layer's printed settings and
@@ -49,6 +52,8 @@ def identify(model: nn.Module) -> ModelSpec | None:
         with torch.device("meta"):
             twin = BUILT_IN[name](**kwargs)
         return ModelSpec(f"{OURS}:{name}", kwargs) if _same(model, twin) else None
+    if type(model).__module__.startswith("timm.models."):
+        return _identify_timm(model, num_classes)
     if not type(model).__module__.startswith("torchvision.models."):
         return None
     return _identify_torchvision(model, num_classes)
@@ -71,6 +76,22 @@ def _identify_torchvision(model: nn.Module, num_classes: int) -> ModelSpec | Non
                 if _tensor_count(twin) != signature or not _same(model, twin):
                     continue
                 return ModelSpec(f"{TORCHVISION}:{name}", kwargs)
+    return None
+
+
+def _identify_timm(model: nn.Module, num_classes: int) -> ModelSpec | None:
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not isinstance(name, str):
+        return None
+    made_for = image_size(model)
+    kwargs: dict[str, Any] = {"num_classes": num_classes}
+    # Some settings are computed with tensors, which have no values on the meta device: unknown then.
+    with contextlib.suppress(NotImplementedError, InputError), torch.device("meta"):
+        twin = build_timm(name, kwargs)
+        if made_for.argument and image_size(twin) != made_for:
+            kwargs[made_for.argument] = (made_for.height, made_for.width)
+            twin = build_timm(name, kwargs)
+        return ModelSpec(f"{TIMM}:{name}", kwargs) if _same(model, twin) else None
     return None
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from robustcompress.errors import InputError, nearest
 from robustcompress.models import attention, densenet, mobilenet, resnet, vgg, vit, wrn
+from robustcompress.models.timm_models import PRETRAINED, TIMM, build_timm
 
 Factory = Callable[..., nn.Module]
 
@@ -51,7 +52,7 @@ class ModelSpec:
     """A factory and its arguments: enough to build the same architecture again, without its weights.
 
     Attributes:
-        name: `robustcompress:NAME`, `torchvision:NAME` or `package.module:factory`.
+        name: `robustcompress:NAME`, `torchvision:NAME`, `timm:NAME` or `package.module:factory`.
         kwargs: Keyword arguments of the factory, plain JSON values.
     """
 
@@ -61,7 +62,7 @@ class ModelSpec:
     @property
     def imports_code(self) -> bool:
         """Whether `build` imports a module that this package does not know (`package.module:factory`)."""
-        return ":" in self.name and _split(self.name)[0] not in (OURS, TORCHVISION)
+        return ":" in self.name and _split(self.name)[0] not in (OURS, TORCHVISION, TIMM)
 
     def build(self) -> nn.Module:
         """Return a new model with fresh weights.
@@ -109,9 +110,9 @@ def build_model(name: str, *, num_classes: int | None = None, **kwargs: Any) -> 
 
     Args:
         name: A built-in name; a torchvision name (a name that both have, such as resnet18, is the built-in:
-            write `torchvision:resnet18` for the other, `robustcompress:resnet18` to be explicit); or
-            `package.module:factory`, which imports that module, also from the working directory, and nothing
-            else.
+            write `torchvision:resnet18` for the other, `robustcompress:resnet18` to be explicit);
+            `timm:resnet26`, where timm is installed; or `package.module:factory`, which imports that module, also
+            from the working directory, and nothing else.
         num_classes: Number of logits. None leaves it to the factory. A factory without that argument is
             called without it.
         kwargs: Further arguments of the factory.
@@ -120,7 +121,7 @@ def build_model(name: str, *, num_classes: int | None = None, **kwargs: Any) -> 
         The model, and the spec that builds it again.
 
     Raises:
-        InputError: No such model or argument; the nearest name is offered.
+        InputError: No such model or argument, and the nearest name is offered; or timm is not installed.
     """
     origin, bare = _split(name)
     if not origin:
@@ -129,7 +130,7 @@ def build_model(name: str, *, num_classes: int | None = None, **kwargs: Any) -> 
             hint = nearest(name, [*BUILT_IN, *list_torchvision_models()])
             raise InputError(
                 f"model {name!r} does not exist{hint}; built-in: {', '.join(BUILT_IN)}; "
-                "further: any torchvision classifier, or 'package.module:factory'"
+                "further: any torchvision classifier, timm's as 'timm:NAME', or 'package.module:factory'"
             )
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
@@ -147,6 +148,9 @@ def build_model(name: str, *, num_classes: int | None = None, **kwargs: Any) -> 
             )
         kwargs = TORCHVISION_DEFAULTS.get(bare, {}) | {key: v for key, v in kwargs.items() if key != "weights"}
         return build_torchvision(bare, kwargs), ModelSpec(f"{TORCHVISION}:{bare}", kwargs)
+    if origin == TIMM:
+        model = build_timm(bare, kwargs)
+        return model, ModelSpec(name, {key: v for key, v in kwargs.items() if key not in PRETRAINED})
     with _working_directory_first():
         factory = _import_factory(origin, bare)
         parameters = inspect.signature(factory).parameters
@@ -160,7 +164,7 @@ def _split(name: str) -> tuple[str, str]:
     """Where a model comes from, and its name there; one reading for building and for judging what building imports."""
     if name.count(":") > 1:
         raise InputError(
-            f"model {name!r} has more than one colon; write 'torchvision:NAME' or 'package.module:factory'"
+            f"model {name!r} has more than one colon; write 'torchvision:NAME', 'timm:NAME' or 'package.module:factory'"
         )
     origin, _, bare = name.rpartition(":")
     return origin, bare
@@ -212,7 +216,7 @@ def _import_factory(module_name: str, attribute: str) -> Factory:
             raise InputError(f"importing {module_name!r} failed: {error}") from error
         raise InputError(
             f"no module {module_name!r} is importable from here; a model is a built-in name, a torchvision "
-            "name or 'package.module:factory' (install the package, or run where it lies)"
+            "name, 'timm:NAME' or 'package.module:factory' (install the package, or run where it lies)"
         ) from None
     factory = getattr(module, attribute, None)
     if not callable(factory):

@@ -70,7 +70,9 @@ def _model(value: Any) -> ModelSpec:
     nested = options.pop("kwargs", {})
     spec = ModelSpec(name, {**nested, **options})
     if spec.imports_code:
-        raise InputError(f"model {name!r} would import code: a recipe names built-in or torchvision models only")
+        raise InputError(
+            f"model {name!r} would import code: a recipe names built-in models, torchvision's and timm's only"
+        )
     _build(json.dumps(spec.to_json(), sort_keys=True))
     return spec
 

@@ -185,6 +185,51 @@ def test_inspect_reads_a_saved_result(run: Run, saved: Path) -> None:
     ran = run("inspect", saved / "grape", "--json")
     assert ran.code == 0, ran.err
     assert ran.document["cost"]["macs"] == rc.load(saved / "grape").after.macs
+    assert ran.document["before"] == rc.load(saved / "grape").before.to_json()
+
+
+def test_inspect_shows_a_result_beside_its_reference(run: Run, saved: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "widths.png"
+    ran = run("inspect", saved / "grape", "--plot", picture, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["plot"] == str(picture) and picture.stat().st_size > 15_000
+    result, found = rc.load(saved / "grape"), {group["name"]: group for group in ran.document["groups"]}
+    assert result.spec is not None
+    # Read from the layers themselves: a convolution has as many rows as its group has channels.
+    reference, compact = result.spec.build(), result.model
+    for name, group in found.items():
+        assert group["before"] == len(reference.get_parameter(f"{name}.weight"))
+        assert group["width"] == len(compact.get_parameter(f"{name}.weight"))
+    assert any(group["before"] != group["width"] for group in found.values())
+    words = run("inspect", saved / "grape").out
+    assert "before" in words and "the reference has" in words
+    assert "before" not in run("inspect", "resnet8").out
+
+
+def test_inspect_draws_a_model_or_says_why_not(run: Run, tmp_path: Path) -> None:
+    ran = run("inspect", "resnet8", "--plot", tmp_path / "x.svg")
+    assert ran.code == 0 and f"drawn in {tmp_path / 'x.svg'}" in ran.out
+    assert "resnet8" in (tmp_path / "x.svg").read_text()
+    for path, said in ((tmp_path / "no" / "x.png", "create it first"), (tmp_path / "x.doc", ".png")):
+        refused = run("inspect", "resnet8", "--plot", path)
+        assert refused.code == 2 and said in refused.err and not path.exists()
+
+
+def test_inspect_takes_the_size_that_a_network_was_made_for(run: Run) -> None:
+    assert run("inspect", "resnet8", "--json").document["image_shape"] == [3, 32, 32]
+    given = run("inspect", "torchvision:squeezenet1_1", "--image-size", "64", "--json")
+    assert given.document["image_shape"] == [3, 64, 64]
+    assert "images 3x224x224" in run("inspect", "torchvision:squeezenet1_1").out
+    refused = run("inspect", "torchvision:vit_b_16", "--image-size", "32")
+    assert refused.code == 2 and "image_size=32" in refused.err and "224x224" in refused.err
+
+
+def test_the_networks_of_timm_are_listed_where_asked_for(run: Run) -> None:
+    pytest.importorskip("timm")
+    entries = run("list", "timm", "--json").document["timm"]
+    assert {"timm:resnet26", "timm:vit_tiny_patch16_224"} <= {entry["name"] for entry in entries}
+    models = {entry["name"] for entry in run("list", "models", "--json").document["models"]}
+    assert "timm:NAME" in models and "timm:resnet26" not in models
 
 
 @pytest.mark.parametrize("what", [None, "models", "strategies", "data", "attacks", "objectives"])
