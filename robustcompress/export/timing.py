@@ -79,21 +79,21 @@ class Stopwatch:
         while not windows or time.perf_counter() < start + seconds or (precision and _scatter(windows) > precision):
             if windows and time.perf_counter() > start + max(seconds, LONGEST):
                 break
-            windows.append(self._window(ours, min(seconds, WINDOW), alone))
+            windows.append(self._window(ours, self._reference, min(seconds, WINDOW), alone))
         reference_ms = 1000 * statistics.median(alone)
         return Timing(statistics.median(windows) * reference_ms, reference_ms)
 
-    def _window(self, ours: bytes, seconds: float, alone: list[float]) -> float:
+    def _window(self, ours: bytes, reference: bytes, seconds: float, alone: list[float]) -> float:
         """The ratio of both, from turns of this many seconds; the reference's own times are added to `alone`."""
-        sessions = (_open(ours), _open(self._reference))
+        sessions = (_open(ours), _open(reference))
         ratios: list[float] = []
         end = time.perf_counter() + seconds
         while len(ratios) < 8 or time.perf_counter() < end:
             mine, theirs = (_block(session, self._image) for session in sessions)
-            alone += theirs
+            alone.extend(theirs)
             # The quickest of a block was interrupted least; a turn is short, so both have the same clock and caches.
             ratios.append(min(mine) / min(theirs))
-        return statistics.median(ratios)
+        return float(statistics.median(ratios))
 
     def _exported(self, model: nn.Module) -> bytes:
         twin = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
@@ -107,7 +107,7 @@ def _scatter(windows: list[float]) -> float:
     """Relative standard error of the median of the windows; infinite while there are too few to tell."""
     if len(windows) < WINDOWS:
         return math.inf
-    return 1.25 * statistics.stdev(windows) / len(windows) ** 0.5 / statistics.median(windows)
+    return 1.25 * statistics.stdev(windows) / math.sqrt(len(windows)) / statistics.median(windows)
 
 
 def _open(written: bytes) -> Any:

@@ -113,7 +113,7 @@ class _Walk:
 
     def couple(self, one: torch.Tensor, other: torch.Tensor) -> None:
         if one is not other:
-            one, other = torch.broadcast_tensors(one, other)
+            one, other = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
             both = (one != NONE) & (other != NONE) & (one != other)
             self._pairs.append((one[both], other[both]))
 
@@ -174,7 +174,7 @@ class _Walk:
         return torch.arange(self._count - count, self._count)
 
     def _leaf(self, tensor: torch.Tensor) -> Labels:
-        """All entries of a plain parameter are told apart: what they meet says which of its dimensions holds channels."""
+        """A plain parameter, all entries told apart: what they meet says which of its dimensions holds channels."""
         name = self._graph.parameters.get(id(tensor))
         if name is None or tensor.numel() < 2:
             return ()
@@ -203,7 +203,7 @@ class _Walk:
             for label in rest:
                 self.hide(label.units())
             rest = ()
-        if axis in self._heads and len(written.unique()) == 1:
+        if axis in self._heads and bool((written == written[0]).all()):
             return rest  # behind reshapes a single head cannot be told from any other dimension of size 1
         rank = len(shape_of((layer.function, layer.number)))
         dim = kind.channel_dim % rank

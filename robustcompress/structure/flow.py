@@ -44,7 +44,7 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """One input of an operation: its labels and its shape; the shape is None for a tensor that autograd does not know."""
+    """One input of an operation: its labels, and its shape; None for a tensor that autograd does not know."""
 
     labels: Labels
     shape: Shape | None
@@ -199,33 +199,44 @@ def _reduce(step: Step) -> Labels:
 
 def _cat(step: Step) -> Labels:
     dim = step.dim(step.saved("dim"), len(step.shape))
-    sizes = [None if operand.shape is None else operand.shape[dim] for operand in step.operands]
-    if sizes.count(None) == 1:  # a tensor without gradient, such as a buffer, takes what the others leave
-        sizes[sizes.index(None)] = step.shape[dim] - sum(size for size in sizes if size is not None)
-    if None in sizes:
-        for operand in step.operands:
-            for label in operand.labels:
-                step.ledger.hide(label.units())
+    sizes = _sizes_along(step, dim)
+    if sizes is None:
+        return _hide(step)
+    across = [[label for label in operand.labels if dim not in label.live] for operand in step.operands]
+    elsewhere = frozenset[int]().union(*(label.live for labels in across for label in labels))
+    along: list[Label | None] = []
+    for operand, others in zip(step.operands, across, strict=True):
+        mine = next((label for label in operand.labels if dim in label.live), None)
+        if mine is not None and not elsewhere.isdisjoint(mine.live):
+            # All entries of a plain parameter are told apart; beside tokens, say, they are channels as those are.
+            first = mine.ids.narrow(dim, 0, 1)
+            step.ledger.couple(mine.ids, first)
+            others.append(Label(first, mine.live - {dim}))
+            mine = None
+        along.append(mine)
+    one = (*step.shape[:dim], 1, *step.shape[dim + 1 :])
+    joined = join([Operand(tuple(labels), one) for labels in across], one, step.ledger)
+    return (*joined, *_concatenated(along, sizes, dim, len(step.shape)))
+
+
+def _sizes_along(step: Step, dim: int) -> list[int] | None:
+    """How long each operand of a concatenation is; None where that cannot be told."""
+    known = [operand.shape[dim] for operand in step.operands if operand.shape is not None]
+    if len(known) < len(step.operands) - 1:
+        return None
+    rest = step.shape[dim] - sum(known)  # a tensor without gradient, such as a buffer, takes what the others leave
+    return [rest if operand.shape is None else operand.shape[dim] for operand in step.operands]
+
+
+def _concatenated(labels: Sequence[Label | None], sizes: Sequence[int], dim: int, rank: int) -> Labels:
+    present = [label for label in labels if label is not None]
+    if not present:
         return ()
-    along, across = [], []
-    for operand in step.operands:
-        mine = [label for label in operand.labels if dim in label.live]
-        along.append(mine[0] if mine else None)
-        across.append(tuple(label for label in operand.labels if dim not in label.live))
-    if any(across):  # tokens joined to tokens, say: channels lie elsewhere, and are the same in all
-        for label in along:
-            if label is not None and len(label.live) > 1:  # told apart in both, as all entries of a plain parameter are
-                first = label.ids.narrow(dim, 0, 1)
-                step.ledger.couple(label.ids, first)
-                across.append((Label(first, label.live - {dim}),))
-        shape = (*step.shape[:dim], 1, *step.shape[dim + 1 :])
-        return join([Operand(labels, shape) for labels in across], shape, step.ledger)
-    rank, pieces = len(step.shape), list[torch.Tensor]()
-    present = [label for label in along if label is not None]
-    others = [max(label.ids.shape[d] for label in present) for d in range(rank)]
-    for label, size in zip(along, sizes, strict=True):
+    lengths = [max(label.ids.shape[d] for label in present) for d in range(rank)]
+    pieces = []
+    for label, size in zip(labels, sizes, strict=True):
         ids = torch.full((1,) * rank, NONE) if label is None else label.ids
-        pieces.append(ids.expand(*others[:dim], size, *others[dim + 1 :]))
+        pieces.append(ids.expand([size if d == dim else length for d, length in enumerate(lengths)]))
     return (Label(torch.cat(pieces, dim), frozenset[int]().union(*(label.live for label in present))),)
 
 
@@ -351,7 +362,10 @@ def _attention(step: Step) -> Labels:
     """Fused attention: queries and keys are summed over their width, values go on."""
     query, key, value = step.operands[:3]
     swapped = Operand(
-        tuple(permuted(label, [*range(len(step.shape) - 2), len(step.shape) - 1, len(step.shape) - 2]) for label in key.labels),
+        tuple(
+            permuted(label, [*range(len(step.shape) - 2), len(step.shape) - 1, len(step.shape) - 2])
+            for label in key.labels
+        ),
         None if key.shape is None else (*key.shape[:-2], key.shape[-1], key.shape[-2]),
     )
     weights = (*step.shape[:-1], (key.shape or step.shape)[-2])

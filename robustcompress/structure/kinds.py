@@ -50,6 +50,12 @@ def _refuse_layer_norm(module: nn.Module) -> str:
     return "layer norm mixes all it normalises, and over more than the last dimension it cannot be edited yet"
 
 
+def _count(module: nn.Module, name: str) -> int:
+    count = getattr(module, name)
+    assert isinstance(count, int)
+    return count
+
+
 def is_depthwise(module: nn.Module) -> bool:
     """Whether each channel of this convolution passes by itself."""
     return (
@@ -68,7 +74,7 @@ GROUPED = LayerKind(
     name="grouped",
     slots={"out": (("weight", 0), ("bias", 0)), "in": ()},
     widths=CONV.widths,
-    parts=lambda m: int(m.groups),
+    parts=lambda m: _count(m, "groups"),
     counts=("groups",),
 )
 TRANSPOSED = LayerKind(
@@ -106,9 +112,9 @@ GROUP_NORM = LayerKind(
     name="norm",
     slots={"both": (("weight", 0), ("bias", 0))},
     widths={"both": ("num_channels",)},
-    parts=lambda m: int(m.num_groups),
+    parts=lambda m: _count(m, "num_groups"),
     counts=("num_groups",),
-    mixes=lambda m: m.num_groups == 1,
+    mixes=lambda m: _count(m, "num_groups") == 1,
 )
 PRELU = LayerKind(name="prelu", slots={"both": (("weight", 0),)}, widths={"both": ("num_parameters",)})
 
@@ -148,7 +154,9 @@ def slots_of(module: nn.Module, side: Side) -> Slots:
 def holds(module: nn.Module, side: Side) -> bool:
     """Whether the layer has channels of its own on `side`: a slope that all channels share has none."""
     kind = kind_of(module)
-    return kind is not None and side in kind.widths and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
+    return (
+        kind is not None and side in kind.widths and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
+    )
 
 
 def width_of(module: nn.Module, side: Side) -> int:

@@ -1,4 +1,4 @@
-"""Labels: which unit each position of an activation belongs to, and what operations that only move positions do to them."""
+"""Labels: which unit each position of an activation belongs to, and what moving positions about does to them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ class Label:
     def units(self) -> torch.Tensor:
         """All units in it, int64 `[n]`."""
         return self.ids[self.ids != NONE]
+
+
+def distinct(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The distinct entries, or rows of a matrix; for each entry which of them it is; and how often each occurs."""
+    dim = 0 if values.dim() > 1 else None
+    found, inverse, counts = torch.unique(values, dim=dim, return_inverse=True, return_counts=True)
+    return found, inverse, counts
 
 
 def reshaped(label: Label, old: Shape, new: Shape) -> Label:
@@ -114,7 +121,10 @@ def padded(label: Label, pad: Sequence[int]) -> Label:
         dim, (before, after) = ids.dim() - 1 - number, pad[2 * number : 2 * number + 2]
         if dim in label.live:
             inside = ids.narrow(dim, max(0, -before), ids.shape[dim] + min(0, before) + min(0, after))
-            ends = [inside.new_full((*inside.shape[:dim], max(0, n), *inside.shape[dim + 1 :]), NONE) for n in (before, after)]
+            ends = [
+                inside.new_full((*inside.shape[:dim], max(0, n), *inside.shape[dim + 1 :]), NONE)
+                for n in (before, after)
+            ]
             ids = torch.cat([ends[0], inside, ends[1]], dim)
     return Label(ids, label.live)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 
@@ -143,7 +144,7 @@ def runs(
     changes = torch.ones(len(owners), dtype=torch.bool)
     changes[1:] = (owners[1:] != owners[:-1]) | ((channels[1:] != channels[:-1]) & (owners[1:] >= 0))
     starts = [*changes.nonzero().flatten().tolist(), len(owners)]
-    following = dict(zip(starts, starts[1:], strict=False))
+    following = dict(pairwise(starts))
     segments: list[Segment] = []
     start = 0
     while start < len(owners):
@@ -157,7 +158,11 @@ def runs(
             copies, width = stop - start, widths[names[owner]]
             stop = start + copies * width
             expected = torch.arange(width).repeat_interleave(copies)
-            if stop > len(owners) or not torch.equal(channels[start:stop], expected) or bool((owners[start:stop] != owner).any()):
+            if (
+                stop > len(owners)
+                or not torch.equal(channels[start:stop], expected)
+                or bool((owners[start:stop] != owner).any())
+            ):
                 return None
             segments.append(Segment(names[owner], copies))
         start = stop

@@ -17,7 +17,8 @@ from robustcompress.structure.attention import Heads, find_heads
 from robustcompress.structure.copies import copied, hollow
 from robustcompress.structure.couplings import Couplings, Graph, Layer, Place, find_couplings
 from robustcompress.structure.groups import Axis, ChannelGroup, Kind, Segment
-from robustcompress.structure.kinds import kind_of, width_of
+from robustcompress.structure.kinds import kind_of
+from robustcompress.structure.labels import distinct
 from robustcompress.structure.layout import Layout, runs
 from robustcompress.structure.support import check_forward, check_supported, on
 
@@ -141,17 +142,17 @@ def _families(couplings: Couplings, order: Mapping[str, int]) -> list[_Family]:
     where: list[set[Axis]] = [set()]
     for axis in axes:
         units = couplings.positions[axis]
-        seen, copies = units[units >= 0].unique(return_counts=True)
+        seen, _, copies = distinct(units[units >= 0])
         present[seen] = True
         # Kinds met so far are divided by how many positions they have here.
-        pairs, inverse = torch.stack([kind[seen], copies], 1).unique(dim=0, return_inverse=True)
+        pairs, inverse, _ = distinct(kind[seen] * (1 + int(copies.max())) + copies if len(seen) else seen)
         fresh = len(where)
-        where.extend(where[int(old)] | {axis} for old, _ in pairs.tolist())
+        where.extend(where[old // (1 + int(copies.max()))] | {axis} for old in pairs.tolist())
         kind[seen] = fresh + inverse
     if couplings.outputs:
         out = torch.tensor(sorted(couplings.outputs))
         out = out[present[out]]
-        kinds, inverse = kind[out].unique(return_inverse=True)
+        kinds, inverse, _ = distinct(kind[out])
         fresh = len(where)
         where.extend(where[old] for old in kinds.tolist())
         kind[out] = fresh + inverse
@@ -160,7 +161,9 @@ def _families(couplings: Couplings, order: Mapping[str, int]) -> list[_Family]:
     for unit, number in zip(alive.tolist(), kind[alive].tolist(), strict=True):
         by_kind.setdefault(number, []).append(unit)
     found = [
-        _Family(torch.tensor(units)[:, None], tuple(sorted(where[number], key=lambda a: (order.get(a.module, -1), a.side))))
+        _Family(
+            torch.tensor(units)[:, None], tuple(sorted(where[number], key=lambda a: (order.get(a.module, -1), a.side)))
+        )
         for number, units in by_kind.items()
     ]
     return _tie_parts(found, couplings.parted)
@@ -171,7 +174,9 @@ def _tie_parts(families: list[_Family], parted: set[int]) -> list[_Family]:
     merged: list[_Family] = []
     part_of: dict[tuple[Axis, int], int] = {}
     for family in families:
-        writers = [axis for axis in family.axes if axis.side == "out" and parted.issuperset(family.units[:, 0].tolist())]
+        writers = [
+            axis for axis in family.axes if axis.side == "out" and parted.issuperset(family.units[:, 0].tolist())
+        ]
         partner = next((part_of[key] for axis in writers if (key := (axis, len(family.units))) in part_of), None)
         if partner is None:
             part_of |= {(axis, len(family.units)): len(merged) for axis in writers}
@@ -210,7 +215,7 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
         owners = torch.where(known, group_of[units.clamp(0, count - 1)], -1)
         read = runs(owners, channel_of[units.clamp(0, count - 1)], names, widths)
         if read is None:
-            irregular.update(names[number] for number in owners[owners >= 0].unique().tolist())
+            irregular.update(names[number] for number in distinct(owners[owners >= 0])[0].tolist())
             read = (Segment(None, fixed=len(units)),)
         segments[axis] = read
     attention: dict[str, str] = {}
@@ -219,13 +224,15 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
         if number >= 0 and widths[names[number]] == found.width:
             attention[names[number]] = found.module
             # With a single head its runs cannot be told apart by looking.
-            segments |= {axis: tuple(replace(s, group=names[number]) for s in runs) for axis, runs in found.axes.items()}
+            segments |= {
+                axis: tuple(replace(s, group=names[number]) for s in runs) for axis, runs in found.axes.items()
+            }
     groups: dict[str, ChannelGroup] = {}
     output = ""
     for name, family in sorted(named, key=lambda pair: order.get(pair[0].split("#")[0], -1)):
-        units = set(family.units.flatten().tolist())
-        is_output = not couplings.outputs.isdisjoint(units)
-        unclear = name in irregular or not couplings.opaque.isdisjoint(units)
+        members = family.units.flatten().tolist()
+        is_output = not couplings.outputs.isdisjoint(members)
+        unclear = name in irregular or not couplings.opaque.isdisjoint(members)
         group = _describe(name, family, segments, model, is_output=is_output, unclear=unclear)
         told = name in attention and group.editable  # and so one head is as plain as many
         groups[name] = replace(group, kind="heads", min_width=1) if told else group

@@ -16,7 +16,7 @@ from robustcompress.structure.layout import Layout
 from robustcompress.structure.surgery import apply_gathers, plan_edit
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
-"""Relative difference allowed; a wrong channel differs by 1e-3 or more. What single precision doubts, double decides."""
+"""Relative difference allowed; a wrong channel differs by 1e-3 or more. What float32 doubts, float64 decides."""
 
 GROWTH = 3
 """Channels that every group gains; odd, so that halves taken by a literal or a floor division show."""
@@ -56,7 +56,9 @@ def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict
 class _Proof:
     def __init__(self, model: nn.Module, layout: Layout, example: torch.Tensor) -> None:
         self._model, self._layout = model, layout
-        self._image = torch.rand((1, *example.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self._image = torch.rand(
+            (1, *example.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
 
     def sift(self, names: Sequence[str]) -> dict[str, str]:
         """Which of these groups cannot be resized: halves are tried, and halves of halves."""
@@ -153,7 +155,7 @@ def random_twin(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modu
 
 
 class _Noise:
-    """Random numbers of which the same ones come again after a prime number of others: as good here, and much quicker."""
+    """Random numbers that begin again after a prime number of them: as good here, and much quicker."""
 
     PERIOD = 999_983
 
@@ -166,7 +168,12 @@ class _Noise:
         done = 0
         while done < count:
             size = min(count - done, self.PERIOD - self._next)
-            torch.add(self._values.new_full((), low), self._values[self._next : self._next + size], alpha=high - low, out=flat[done : done + size])
+            torch.add(
+                self._values.new_full((), low),
+                self._values[self._next : self._next + size],
+                alpha=high - low,
+                out=flat[done : done + size],
+            )
             done, self._next = done + size, (self._next + size) % self.PERIOD
         tensor.copy_(flat.view(tensor.shape))
 
