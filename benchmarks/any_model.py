@@ -37,15 +37,15 @@ from benchmarks.common import (
     threads,
     write_json,
 )
-from benchmarks.conformance import Row, examine
+from benchmarks.conformance import Row
 from benchmarks.model_names import WORDS, names_of, parameters_of
-from benchmarks.model_table import markdown
+from benchmarks.model_table import markdown, words_of
 from robustcompress.budget import human
 
 MODULE = "any_model"
 QUICK = ("robustcompress:resnet8", "robustcompress:vit_micro")
 
-__all__ = ["MODULE", "examine", "main", "markdown"]
+__all__ = ["MODULE", "main", "markdown", "run", "words_of"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -207,6 +207,7 @@ class _Examination:
         loss = F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        loss = loss.detach()
         self.row["loss"] = round(float(loss), 4) if bool(loss.isfinite()) else str(float(loss))
         self.row["no_gradient"] = [name for name, p in model.named_parameters() if p.grad is None]
         torn = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]

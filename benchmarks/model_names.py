@@ -60,10 +60,20 @@ def names_of(words: Sequence[str]) -> list[str]:
 
 
 def parameters_of(name: str) -> int:
-    """How many parameters a network has, without making their values; 0 where it cannot be made so."""
+    """How many parameters a network has, without making their values where its constructor permits that."""
     try:
         with torch.device("meta"):
             model, _ = build_model(name)
     except Exception:  # whatever a constructor raises that looks at values
-        return 0
+        return _parameters_told(name)
     return sum(p.numel() for p in model.parameters())
+
+
+def _parameters_told(name: str) -> int:
+    """What torchvision says of a network that has its weights; 0 for others."""
+    if not name.startswith("torchvision:"):
+        return 0
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(name.partition(":")[2])
+    return int(next(iter(weights)).meta["num_params"])

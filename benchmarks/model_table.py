@@ -76,7 +76,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         _small(row.get("growth_break")),
         f"{seconds['export']:.0f}" if "parity" in row else "",
         _small(row.get("parity")),
-        "; ".join(_words(row)),
+        "; ".join(words_of(row)),
     )
 
 
@@ -84,8 +84,8 @@ def _small(value: float | str | None) -> str:
     return "" if value is None else value if isinstance(value, str) else "0" if value == 0 else f"{value:.0e}"
 
 
-def _words(row: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader should know: failures first."""
+def words_of(row: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader should know of a network: failures first."""
     if "not_run" in row:
         yield f"not run: {row['not_run']}"
     for failure in row.get("failures", []):
