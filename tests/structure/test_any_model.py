@@ -17,6 +17,7 @@ from benchmarks import conformance
 from benchmarks.conformance import Row, choose_size, examine, shake
 from benchmarks.model_names import names_of, parameters_of
 from robustcompress import StructuralEditor, build_model
+from robustcompress.budget import CostModel
 from robustcompress.models import open_attention
 
 Build = Callable[[], nn.Module]
@@ -26,7 +27,8 @@ def named(name: str, **kwargs: Any) -> Build:
     def build() -> nn.Module:
         if name.startswith("timm:"):
             pytest.importorskip("timm")
-        return build_model(name, num_classes=10, **kwargs)[0]
+        model, _ = build_model(name, num_classes=10, **kwargs)
+        return model
 
     return build
 
@@ -34,7 +36,8 @@ def named(name: str, **kwargs: Any) -> Build:
 def convnext() -> nn.Module:
     from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-    return ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 2)], num_classes=10)
+    model: nn.Module = ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 2)], num_classes=10)
+    return model
 
 
 def swin(version: int) -> Build:
@@ -219,13 +222,13 @@ def test_a_step_that_raises_is_noted_and_the_next_is_taken(monkeypatch: pytest.M
 
 
 def test_a_wrong_prediction_of_the_cost_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    predict = conformance.CostModel.predict
+    predict = CostModel.predict
 
-    def cheap(self: conformance.CostModel, widths: dict[str, int]) -> tuple[float, float]:
+    def cheap(self: CostModel, widths: dict[str, int]) -> tuple[float, float]:
         macs, params = predict(self, widths)
         return (0.9 * macs, params) if widths else (macs, params)
 
-    monkeypatch.setattr(conformance.CostModel, "predict", cheap)
+    monkeypatch.setattr(CostModel, "predict", cheap)
     assert [failure.partition(":")[0] for failure in small()["failures"]] == ["cost"]
 
 
