@@ -151,7 +151,7 @@ class _Examination:
                     self.timed(partial(editor.prune, name, keep))
             before, after = measure(full, self.images[:1]), measure(self.model, self.images[:1])
             row |= {"ratio": round(ratio, 4), "macs": round(after.macs / before.macs, 4)}
-            row |= {"params_left": round(after.params / before.params, 4), "half": row["macs"] <= SHARE}
+            row |= {"params_left": round(after.params / before.params, 4), "half": after.macs <= SHARE * before.macs}
             if after.macs > predicted[0] * (1 + COST_ERROR) or after.params != round(predicted[1]):
                 found = f"{after.macs} multiply-adds and {after.params} parameters"
                 self.fail("cost", f"{found} where {predicted[0]:.0f} and {predicted[1]:.0f} were predicted")
