@@ -99,6 +99,8 @@ def words_of(row: Mapping[str, Any]) -> Iterator[str]:
         words = next((short for part, short in SHORT if part in reason), _cell(reason, 60))
         reasons[words] = reasons.get(words, 0) + count
     yield from (f"{count} {words}" for words, count in reasons.items() if words)
+    if "norm_break" in row:
+        yield f"growth under norms {_small(row['norm_break'])}"
     if missing := row.get("no_gradient"):
         yield f"{len(missing)} parameters without a gradient"
 

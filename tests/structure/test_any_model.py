@@ -242,6 +242,17 @@ def test_a_refused_network_is_no_failure() -> None:
     assert row["failures"] == [] and "recurrent layers cannot be edited" in row["refused"] and "editable" not in row
 
 
+def test_a_network_that_runs_and_is_said_not_to_is_a_failure() -> None:
+    class Picky(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if any(module._forward_hooks for module in self.modules()):
+                raise TypeError("watched")
+            return super().forward(x)
+
+    row = small(Picky)
+    assert row["failures"][0].startswith("trace: it does run, and is refused") and "watched" in row["refused"]
+
+
 def test_a_network_that_cannot_be_built_is_a_failure() -> None:
     def build() -> nn.Module:
         raise ValueError("no such thing")
