@@ -232,7 +232,7 @@ class _Walk:
             read, _ = self._read(labels, dim, width)
             if read is not None:
                 self._axes[axis], self._dims[axis] = read, dim
-                if kind.parts is not None:
+                if kind.parts is not None and not kind.mixes(module):
                     self._tie(read, None, kind.parts(module))
                 break
         kept: list[Label] = []

@@ -115,6 +115,8 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
     for axis in layout.groups[edit.group].members:
         if axis.side != "param":
             set_width(model.get_submodule(axis.module), axis.side, layout.axis_width(axis, new_widths))
+    for module, attribute in layout.counts.get(edit.group, ()):
+        setattr(model.get_submodule(module), attribute, len(edit.sources))
     if edit.group in layout.attention:
         set_heads(model.get_submodule(layout.attention[edit.group]), len(edit.sources))
     return replaced

@@ -240,7 +240,24 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
     param_dims = dict(couplings.param_dims)
     for found in heads:
         param_dims |= found.param_dims
-    return Layout(groups, segments, param_dims, output, attention)
+    norm_dims = {axis: dim for axis, dim in couplings.channel_dims.items() if _mixes(axis, model)}
+    return Layout(groups, segments, param_dims, output, attention, norm_dims, _counts(model, segments))
+
+
+_COUNTERS = {"torchvision.models.vision_transformer.VisionTransformer": ("conv_proj", "hidden_dim")}
+"""Modules that count the channels of a layer inside them and reshape by the count: the layer, and the attribute."""
+
+
+def _counts(model: nn.Module, segments: Mapping[Axis, tuple[Segment, ...]]) -> dict[str, tuple[tuple[str, str], ...]]:
+    found: dict[str, tuple[tuple[str, str], ...]] = {}
+    for name, module in model.named_modules():
+        kind = type(module)
+        if (known := _COUNTERS.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            layer, attribute = known
+            spans = segments.get(Axis(f"{name}.{layer}" if name else layer, "out"), ())
+            if len(spans) == 1 and spans[0].group is not None:
+                found[spans[0].group] = (*found.get(spans[0].group, ()), (name, attribute))
+    return found
 
 
 def _describe(
@@ -259,8 +276,6 @@ def _describe(
     reason = ""
     if is_output:
         kind, reason = "output", "holds the model's output"
-    elif any(_mixes(axis, model) for axis in passers):
-        kind, reason = "frozen", "a norm takes its mean and variance over these channels: all depend on each"
     elif unclear:
         kind, reason = "frozen", "its channels pass through an operation in which they cannot be followed"
     elif not writers:
@@ -274,8 +289,9 @@ def _describe(
     elif len(writers) > 1:
         kind = "residual"
     # One channel of these is indistinguishable from an ordinary layer, or from one that all channels share.
-    min_width = 2 if any(_is_per_channel(axis, model) for axis in passers) else 1
-    return ChannelGroup(name, len(family.units), kind, writers, readers, passers, min_width, reason)
+    exact = not any(_mixes(axis, model) for axis in passers)
+    min_width = 2 if not exact or any(_is_per_channel(axis, model) for axis in passers) else 1
+    return ChannelGroup(name, len(family.units), kind, writers, readers, passers, min_width, reason, exact)
 
 
 def _is_grouped(axis: Axis, model: nn.Module) -> bool:

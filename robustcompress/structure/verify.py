@@ -13,6 +13,7 @@ from robustcompress.structure.groups import NEW, Edit
 from robustcompress.structure.initial import fill
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.layout import Layout
+from robustcompress.structure.norms import mask_norm, norms_over
 from robustcompress.structure.surgery import apply_gathers, plan_edit
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
@@ -99,6 +100,7 @@ class _Proof:
             apply_gathers(net, layout, widths, edit)
             widths[name] = len(edit.sources)
             fill(net, layout, widths, edit, tensors, generator)
+            leave_out(net, layout, name, range(len(keep)), widths)
         try:
             found = net(image)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
@@ -119,7 +121,11 @@ def _keep(width: int, min_width: int) -> list[int]:
 
 @torch.no_grad()
 def silence_readers(model: nn.Module, layout: Layout, group: str, keep: Iterable[int], widths: dict[str, int]) -> None:
-    """Zero, in every reader, the weights that read a channel of `group` outside `keep`: what pruning must equal."""
+    """Have nobody hear the channels of `group` outside `keep`: what pruning must equal.
+
+    In every reader the weights that read one are zeroed; norms that take their statistics over the channels leave them
+    out (see `norms`).
+    """
     kept = set(keep)
     dropped = torch.tensor([c for c in range(widths[group]) if c not in kept], dtype=torch.long)
     for axis in layout.groups[group].readers:
@@ -130,6 +136,20 @@ def silence_readers(model: nn.Module, layout: Layout, group: str, keep: Iterable
         for name, dim in kind.slots["in"]:
             weight = getattr(module, name)
             weight.index_fill_(dim, positions.to(weight.device), 0)
+    leave_out(model, layout, group, keep, widths)
+
+
+def leave_out(model: nn.Module, layout: Layout, group: str, keep: Iterable[int], widths: dict[str, int]) -> None:
+    """Have norms over the channels of `group` take their statistics over those in `keep` alone, from now on."""
+    mask = torch.zeros(widths[group])
+    mask[list(keep)] = 1
+    for axis in norms_over(layout, group):
+        module = model.get_submodule(axis.module)
+        masks: dict[str, torch.Tensor] | None = module.__dict__.get("_left_out")
+        if masks is None:
+            masks = module.__dict__["_left_out"] = {}
+            mask_norm(module, layout, axis, widths, masks.get)
+        masks[group] = mask
 
 
 @torch.no_grad()
