@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from robustcompress.structure.attention import Heads
-from robustcompress.structure.flow import Labels, Operand, Step, carry
+from robustcompress.structure.flow import carry
 from robustcompress.structure.groups import Axis
 from robustcompress.structure.kinds import LayerKind, holds, kind_of, width_of
 from robustcompress.structure.labels import NONE, Label, Shape, positions_of
+from robustcompress.structure.steps import Labels, Operand, Step
 
 Place = tuple[Any, int]
 """A value: autograd's node, and which of its outputs."""

@@ -1,7 +1,7 @@
 """Norms that take their statistics over channels: what they compute when only some of the channels are there.
 
-Removing a channel from in front of a layer norm changes what all others become. So it is no silencing of readers; but it
-is exactly the norm with that channel left out of mean and variance, which is what gates and proofs compare with.
+Removing a channel from in front of a layer norm changes what all others become. So it is no silencing of readers; but
+it is exactly the norm with that channel left out of mean and variance, which is what gates and proofs compare with.
 """
 
 from __future__ import annotations
