@@ -2,8 +2,8 @@
 
 Each network is compressed under `Budget(latency=...)`, a fraction of its reference's time in onnxruntime, and measured
 at the end of the run, as every run is, and once more afterwards by a stopwatch that knows nothing of the run ("again").
-The training is one epoch on a few random images: what the weights are moves no time. "end" and "again" are fractions of the
-reference; "of the limit" is end / asked for. A budget is a limit, and widths are whole channels: a network of few
+The training is one epoch on a few random images: what the weights are moves no time. "end" and "again" are fractions of
+the reference; "of the limit" is end / asked for. A budget is a limit, and widths are whole channels: a network of few
 channels may have to stay below it.
 """
 

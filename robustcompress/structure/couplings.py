@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from robustcompress.structure.attention import Heads
-from robustcompress.structure.flow import Labels, Operand, Step, carry
+from robustcompress.structure.flow import carry
 from robustcompress.structure.groups import Axis
 from robustcompress.structure.kinds import LayerKind, holds, kind_of, width_of
 from robustcompress.structure.labels import NONE, Label, Shape, positions_of
+from robustcompress.structure.steps import Labels, Operand, Step
 
 Place = tuple[Any, int]
 """A value: autograd's node, and which of its outputs."""
@@ -232,7 +233,7 @@ class _Walk:
             read, _ = self._read(labels, dim, width)
             if read is not None:
                 self._axes[axis], self._dims[axis] = read, dim
-                if kind.parts is not None:
+                if kind.parts is not None and not kind.mixes(module):
                     self._tie(read, None, kind.parts(module))
                 break
         kept: list[Label] = []

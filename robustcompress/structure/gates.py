@@ -12,6 +12,7 @@ from robustcompress.structure.groups import Axis
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.layout import Layout, spread
 from robustcompress.structure.masks import MaskRule, ScoreMasks, largest_entries
+from robustcompress.structure.norms import mask_norm, norms_over
 
 
 def top_channels(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -23,7 +24,8 @@ class Gates(ScoreMasks):
     """Multiplies every reader's input by the gate values of the groups it reads, while the context is open.
 
     With 0/1 gates the network computes exactly what `resize(keep)` would leave, gradients included; a gate on the
-    writers' outputs would not, because batch-norm shifts leak.
+    writers' outputs would not, because batch-norm shifts leak. Norms over the channels count each as much as its gate
+    says.
 
     Args:
         model: The network; hooks are attached on entry and removed on exit, also after an error.
@@ -55,11 +57,18 @@ class Gates(ScoreMasks):
         for axis in self._axes:
             module = self._model.get_submodule(axis.module)
             self._handles.append(module.register_forward_pre_hook(self._gate(axis)))
+        norms = dict.fromkeys(axis for name in self.scores for axis in norms_over(self._layout, name))
+        for axis in norms:
+            module = self._model.get_submodule(axis.module)
+            self._handles.append(mask_norm(module, self._layout, axis, self._widths, self._mask_of))
 
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _mask_of(self, group: str) -> torch.Tensor | None:
+        return self._mask(group) if group in self.scores else None
 
     def _gate(self, axis: Axis) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -65,6 +65,8 @@ class ChannelGroup:
         passers: Layers and parameters through which each channel passes by itself.
         min_width: The fewest channels it can have.
         reason: Why the group cannot be edited; empty when it can.
+        exact: Whether removing a channel changes no more than silencing its readers would, and adding one that nothing
+            reads changes nothing. Not so where a layer norm takes its statistics over the channels: the others move.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ChannelGroup:
     passers: tuple[Axis, ...]
     min_width: int = 1
     reason: str = ""
+    exact: bool = True
 
     @property
     def editable(self) -> bool:

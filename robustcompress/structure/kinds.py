@@ -167,14 +167,20 @@ def width_of(module: nn.Module, side: Side) -> int:
     return int(count[0] if isinstance(count, tuple) else count)
 
 
-def set_width(module: nn.Module, side: Side, width: int) -> None:
-    """Make the layer's own channel counts say `width`."""
-    kind = kind_of(module)
-    assert kind is not None
-    if not holds(module, side):
+def set_width(module: nn.Module, kind: LayerKind, side: Side, width: int) -> None:
+    """Make the layer's own channel counts say `width`.
+
+    Args:
+        module: The layer.
+        kind: Its kind before any of its counts was changed: in between it may look like another.
+        side: The side that changed.
+        width: The positions it has now.
+    """
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return
     if kind.parts is not None and side != "out":  # both sides of a layer divide into as many groups
-        each = width_of(module, side) // kind.parts(module)
+        before = getattr(module, kind.widths[side][0])
+        each = before // kind.parts(module)
         for name in kind.counts:
             setattr(module, name, width // each)
     for name in kind.widths[side]:
@@ -192,15 +198,15 @@ def gather(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     Returns:
         A new tensor with `n` entries along `dim`, in the memory format of `tensor`.
     """
+    fresh = (index < 0).nonzero().flatten().to(tensor.device)
     index = index.to(tensor.device)
-    fresh = index < 0
     if tensor.shape[dim] == 0:
         shape = list(tensor.shape)
         shape[dim] = len(index)
         return tensor.new_zeros(shape)
     out = tensor.index_select(dim, index.clamp_min(0))
-    if bool(fresh.any()):
-        out.index_fill_(dim, fresh.nonzero().flatten(), 0)
+    if len(fresh):
+        out.index_fill_(dim, fresh, 0)
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
         out = out.contiguous(memory_format=torch.channels_last)
     return out

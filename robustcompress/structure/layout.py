@@ -21,6 +21,8 @@ class Layout:
         param_dims: For each plain parameter that holds channels, the dimension they lie along.
         output: The name of the group that holds the logits.
         attention: For each group of heads, the attention module that counts them.
+        norm_dims: For each norm that takes its statistics over channels, the dimension of its input that holds them.
+        counts: For each group that modules other than layers count, those modules and their attributes.
     """
 
     groups: Mapping[str, ChannelGroup]
@@ -28,6 +30,8 @@ class Layout:
     param_dims: Mapping[str, int]
     output: str
     attention: Mapping[str, str] = field(default_factory=dict)
+    norm_dims: Mapping[Axis, int] = field(default_factory=dict)
+    counts: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
 
     def widths(self) -> dict[str, int]:
         """The traced width of every group."""
@@ -92,6 +96,8 @@ class Layout:
             {name: dim for name, dim in self.param_dims.items() if not inside(name, [module])},
             self.output,
             {name: owner for name, owner in self.attention.items() if name in written},
+            {axis: dim for axis, dim in self.norm_dims.items() if axis in axes},
+            {name: counted for name, counted in self.counts.items() if name in written},
         )
 
 

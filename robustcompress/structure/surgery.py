@@ -97,6 +97,10 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
         The parameters that were replaced, in order; one replaced twice (a layer that reads and writes its own group)
         is listed twice.
     """
+    layers = [
+        (axis, model.get_submodule(axis.module)) for axis in layout.groups[edit.group].members if axis.side != "param"
+    ]
+    kinds = {axis: kind_of(module) for axis, module in layers}
     replaced: list[Replaced] = []
     for tensor in plan_edit(model, layout, widths, edit):
         owner = model.get_submodule(tensor.owner)
@@ -112,9 +116,12 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
         else:
             setattr(owner, tensor.tensor, data)
     new_widths = {**widths, edit.group: len(edit.sources)}
-    for axis in layout.groups[edit.group].members:
-        if axis.side != "param":
-            set_width(model.get_submodule(axis.module), axis.side, layout.axis_width(axis, new_widths))
+    for axis, module in layers:
+        kind = kinds[axis]
+        assert kind is not None
+        set_width(module, kind, axis.side, layout.axis_width(axis, new_widths))
+    for name, attribute in layout.counts.get(edit.group, ()):
+        setattr(model.get_submodule(name), attribute, len(edit.sources))
     if edit.group in layout.attention:
         set_heads(model.get_submodule(layout.attention[edit.group]), len(edit.sources))
     return replaced

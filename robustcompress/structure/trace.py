@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustcompress.errors import Problems, UnsupportedModelError
+from robustcompress.errors import UnsupportedModelError
 from robustcompress.structure.attention import Heads, find_heads
-from robustcompress.structure.copies import copied, hollow
+from robustcompress.structure.copies import sketches
 from robustcompress.structure.couplings import Couplings, Graph, Layer, Place, find_couplings
 from robustcompress.structure.groups import Axis, ChannelGroup, Kind, Segment
 from robustcompress.structure.kinds import kind_of
@@ -49,16 +48,12 @@ def trace(model: nn.Module, example: torch.Tensor) -> Layout:
 
 def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
     """The graph of a copy: torch-pruning leaves what it traces in eval mode, and sees only what has gradients."""
-    for tables in (True, False):
-        with contextlib.suppress(Exception):  # whatever a forward that looks at values raises on tensors without any
-            return _record(hollow(model, tables=tables), torch.empty_like(example, device="meta"))
-    try:
-        return _record(copied(model, lambda tensor: tensor.detach().clone()), example)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        problems = Problems(f"{type(model).__name__} cannot be edited")
-        problems.add(f"it does not run {on(example, error)}")
-        problems.raise_if_any(UnsupportedModelError)
-        raise AssertionError from error
+    for twin, images in sketches(model, example):
+        try:
+            return _record(twin, images)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+            failure = error
+    raise UnsupportedModelError(f"{type(model).__name__} cannot be edited: it does not run {on(example, failure)}")
 
 
 def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
@@ -240,7 +235,24 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
     param_dims = dict(couplings.param_dims)
     for found in heads:
         param_dims |= found.param_dims
-    return Layout(groups, segments, param_dims, output, attention)
+    norm_dims = {axis: dim for axis, dim in couplings.channel_dims.items() if _mixes(axis, model)}
+    return Layout(groups, segments, param_dims, output, attention, norm_dims, _counts(model, segments))
+
+
+_COUNTERS = {"torchvision.models.vision_transformer.VisionTransformer": ("conv_proj", "hidden_dim")}
+"""Modules that count the channels of a layer inside them and reshape by the count: the layer, and the attribute."""
+
+
+def _counts(model: nn.Module, segments: Mapping[Axis, tuple[Segment, ...]]) -> dict[str, tuple[tuple[str, str], ...]]:
+    found: dict[str, tuple[tuple[str, str], ...]] = {}
+    for name, module in model.named_modules():
+        kind = type(module)
+        if (known := _COUNTERS.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            layer, attribute = known
+            spans = segments.get(Axis(f"{name}.{layer}" if name else layer, "out"), ())
+            if len(spans) == 1 and spans[0].group is not None:
+                found[spans[0].group] = (*found.get(spans[0].group, ()), (name, attribute))
+    return found
 
 
 def _describe(
@@ -259,8 +271,6 @@ def _describe(
     reason = ""
     if is_output:
         kind, reason = "output", "holds the model's output"
-    elif any(_mixes(axis, model) for axis in passers):
-        kind, reason = "frozen", "a norm takes its mean and variance over these channels: all depend on each"
     elif unclear:
         kind, reason = "frozen", "its channels pass through an operation in which they cannot be followed"
     elif not writers:
@@ -274,8 +284,9 @@ def _describe(
     elif len(writers) > 1:
         kind = "residual"
     # One channel of these is indistinguishable from an ordinary layer, or from one that all channels share.
-    min_width = 2 if any(_is_per_channel(axis, model) for axis in passers) else 1
-    return ChannelGroup(name, len(family.units), kind, writers, readers, passers, min_width, reason)
+    exact = not any(_mixes(axis, model) for axis in passers)
+    min_width = 2 if not exact or any(_is_per_channel(axis, model) for axis in passers) else 1
+    return ChannelGroup(name, len(family.units), kind, writers, readers, passers, min_width, reason, exact)
 
 
 def _is_grouped(axis: Axis, model: nn.Module) -> bool:
@@ -297,4 +308,4 @@ def _is_per_channel(axis: Axis, model: nn.Module) -> bool:
     if axis.side == "param":
         return True
     kind = kind_of(model.get_submodule(axis.module))
-    return kind is not None and kind.name in ("depthwise", "grouped", "prelu")
+    return kind is not None and (kind.name in ("depthwise", "prelu") or kind.parts is not None)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import nn
 
-from robustcompress.structure.copies import copied
+from robustcompress.structure.copies import copied, sketches
 from robustcompress.structure.groups import NEW, Edit
 from robustcompress.structure.initial import fill
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.layout import Layout
+from robustcompress.structure.norms import mask_norm, norms_over
 from robustcompress.structure.surgery import apply_gathers, plan_edit
+from robustcompress.structure.watch import Watch
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
-"""Relative difference allowed; a wrong channel differs by 1e-3 or more. What float32 doubts, float64 decides."""
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
+"""Relative difference allowed in what a layer writes; a wrong channel makes one of 1e-3 or more. Where float32 doubts,
+float64 decides."""
 
 GROWTH = 3
 """Channels that every group gains; odd, so that halves taken by a literal or a floor division show."""
@@ -79,36 +84,72 @@ class _Proof:
         for dtype in (torch.float64,) if precise else (torch.float32, torch.float64):
             complaint = self._tried(names, dtype)
             if not complaint:
-                return ""
+                return self._misfit(names)
         return complaint
+
+    def _change(self, name: str) -> tuple[list[int], int]:
+        """The channels that a group keeps, and how many it gains; never as many as it lost."""
+        width = self._layout.groups[name].width
+        keep = _keep(width, self._layout.groups[name].min_width)
+        return keep, GROWTH if len(keep) + GROWTH != width else GROWTH + 2
 
     @torch.no_grad()
     def _tried(self, names: Sequence[str], dtype: torch.dtype) -> str:
         layout, widths = self._layout, self._layout.widths()
         net = random_twin(self._model, dtype)
         image = self._image.to(next(net.parameters()).device, dtype)
-        kept = {name: _keep(widths[name], layout.groups[name].min_width) for name in names}
-        for name, keep in kept.items():
+        changes = {name: self._change(name) for name in names}
+        for name, (keep, _) in changes.items():
             silence_readers(net, layout, name, keep, widths)
-        wanted = net(image)
+        watch = Watch(net, layout)
+        wanted = watch.note(lambda: net(image))
         generator = torch.Generator().manual_seed(2)
-        for name, keep in kept.items():
-            gained = GROWTH if len(keep) + GROWTH != widths[name] else GROWTH + 2
+        for name, (keep, gained) in changes.items():
             edit = Edit(name, (*keep, *[NEW] * gained), "zero_out")
+            watch.edited(name, edit.sources, widths)
             tensors = plan_edit(net, layout, widths, edit)
             apply_gathers(net, layout, widths, edit)
             widths[name] = len(edit.sources)
             fill(net, layout, widths, edit, tensors, generator)
+            leave_out(net, layout, name, range(len(keep)), widths)
         try:
-            found = net(image)
+            found = watch.compare(lambda: net(image))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            return f"forward() assumes its width ({str(error).splitlines()[0][:120] if str(error) else 'an assertion'})"
+            return _assumes(error)
         if found.shape != wanted.shape:
             return f"resizing it changes the output's shape from {tuple(wanted.shape)} to {tuple(found.shape)}"
-        difference = float((found - wanted).abs().max()) / (float(wanted.abs().max()) + 1e-12)
+        difference, where = watch.worst
         if not difference <= TOLERANCE[dtype]:
-            return f"forward() mixes its channels (relative difference {difference:.1g} when it is resized)"
+            return f"forward() mixes its channels (relative difference {difference:.1g} at {where} when it is resized)"
         return ""
+
+    @torch.no_grad()
+    def _misfit(self, names: Sequence[str]) -> str:
+        """What is wrong with shapes where groups that became narrower are wider, and the other way round."""
+        layout = self._layout
+        image = self._image.to(next(self._model.parameters()))
+        for number, (net, x) in enumerate(sketches(self._model, image)):
+            widths = layout.widths()
+            for name in names:
+                keep, gained = self._change(name)
+                fewer = len(keep) + gained < widths[name]
+                sources = (*range(widths[name]), *[NEW] * GROWTH) if fewer else tuple(keep)
+                apply_gathers(net, layout, widths, Edit(name, sources, "zero_out"))
+                widths[name] = len(sources)
+            try:
+                net.eval()(x)
+            except Exception as error:  # of the widths, or of a forward that looks at values where there are none
+                whole, _ = next(islice(sketches(self._model, image), number, None))
+                with contextlib.suppress(Exception):
+                    whole.eval()(x)
+                    return _assumes(error)
+                continue
+            return ""
+        return ""
+
+
+def _assumes(error: Exception) -> str:
+    return f"forward() assumes its width ({str(error).splitlines()[0][:120] if str(error) else 'an assertion'})"
 
 
 def _keep(width: int, min_width: int) -> list[int]:
@@ -119,7 +160,11 @@ def _keep(width: int, min_width: int) -> list[int]:
 
 @torch.no_grad()
 def silence_readers(model: nn.Module, layout: Layout, group: str, keep: Iterable[int], widths: dict[str, int]) -> None:
-    """Zero, in every reader, the weights that read a channel of `group` outside `keep`: what pruning must equal."""
+    """Have nobody hear the channels of `group` outside `keep`: what pruning must equal.
+
+    In every reader the weights that read one are zeroed; norms that take their statistics over the channels leave them
+    out (see `norms`).
+    """
     kept = set(keep)
     dropped = torch.tensor([c for c in range(widths[group]) if c not in kept], dtype=torch.long)
     for axis in layout.groups[group].readers:
@@ -130,6 +175,20 @@ def silence_readers(model: nn.Module, layout: Layout, group: str, keep: Iterable
         for name, dim in kind.slots["in"]:
             weight = getattr(module, name)
             weight.index_fill_(dim, positions.to(weight.device), 0)
+    leave_out(model, layout, group, keep, widths)
+
+
+def leave_out(model: nn.Module, layout: Layout, group: str, keep: Iterable[int], widths: dict[str, int]) -> None:
+    """Have norms over the channels of `group` take their statistics over those in `keep` alone, from now on."""
+    mask = torch.zeros(widths[group])
+    mask[list(keep)] = 1
+    for axis in norms_over(layout, group):
+        module = model.get_submodule(axis.module)
+        masks: dict[str, torch.Tensor] | None = module.__dict__.get("_left_out")
+        if masks is None:
+            masks = module.__dict__["_left_out"] = {}
+            mask_norm(module, layout, axis, widths, masks.get)
+        masks[group] = mask
 
 
 @torch.no_grad()
