@@ -96,7 +96,7 @@ def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
         example = example.detach().clone().requires_grad_()
         try:
             graph.build_dependency(twin, example_inputs=example, forward_fn=forward, verbose=False)
-        except ZeroDivisionError:  # in its index mapping, which comes last and is not used, for a channel shuffle
+        except (ZeroDivisionError, TypeError):  # in its index mapping, which comes last and is not used
             if not hasattr(graph, "module2node"):
                 raise
     layers = {
