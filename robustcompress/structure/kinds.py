@@ -146,7 +146,7 @@ def slots_of(module: nn.Module, side: Side) -> Slots:
     """The tensors of `module` that really hold channels on `side` (a missing bias and a shared PReLU slope do not)."""
     kind = kind_of(module)
     assert kind is not None
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+    if _is_shared(module):
         return ()
     return tuple((name, dim) for name, dim in kind.slots[side] if getattr(module, name, None) is not None)
 
@@ -154,9 +154,12 @@ def slots_of(module: nn.Module, side: Side) -> Slots:
 def holds(module: nn.Module, side: Side) -> bool:
     """Whether the layer has channels of its own on `side`: a slope that all channels share has none."""
     kind = kind_of(module)
-    return (
-        kind is not None and side in kind.widths and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
-    )
+    return kind is not None and side in kind.widths and not _is_shared(module)
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether all channels share one slope."""
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
 def width_of(module: nn.Module, side: Side) -> int:
@@ -167,14 +170,20 @@ def width_of(module: nn.Module, side: Side) -> int:
     return int(count[0] if isinstance(count, tuple) else count)
 
 
-def set_width(module: nn.Module, side: Side, width: int) -> None:
-    """Make the layer's own channel counts say `width`."""
-    kind = kind_of(module)
-    assert kind is not None
-    if not holds(module, side):
+def set_width(module: nn.Module, kind: LayerKind, side: Side, width: int) -> None:
+    """Make the layer's own channel counts say `width`.
+
+    Args:
+        module: The layer.
+        kind: What it was before the edit: with one side counted and the other not yet, it may look like another.
+        side: Which of its sides.
+        width: Positions along that side now.
+    """
+    if side not in kind.widths or _is_shared(module):
         return
     if kind.parts is not None and side != "out":  # both sides of a layer divide into as many groups
-        each = width_of(module, side) // kind.parts(module)
+        count = getattr(module, kind.widths[side][0])
+        each = int(count[0] if isinstance(count, tuple) else count) // kind.parts(module)
         for name in kind.counts:
             setattr(module, name, width // each)
     for name in kind.widths[side]:

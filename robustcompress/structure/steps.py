@@ -23,7 +23,6 @@ class Ledger(Protocol):
         """Note that units passed a chunk, a split or a slice along their own dimension."""
 
     def hide(self, units: torch.Tensor) -> None:
-    """Set aside all that goes in."""
         """Note that units went where they cannot be followed."""
 
 
@@ -106,6 +105,7 @@ def each(step: Step, change: Callable[[Label], Label | None]) -> Labels:
 
 
 def hide(step: Step) -> Labels:
+    """Set aside all that goes in."""
     for operand in step.operands:
         for label in operand.labels:
             step.ledger.hide(label.units())

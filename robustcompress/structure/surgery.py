@@ -112,9 +112,12 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
         else:
             setattr(owner, tensor.tensor, data)
     new_widths = {**widths, edit.group: len(edit.sources)}
-    for axis in layout.groups[edit.group].members:
-        if axis.side != "param":
-            set_width(model.get_submodule(axis.module), axis.side, layout.axis_width(axis, new_widths))
+    axes = [axis for axis in layout.groups[edit.group].members if axis.side != "param"]
+    modules = {axis.module: model.get_submodule(axis.module) for axis in axes}
+    kinds = {name: kind_of(module) for name, module in modules.items()}
+    for axis in axes:
+        if (kind := kinds[axis.module]) is not None:
+            set_width(modules[axis.module], kind, axis.side, layout.axis_width(axis, new_widths))
     for module, attribute in layout.counts.get(edit.group, ()):
         setattr(model.get_submodule(module), attribute, len(edit.sources))
     if edit.group in layout.attention:
