@@ -75,11 +75,12 @@ def _on_side(module: nn.Module, kind: LayerKind, side: Side) -> Iterator[str]:
 
 
 def _missing(module: nn.Module, name: str, dim: int) -> Iterator[str]:
-    tensors = {*module._parameters, *module._buffers}
-    if name not in tensors:
-        if not parametrize.is_parametrized(module, name):  # that is said elsewhere, with the remedy
-            yield f"it has no parameter or buffer {name!r}{nearest(name, tensors)}"
-    elif isinstance(tensor := getattr(module, name), torch.Tensor) and dim >= tensor.dim():
+    tensor, known = getattr(module, name, ...), {*module._parameters, *module._buffers}
+    if tensor is None or parametrize.is_parametrized(module, name):  # of the latter the remedy is said elsewhere
+        return
+    if name not in known:
+        yield f"it has no parameter or buffer {name!r}{nearest(name, known)}"
+    elif dim >= tensor.dim():
         yield f"{name!r} of shape {list(tensor.shape)} has no dimension {dim}"
 
 
