@@ -55,10 +55,12 @@ def edited(case: Case) -> tuple[nn.Module, StructuralEditor]:
 @each
 def test_laws_1_and_2_and_what_cannot_be_edited_says_why(case: Case) -> None:
     editor = assert_honest(made(case))
-    assert [g.name for g in editor.groups.values() if not g.editable] == [
-        n for n in ("a", "fc") if n in (*case.held, "fc")
-    ]
+    assert {name: group.editable for name, group in editor.groups.items()} == {
+        name: name not in case.held and name != "fc" for name in ("a", "b", "c", "fc")
+    }
     assert all("mixes its channels" in editor.groups[name].reason for name in case.held)
+    members = {axis.module for group in editor.groups.values() for axis in group.members}
+    assert members >= {name for name, module in editor.model.named_modules() if isinstance(module, case.type)}
 
 
 @each

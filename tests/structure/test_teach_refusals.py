@@ -166,21 +166,20 @@ def test_sides_taken_for_each_other_show() -> None:
     assert all(reason(net, group) for group in ("a", "b"))
 
 
-class Table(nn.Module):
-    """A fixed square table of channels by places, whose columns are the channels."""
+class Whitened(nn.Module):
+    """Multiplies by a matrix of statistics, which is the identity before any training."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("table", torch.ones(8, 8))
+        self.register_buffer("matrix", torch.eye(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.table.T[:, :, None]
+        return (self.matrix @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-@pytest.mark.parametrize(("dim", "fine"), [(1, True), (0, False)])
-def test_buffers_show_where_their_channels_lie_though_they_are_all_ones(dim: int, fine: bool) -> None:
-    teach_layer(Table, LayerKind(slots={"both": (("table", dim),)}))
-    assert (not reason(Net(Table()), "a")) is fine
+def test_what_buffers_do_shows_though_they_do_nothing_yet() -> None:
+    teach_layer(Whitened, LayerKind(slots={"both": (("matrix", 0), ("matrix", 1))}, fill={"matrix": 0.0}))
+    assert "mixes its channels" in StructuralEditor(Net(Whitened()), EXAMPLE).groups["a"].reason
 
 
 class Shifted(Kernel):
