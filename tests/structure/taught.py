@@ -150,13 +150,14 @@ class Net(nn.Module):
         c: nn.Module | None = None,
         *,
         flat: bool = False,
+        num_classes: int = 5,
     ) -> None:
         super().__init__()
         self.a, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.middle = middle or nn.ReLU()
         self.b = b or nn.Conv2d(8, 9, 3, padding=1)
         self.c = c or (nn.Linear(9, 6) if flat else nn.Conv2d(9, 6, 3, padding=1))
-        self.fc, self.flat = nn.Linear(6, 5), flat
+        self.fc, self.flat = nn.Linear(6, num_classes), flat
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.middle(self.bn(self.a(x)))

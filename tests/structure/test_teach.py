@@ -12,11 +12,13 @@ from torch import nn
 
 import robustcompress as rc
 from robustcompress.budget import CostModel
+from robustcompress.robust.objectives import PGDAT
 from robustcompress.strategies.base import group_norms, reader_norms
 from robustcompress.structure import NEW, StructuralEditor, kinds, teach_layer
 from robustcompress.structure.weights import WeightGates, count_weights, maskable_weights
+from tests.strategies.nets import QUICK_RECIPE, small_data
 from tests.structure.networks import EXAMPLE, images
-from tests.structure.taught import CASES, Case, Gate, Kernel, LowRank, Net
+from tests.structure.taught import CASES, Case, FilterResponse, Gate, Kernel, LowRank, Net, Standardised
 from tests.structure.test_mixing import assert_honest
 
 
@@ -262,3 +264,42 @@ def test_single_weights_under_masks(name: str) -> None:
         assert torch.equal(net(images()), zeroed(images()))
     assert [name for name, _ in net.named_parameters()] == order
     assert not torch.equal(net(images()), zeroed(images()))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "budget"),
+    [
+        (rc.Magnitude(), rc.Budget(params=0.5)),
+        (rc.Hydra(search=0.4), rc.Budget(params=0.5)),
+        (rc.Grape(), rc.Budget(params=0.5)),
+        (rc.Hydra(granularity="weight", search=0.4), rc.Budget(density=0.2)),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_strategies_take_them_from_start_to_file(strategy: rc.Strategy, budget: rc.Budget, tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(4)
+        model = Net(FilterResponse(8), b=Standardised(8, 9), num_classes=10)
+        model.c = nn.Sequential(model.c, Gate(6))
+        return model
+
+    result = rc.compress(
+        net(),
+        strategy,
+        data=small_data(),
+        budget=budget,
+        epochs=4.0,
+        objective=PGDAT(steps=1),
+        recipe=QUICK_RECIPE,
+        attacks=(),
+        progress=False,
+    )
+    if budget.params is not None:
+        assert sum(p.numel() for p in result.model.parameters()) <= budget.params * result.before.params
+    else:
+        weights, nonzeros = count_weights(result.model)
+        assert nonzeros <= 0.2 * weights and weights == result.before.weights
+    result.save(tmp_path / "run")
+    again = rc.load(tmp_path / "run", model=net())
+    x = torch.rand(3, 3, 16, 16)
+    assert torch.equal(again.model.eval()(x), result.model.eval()(x))
