@@ -75,10 +75,13 @@ def _on_side(module: nn.Module, kind: LayerKind, side: Side) -> Iterator[str]:
 
 
 def _missing(module: nn.Module, name: str, dim: int) -> Iterator[str]:
-    tensor, known = getattr(module, name, ...), {*module._parameters, *module._buffers}
-    if tensor is None or parametrize.is_parametrized(module, name):  # of the latter the remedy is said elsewhere
+    known = {*module._parameters, *module._buffers}
+    if parametrize.is_parametrized(module, name):  # the remedy is said elsewhere
         return
-    if name not in known:
+    tensor = getattr(module, name, None)
+    if tensor is None and hasattr(module, name):
+        return
+    if tensor is None or name not in known:
         yield f"it has no parameter or buffer {name!r}{nearest(name, known)}"
     elif dim >= tensor.dim():
         yield f"{name!r} of shape {list(tensor.shape)} has no dimension {dim}"
