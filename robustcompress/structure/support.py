@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from robustcompress.errors import Problems, UnsupportedModelError
 from robustcompress.structure.kinds import kind_of
+from robustcompress.structure.teaching import misfits
 
 _UNSUPPORTED: dict[type, str] = {
     nn.MultiheadAttention: (
@@ -45,6 +46,8 @@ def check_supported(model: nn.Module) -> None:
         kind = kind_of(module)
         if kind is not None and (reason := kind.refuse(module)):
             problems.add(f"{label}: {reason}")
+        for misfit in misfits(module):
+            problems.add(f"{label}: {misfit}")
         if parametrize.is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
             problems.add(f"{label}: weight is parametrised; remove the parametrisation (or weight/spectral norm) first")
         for parameter_name, parameter in module.named_parameters(recurse=False):

@@ -10,7 +10,8 @@ from torch import nn
 
 from robustcompress.structure.attention import set_heads
 from robustcompress.structure.groups import NEW, Axis, Edit, Side
-from robustcompress.structure.kinds import gather, kind_of, set_width, slots_of
+from robustcompress.structure.kinds import fan_dim, gather, kind_of, set_width, slots_of
+from robustcompress.structure.layer_kind import First
 from robustcompress.structure.layout import Layout
 
 
@@ -25,7 +26,8 @@ class TensorEdit:
         index: Int64 `[new length]`, old positions or -1.
         scale: `[new length]` factors, or None; only for readers of shared copies.
         axis: The axis this tensor lies on.
-        role: The layer kind's name ("dense", "norm", "depthwise", "prelu"), or "param".
+        first: How fresh entries begin (see `LayerKind.fill`).
+        fan: The dimension along which each entry is a sum of its own: what it is over says how large random values are.
     """
 
     owner: str
@@ -34,7 +36,8 @@ class TensorEdit:
     index: torch.Tensor
     scale: torch.Tensor | None
     axis: Axis
-    role: str
+    first: First
+    fan: int = 0
 
     @property
     def side(self) -> Side:
@@ -60,7 +63,7 @@ def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit:
         index = layout.index(axis, edit.group, edit.sources, widths)
         if axis.side == "param":
             owner, _, name = axis.module.rpartition(".")
-            tensors.append(TensorEdit(owner, name, layout.param_dims[axis.module], index, None, axis, "param"))
+            tensors.append(TensorEdit(owner, name, layout.param_dims[axis.module], index, None, axis, "mean"))
             continue
         scale = None
         if share is not None and axis.side == "in":
@@ -70,10 +73,9 @@ def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit:
         module = model.get_submodule(axis.module)
         kind = kind_of(module)
         assert kind is not None
-        tensors.extend(
-            TensorEdit(axis.module, name, dim, index, scale, axis, kind.name)
-            for name, dim in slots_of(module, axis.side)
-        )
+        for name, dim in slots_of(module, axis.side):
+            first = kind.first(name, getattr(module, name), dim)
+            tensors.append(TensorEdit(axis.module, name, dim, index, scale, axis, first, fan_dim(kind, name)))
     return tensors
 
 

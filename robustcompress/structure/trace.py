@@ -75,9 +75,12 @@ def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
         value = args[0] if args and isinstance(args[0], torch.Tensor) else None
         given[module] = None if value is None or value.grad_fn is None else (value.grad_fn, value.output_nr)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+            if given[module] == (output.grad_fn, output.output_nr):  # it returned what it was given
+                output = output.view_as(output)
             taught[output.grad_fn] = (module, output.output_nr)
+        return output
 
     def forward(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
         out = network(images)
@@ -300,7 +303,7 @@ def _is_grouped(axis: Axis, model: nn.Module) -> bool:
     if axis.side == "param":
         return False
     kind = kind_of(model.get_submodule(axis.module))
-    return kind is not None and kind.name == "grouped"
+    return kind is not None and kind.role == "grouped"
 
 
 def _mixes(axis: Axis, model: nn.Module) -> bool:
@@ -315,4 +318,4 @@ def _is_per_channel(axis: Axis, model: nn.Module) -> bool:
     if axis.side == "param":
         return True
     kind = kind_of(model.get_submodule(axis.module))
-    return kind is not None and (kind.name in ("depthwise", "prelu") or kind.parts is not None)
+    return kind is not None and (kind.role in ("depthwise", "prelu") or kind.parts is not None)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustcompress.structure.kinds import LayerKind, gather, kind_of, width_of
+from robustcompress.structure.kinds import gather, kind_of, width_of
+from robustcompress.structure.layer_kind import LayerKind
 from robustcompress.structure.layout import Layout
 
 PLACES = 8
