@@ -47,7 +47,7 @@ from robustcompress.strategies import (
     Uniform,
     register_strategy,
 )
-from robustcompress.structure import NEW, StructuralEditor
+from robustcompress.structure import NEW, LayerKind, StructuralEditor, teach_layer
 from robustcompress.train import Recipe
 from robustcompress.width_plot import plot_widths
 
@@ -70,6 +70,7 @@ __all__ = [
     "Hydra",
     "Images",
     "InputError",
+    "LayerKind",
     "Magnitude",
     "ModelSpec",
     "Normalize",
@@ -106,5 +107,6 @@ __all__ = [
     "plot_widths",
     "register_strategy",
     "stability",
+    "teach_layer",
     "verify_onnx",
 ]

@@ -36,7 +36,7 @@ class Cost:
     Attributes:
         macs: Multiply-adds for one image, as thop counts them (convolution, linear, and its small change for
             normalisation and pooling; not the two products between tokens inside attention, which every head takes with
-            it when it goes).
+            it when it goes; none for types of layers that thop does not know).
         params: Parameters, counted one by one.
         size: Bytes of the parameters and buffers in memory.
         latency_ms: Median time of one image through torch on the CPU, in milliseconds; None where not measured.
@@ -264,9 +264,11 @@ class CostModel:
     """Predicts the cost of any widths without building the network.
 
     Every layer's share is thop's own count of the reference, scaled by the widths it reads and writes, so that the
-    prediction is exact for convolutions, linear layers, batch norms and layer norms. What thop counts for layers that
-    hold no channels of their own (pooling) is bounded from above: it stays where groups shrink, and grows with the
-    group that grows most. So a network that is predicted to keep a budget keeps it.
+    prediction is exact for convolutions, linear layers, batch norms and layer norms. Of taught layers (see
+    `structure.teach_layer`) parameters are exact; multiply-adds are what thop counts, which is none for types that it
+    does not know, subclasses of torch's layers among them. What thop counts for layers that hold no channels of their
+    own (pooling) is bounded from above: it stays where groups shrink, and grows with the group that grows most. So a
+    network that is predicted to keep a budget keeps it.
 
     Blocks that leave the network after this was made leave the prediction too.
 
@@ -288,16 +290,16 @@ class CostModel:
             module = editor.model.get_submodule(name)
             # Each group of a grouped convolution reads as many channels as before: only what it writes counts.
             axes = [axis for axis in held if axis.side != "in" or slots_of(module, "in")]
-            # A weight scales with every side, a bias with what is written: count the two apart.
-            weight = getattr(module, "weight", None)
-            others = sum(p.numel() for p in module.parameters(recurse=False)) - (
-                0 if weight is None else weight.numel()
-            )
-            count = 0 if weight is None else weight.numel()
-            self._layers.append(_Share(name, tuple(axes), self._per_layer.get(name, 0.0), count))
-            if others:
-                written = tuple(axis for axis in axes if axis.side != "in")
-                self._layers.append(_Share(name, written, 0.0, others))
+            shares = [_Share(name, tuple(axes), self._per_layer.get(name, 0.0), 0)]
+            # A weight scales with every side that it lies on, a bias with what is written.
+            sides = {side: dict(slots_of(module, side)) for side in {axis.side for axis in axes}}
+            for tensor, parameter in module.named_parameters(recurse=False):
+                along = tuple(axis for axis in axes if tensor in sides[axis.side])
+                if along == shares[0].axes and not shares[0].params:
+                    shares[0] = shares[0]._replace(params=parameter.numel())
+                elif along:
+                    shares.append(_Share(name, along, 0.0, parameter.numel()))
+            self._layers.extend(shares)
         self._owned = set(by_module)
         for axis in self._layout.axes:
             if axis.side == "param":

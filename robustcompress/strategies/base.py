@@ -12,7 +12,7 @@ import torch
 from robustcompress.errors import Problems
 from robustcompress.session import Session
 from robustcompress.structure import StructuralEditor
-from robustcompress.structure.kinds import slots_of
+from robustcompress.structure.kinds import magnitudes_of
 
 Direction = Literal["grow", "prune", "search", "none"]
 Granularity = Literal["channel", "weight"]
@@ -140,7 +140,7 @@ def fill_budget(session: Session, widths: Widths, caps: Mapping[str, int], order
 
 
 def group_norms(editor: StructuralEditor) -> dict[str, torch.Tensor]:
-    """Euclidean norm of all weights that touch each channel: its rows, its columns and its batch-norm scales.
+    """Euclidean norm of all weights that touch each channel: its rows, its columns and the scales of its norms.
 
     Returns:
         Per editable group, `[C]` on the CPU.
@@ -152,15 +152,11 @@ def group_norms(editor: StructuralEditor) -> dict[str, torch.Tensor]:
             if axis.side == "param":
                 continue
             module = editor.model.get_submodule(axis.module)
-            dims = dict(slots_of(module, axis.side))
-            if "weight" not in dims:
-                continue
-            weight = module.get_parameter("weight").detach().double().cpu()
-            squares = (
-                weight.square().movedim(dims["weight"], 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square()
-            )
             owners = editor.layout.owners(axis, group.name, editor.widths)
-            total.index_add_(0, owners[owners >= 0], squares[owners >= 0])
+            for name, dim in magnitudes_of(module, axis.side):
+                weight = module.get_parameter(name).detach().double().cpu()
+                squares = weight.square().movedim(dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square()
+                total.index_add_(0, owners[owners >= 0], squares[owners >= 0])
         norms[group.name] = total.sqrt()
     return norms
 
@@ -179,10 +175,10 @@ def reader_norms(editor: StructuralEditor, *, only: Collection[str]) -> dict[str
     for name, total in norms.items():
         for axis in editor.groups[name].readers:
             module = editor.model.get_submodule(axis.module)
-            dim = dict(slots_of(module, axis.side))["weight"]
-            sums = module.get_parameter("weight").detach().double().cpu().abs().movedim(dim, 0).flatten(1).sum(1)
             owners = editor.layout.owners(axis, name, editor.widths)
-            total.index_add_(0, owners[owners >= 0], sums[owners >= 0])
+            for tensor, dim in magnitudes_of(module, axis.side):
+                sums = module.get_parameter(tensor).detach().double().cpu().abs().movedim(dim, 0).flatten(1).sum(1)
+                total.index_add_(0, owners[owners >= 0], sums[owners >= 0])
     return norms
 
 

@@ -3,6 +3,8 @@
 from robustcompress.structure.attention import AttentionKind, teach_attention
 from robustcompress.structure.editor import StructuralEditor
 from robustcompress.structure.groups import NEW, AnyEdit, Axis, Bypass, ChannelGroup, Edit, Segment, edit_from_json
+from robustcompress.structure.layer_kind import LayerKind
+from robustcompress.structure.teaching import teach_layer
 
 __all__ = [
     "NEW",
@@ -12,8 +14,10 @@ __all__ = [
     "Bypass",
     "ChannelGroup",
     "Edit",
+    "LayerKind",
     "Segment",
     "StructuralEditor",
     "edit_from_json",
     "teach_attention",
+    "teach_layer",
 ]

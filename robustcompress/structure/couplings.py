@@ -18,8 +18,9 @@ from torch import nn
 from robustcompress.structure.attention import Heads
 from robustcompress.structure.flow import carry
 from robustcompress.structure.groups import Axis
-from robustcompress.structure.kinds import LayerKind, holds, kind_of, width_of
+from robustcompress.structure.kinds import holds, kind_of, width_of
 from robustcompress.structure.labels import NONE, Label, Shape, positions_of
+from robustcompress.structure.layer_kind import LayerKind
 from robustcompress.structure.steps import Labels, Operand, Step
 
 Place = tuple[Any, int]

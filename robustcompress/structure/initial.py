@@ -74,19 +74,17 @@ def _values(
     shape = list(target.shape)
     shape[tensor.dim] = count * copies
     old = gather_old(target, tensor)
-    if tensor.role == "norm":
-        return torch.full(shape, 1.0 if tensor.tensor in ("weight", "running_var") else 0.0)
-    if tensor.role in ("prelu", "param"):
+    if isinstance(tensor.first, int | float):
+        return torch.full(shape, float(tensor.first))
+    if tensor.first == "mean":
         mean = old.float().mean(tensor.dim, keepdim=True) if old.shape[tensor.dim] else torch.full((1,), 0.25)
         return mean.cpu().expand(shape).clone()
-    if tensor.tensor == "bias":
-        return torch.zeros(shape)
     reads = tensor.side == "in"
     if reads and init == "zero_out":
         return torch.zeros(shape)
     std = float(old.float().std()) if old.numel() > 1 else 0.0
     if init == "kaiming" or not std > 0:
-        std = math.sqrt(2.0 / max(1, target[0].numel()))
+        std = math.sqrt(2.0 / max(1, target.select(tensor.fan, 0).numel()))
     values = torch.randn(shape, generator=generator) * std
     if init != "pair":
         return values

@@ -10,7 +10,8 @@ from torch import nn
 
 from robustcompress.structure.attention import set_heads
 from robustcompress.structure.groups import NEW, Axis, Edit, Side
-from robustcompress.structure.kinds import gather, kind_of, set_width, slots_of
+from robustcompress.structure.kinds import fan_dim, gather, kind_of, set_width, slots_of
+from robustcompress.structure.layer_kind import First
 from robustcompress.structure.layout import Layout
 
 
@@ -25,7 +26,8 @@ class TensorEdit:
         index: Int64 `[new length]`, old positions or -1.
         scale: `[new length]` factors, or None; only for readers of shared copies.
         axis: The axis this tensor lies on.
-        role: The layer kind's name ("dense", "norm", "depthwise", "prelu"), or "param".
+        first: How fresh entries begin (see `LayerKind.fill`).
+        fan: The dimension along which each entry is a sum of its own: what it is over says how large random values are.
     """
 
     owner: str
@@ -34,7 +36,8 @@ class TensorEdit:
     index: torch.Tensor
     scale: torch.Tensor | None
     axis: Axis
-    role: str
+    first: First
+    fan: int = 0
 
     @property
     def side(self) -> Side:
@@ -60,7 +63,7 @@ def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit:
         index = layout.index(axis, edit.group, edit.sources, widths)
         if axis.side == "param":
             owner, _, name = axis.module.rpartition(".")
-            tensors.append(TensorEdit(owner, name, layout.param_dims[axis.module], index, None, axis, "param"))
+            tensors.append(TensorEdit(owner, name, layout.param_dims[axis.module], index, None, axis, "mean"))
             continue
         scale = None
         if share is not None and axis.side == "in":
@@ -70,10 +73,9 @@ def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit:
         module = model.get_submodule(axis.module)
         kind = kind_of(module)
         assert kind is not None
-        tensors.extend(
-            TensorEdit(axis.module, name, dim, index, scale, axis, kind.name)
-            for name, dim in slots_of(module, axis.side)
-        )
+        for name, dim in slots_of(module, axis.side):
+            first = kind.first(name, getattr(module, name), dim)
+            tensors.append(TensorEdit(axis.module, name, dim, index, scale, axis, first, fan_dim(kind, name)))
     return tensors
 
 
@@ -84,7 +86,13 @@ def _sharing(edit: Edit) -> torch.Tensor:
 
 
 @torch.no_grad()
-def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit: Edit) -> list[Replaced]:
+def apply_gathers(
+    model: nn.Module,
+    layout: Layout,
+    widths: Mapping[str, int],
+    edit: Edit,
+    plan: list[TensorEdit] | None = None,
+) -> list[Replaced]:
     """Gather every tensor of the group in place of itself; fresh entries are zero until they are given values.
 
     Args:
@@ -92,6 +100,7 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
         layout: Its structure.
         widths: The widths of all groups before the edit.
         edit: What to do.
+        plan: What `plan_edit` says of it, where that is known already.
 
     Returns:
         The parameters that were replaced, in order; one replaced twice (a layer that reads and writes its own group)
@@ -102,7 +111,7 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
     ]
     kinds = {axis: kind_of(module) for axis, module in layers}
     replaced: list[Replaced] = []
-    for tensor in plan_edit(model, layout, widths, edit):
+    for tensor in plan_edit(model, layout, widths, edit) if plan is None else plan:
         owner = model.get_submodule(tensor.owner)
         old = getattr(owner, tensor.tensor)
         data = _gathered(old, tensor)

@@ -12,10 +12,10 @@ from torch import nn
 
 from robustcompress.structure.copies import copied, sketches
 from robustcompress.structure.groups import NEW, Edit
-from robustcompress.structure.initial import fill
-from robustcompress.structure.kinds import kind_of
+from robustcompress.structure.kinds import slots_of, taught_kind
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.norms import mask_norm, norms_over
+from robustcompress.structure.readers import foreign_readers, under_gates, with_newcomers
 from robustcompress.structure.surgery import apply_gathers, plan_edit
 from robustcompress.structure.watch import Watch
 
@@ -23,14 +23,20 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
 """Relative difference allowed in what a layer writes; a wrong channel makes one of 1e-3 or more. Where float32 doubts,
 float64 decides."""
 
+_REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError)
+"""What a forward raises that cannot do with a width."""
+
 GROWTH = 3
 """Channels that every group gains; odd, so that halves taken by a literal or a floor division show."""
+
+LOUD = 0.7
+"""What new channels weigh, are scaled and shifted by."""
 
 
 def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict[str, str]:
     """Name the groups that cannot be resized without changing what the network computes.
 
-    On one copy with random weights every group loses a third of its channels and gains some that nothing reads, all at
+    On one copy with random weights every group loses half of its channels and gains some that nothing reads, all at
     once; it must compute what it computed when the readers ignored the dropped channels. Only when that fails, groups
     are tried in smaller and smaller sets.
 
@@ -82,7 +88,7 @@ class _Proof:
         """What is wrong with resizing these groups together; empty when nothing is."""
         precise = next(self._model.parameters()).dtype == torch.float64
         for dtype in (torch.float64,) if precise else (torch.float32, torch.float64):
-            complaint = self._tried(names, dtype)
+            complaint = self._tried(names, dtype) or self._misread(names, dtype)
             if not complaint:
                 return self._misfit(names)
         return complaint
@@ -103,18 +109,21 @@ class _Proof:
             silence_readers(net, layout, name, keep, widths)
         watch = Watch(net, layout)
         wanted = watch.note(lambda: net(image))
-        generator = torch.Generator().manual_seed(2)
         for name, (keep, gained) in changes.items():
             edit = Edit(name, (*keep, *[NEW] * gained), "zero_out")
             watch.edited(name, edit.sources, widths)
             tensors = plan_edit(net, layout, widths, edit)
-            apply_gathers(net, layout, widths, edit)
+            apply_gathers(net, layout, widths, edit, tensors)
             widths[name] = len(edit.sources)
-            fill(net, layout, widths, edit, tensors, generator)
+            for tensor in tensors:
+                if tensor.side != "in":  # new channels are loud, so that whoever reads them is noticed
+                    fresh = (tensor.index < 0).nonzero().flatten()
+                    target = getattr(net.get_submodule(tensor.owner), tensor.tensor)
+                    target.index_fill_(tensor.dim, fresh.to(target.device), LOUD)
             leave_out(net, layout, name, range(len(keep)), widths)
         try:
             found = watch.compare(lambda: net(image))
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        except _REFUSALS as error:
             return _assumes(error)
         if found.shape != wanted.shape:
             return f"resizing it changes the output's shape from {tuple(wanted.shape)} to {tuple(found.shape)}"
@@ -147,14 +156,46 @@ class _Proof:
             return ""
         return ""
 
+    @torch.no_grad()
+    def _misread(self, names: Sequence[str], dtype: torch.dtype) -> str:
+        """What is wrong with how layers that are not torch's read these groups; see `readers`."""
+        layout, widths = self._layout, self._layout.widths()
+        foreign = foreign_readers(self._model, layout, names)
+        if not foreign:
+            return ""
+        said = ", ".join(dict.fromkeys(reader for readers in foreign.values() for reader in readers))
+        net = random_twin(self._model, dtype)
+        image = self._image.to(next(net.parameters()).device, dtype)
+        kept = {name: _keep(widths[name], layout.groups[name].min_width) for name in foreign}
+        full, found = net(image), under_gates(net, layout, kept, image)
+        exact = [name for name in foreign if layout.groups[name].exact]
+        try:
+            grown = with_newcomers(copied(net, torch.clone), layout, exact, image)
+        except _REFUSALS as error:
+            return _assumes(error)
+        for name, keep in kept.items():
+            silence_readers(net, layout, name, keep, widths)
+        if not _difference(found, net(image)) <= TOLERANCE[dtype]:
+            return f"{said}: forward() makes something of a channel that is zero"
+        if not _difference(grown, full) <= TOLERANCE[dtype]:
+            return (
+                f"{said}: forward() changes when weights of new channels cancel each other, or copies share one; if it "
+                "was taught, have what it reads with begin at 0 (LayerKind.fill)"
+            )
+        return ""
+
 
 def _assumes(error: Exception) -> str:
     return f"forward() assumes its width ({str(error).splitlines()[0][:120] if str(error) else 'an assertion'})"
 
 
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max()) / (float(wanted.abs().max()) + 1e-12)
+
+
 def _keep(width: int, min_width: int) -> list[int]:
-    """Drop every third channel, the second first, but leave as many as the group needs."""
-    dropped = [c for c in range(width) if c % 3 == 1][: width - min_width]
+    """Drop every second channel, and of the others the fifth, but leave as many as the group needs."""
+    dropped = {c for c in [*range(1, width, 2), *range(8, width, 10)][: width - min_width]}
     return [c for c in range(width) if c not in dropped]
 
 
@@ -170,9 +211,7 @@ def silence_readers(model: nn.Module, layout: Layout, group: str, keep: Iterable
     for axis in layout.groups[group].readers:
         module = model.get_submodule(axis.module)
         positions = torch.isin(layout.owners(axis, group, widths), dropped).nonzero().flatten()
-        kind = kind_of(module)
-        assert kind is not None
-        for name, dim in kind.slots["in"]:
+        for name, dim in slots_of(module, "in"):
             weight = getattr(module, name)
             weight.index_fill_(dim, positions.to(weight.device), 0)
     leave_out(model, layout, group, keep, widths)
@@ -209,6 +248,10 @@ def random_twin(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modu
         if isinstance(module, nn.modules.batchnorm._NormBase):
             for tensor in (module.running_mean, module.running_var):
                 if tensor is not None:
+                    draw.fill(tensor, 0.5, 1.5)
+        elif (kind := taught_kind(module)) is not None:
+            for name in sorted({name for slots in kind.slots.values() for name, _ in slots} & module._buffers.keys()):
+                if (tensor := module._buffers[name]) is not None and tensor.is_floating_point():
                     draw.fill(tensor, 0.5, 1.5)
     return twin
 

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robustcompress.errors import InputError, Problems
+from robustcompress.structure.kinds import weights_of
 from robustcompress.structure.masks import MaskRule, ScoreMasks
-
-MASKABLE = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def maskable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of all convolutions and linear layers by name: what sparsity is counted over.
+    """The weights of all convolutions, linear and taught layers by name: what sparsity is counted over.
 
-    Biases and batch norms are none of them (as in HYDRA, Sehwag et al. 2020, and in the figures of the field).
+    Biases and norms are none of them (as in HYDRA, Sehwag et al. 2020, and in the figures of the field); in a taught
+    layer, what is read with, and what begins at random (see `LayerKind.fill`).
 
     Raises:
         InputError: Two layers share one weight, which cannot be masked for one of them.
@@ -28,19 +28,25 @@ def maskable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     owners: dict[int, str] = {}
     problems = Problems("single weights of this model cannot be masked")
     for name, module in model.named_modules():
-        if not isinstance(module, MASKABLE) or not isinstance(module.weight, nn.Parameter):
-            continue
-        if id(module.weight) in owners:
-            problems.add(f"{name} shares its weight with {owners[id(module.weight)]}; give each layer its own")
-        owners[id(module.weight)] = name
-        found[f"{name}.weight" if name else "weight"] = module.weight
+        for tensor in weights_of(module):
+            weight = getattr(module, tensor)
+            if not isinstance(weight, nn.Parameter):
+                continue
+            if id(weight) in owners:
+                problems.add(f"{name} shares its weight with {owners[id(weight)]}; give each layer its own")
+            owners[id(weight)] = name
+            found[f"{name}.{tensor}" if name else tensor] = weight
     problems.raise_if_any()
     return found
 
 
 def count_weights(model: nn.Module) -> tuple[int, int]:
-    """How many weights of convolutions and linear layers there are, and how many of them are not zero."""
-    weights = {id(m.weight): m.weight.detach() for m in model.modules() if isinstance(m, MASKABLE)}
+    """How many weights of convolutions, linear and taught layers there are, and how many of them are not zero."""
+    weights: dict[int, Tensor] = {}  # by identity: all are held meanwhile, so that none takes another's
+    for module in model.modules():
+        for tensor in weights_of(module):
+            weight = getattr(module, tensor)
+            weights[id(weight)] = weight
     return sum(w.numel() for w in weights.values()), sum(int(w.count_nonzero()) for w in weights.values())
 
 
@@ -89,17 +95,19 @@ class WeightGates(ScoreMasks):
     def _attach(self) -> None:
         self._handle = self._model.register_forward_pre_hook(self._forget)
         for name in self.scores:
-            module = self._model.get_submodule(name.removesuffix("weight").removesuffix("."))
+            owner, _, tensor = name.rpartition(".")
+            module = self._model.get_submodule(owner)
             self._orders[name] = list(module._parameters)
-            parametrize.register_parametrization(module, "weight", _Masked(self, name), unsafe=True)
+            parametrize.register_parametrization(module, tensor, _Masked(self, name), unsafe=True)
 
     def _detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-        for name in self.scores:
-            module = self._model.get_submodule(name.removesuffix("weight").removesuffix("."))
-            if parametrize.is_parametrized(module, "weight"):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        for name in reversed(self.scores):  # of several weights in one layer, the last to go in comes out first
+            owner, _, tensor = name.rpartition(".")
+            module = self._model.get_submodule(owner)
+            if parametrize.is_parametrized(module, tensor):
+                parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
                 for key in self._orders[name]:  # the weight came back last, and optimizers go by the order
                     module._parameters[key] = module._parameters.pop(key)
 
