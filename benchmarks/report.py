@@ -13,7 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import any_model, compare_plots, compare_report, latency, search_step, structure, training_step
+from benchmarks import (
+    any_model,
+    compare_plots,
+    compare_report,
+    latency,
+    latency_budget,
+    search_step,
+    structure,
+    training_step,
+)
 from benchmarks.common import RESULTS, ROOT, read_json, write_text
 from benchmarks.grid import Grid, read_grid
 
@@ -23,6 +32,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     training_step.MODULE: training_step.markdown,
     search_step.MODULE: search_step.markdown,
     latency.MODULE: latency.markdown,
+    latency_budget.MODULE: latency_budget.markdown,
 }
 GRIDS = ROOT / "benchmarks" / "grids"
 PLOT = "comparison.png"
@@ -43,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if stale else 0
     for path, text in pages(RESULTS).items():
         write_text(path, text)
+    traced = RESULTS / f"{structure.MODULE}.json"
+    if traced.exists():
+        print(f"{structure.plot(read_json(traced), traced.with_suffix('.png')).relative_to(ROOT)}: drawn")
     for grid in grids():
         plot = compare_plots.plot_grid(grid, RESULTS / grid.name, RESULTS / grid.name / PLOT)
         if plot is not None:

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import any_model, common, latency, report, search_step, structure, training_step
+from benchmarks import any_model, common, latency, latency_budget, report, search_step, structure, training_step
 from robustcompress import StructuralEditor, build_model, measure
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = (structure, training_step, search_step, latency, any_model)
+SCRIPTS = (structure, training_step, search_step, latency, latency_budget, any_model)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -129,6 +129,16 @@ def test_the_words_of_the_model_table() -> None:
         "| --- | --: | --- |",
         "| x   |   1 | word |",
     ]
+
+
+def test_latency_budget(tmp_path: Path) -> None:
+    out = tmp_path / "latency_budget.json"
+    assert latency_budget.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "latency_budget")
+    (row,) = value["results"]
+    assert row["asked"] == 0.7 and 0 < row["end"] < 1 and 0 < row["again"] < 1 and 0 < row["macs"] < 1
+    assert "of the limit" in latency_budget.markdown(value)
 
 
 def test_search_step(tmp_path: Path) -> None:
