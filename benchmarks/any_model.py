@@ -56,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = {} if not path.exists() else {row["model"]: row for row in read_json(path)["results"]}
     waiting = [name for name in names if options.again or name not in rows or "not_run" in rows[name]]
     sizes = {name: parameters_of(name) for name in waiting}
+    waiting.sort(key=lambda name: sizes[name])
+    for name in waiting:
+        rows.setdefault(name, {"model": name, "params": sizes[name], "not_run": "its turn has not come"})
     with threads(options.threads):
-        for name in sorted(waiting, key=lambda name: sizes[name]):
+        for name in waiting:
             if sizes[name] > options.largest * 1e6:
                 rows[name] = {"model": name, "params": sizes[name], "not_run": f"over {options.largest} M parameters"}
             else:
@@ -100,9 +103,9 @@ def run(name: str, limit: float, seed: int, num_threads: int) -> Row:
             said.seek(0)
             last = (said.read().strip().splitlines() or [""])[-1][:200]
         row: Row = json.loads(file.read_text()) if file.exists() else {}
-        step = row.pop("step", "")
-        if ended:
-            row["failures"] = [*row.get("failures", []), f"{step or 'start'}: {ended}" + (f" ({last})" if last else "")]
+        step = row.pop("step", "" if row else "start")
+        if ended and step:  # else all was done, and the end alone came late
+            row["failures"] = [*row.get("failures", []), f"{step}: {ended}" + (f" ({last})" if last else "")]
         return {"failures": []} | row | {"commit": commit()["commit"]}
 
 

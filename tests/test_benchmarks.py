@@ -100,6 +100,19 @@ def test_any_model_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     rows = {row["model"]: row for row in read(tmp_path / "rows.json")["results"]}
     assert list(rows) == ["timm:m2", "timm:m3", "timm:m1", "timm:m9"]
     assert rows["timm:m9"]["not_run"] == "over 8 M parameters"
+
+    def interrupted(*args: object) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(any_model, "run", lambda name, *rest: interrupted() if name == "timm:m5" else run(name, *rest))
+        any_model.main(["--out", str(tmp_path / "stopped.json"), "--models", "timm:m5", "timm:m4", "timm:m6"])
+    stopped = read(tmp_path / "stopped.json")["results"]
+    assert [(row["model"], row.get("not_run")) for row in stopped] == [
+        ("timm:m4", None),
+        *((name, "its turn has not come") for name in ("timm:m5", "timm:m6")),
+    ]
+    asked.pop()
     assert any_model.main([*argv, "timm:m1"]) == 1 and len(asked) == 3, "a failure stays one until it is run again"
     assert any_model.main([*argv, "timm:m9"]) == 0 and asked[3:] == ["timm:m9"]
     assert any_model.main([*argv, "timm:m2", "--again"]) == 0 and asked[4:] == ["timm:m2"]
