@@ -208,7 +208,9 @@ def set_width(module: nn.Module, kind: LayerKind, side: Side, width: int) -> Non
     """
     if side not in kind.widths or _is_shared(module):
         return
-    if kind.parts is not None and kind.counts and side != "out":  # both sides of a layer divide into as many groups
+    if (
+        kind.parts is not None and kind.counts and side != "out" and not kind.mixes(module)
+    ):  # both sides of a layer divide into as many groups
         each = counted(module, kind.widths[side][0]) // kind.parts(module)
         for name in kind.counts:
             setattr(module, name, width // each)

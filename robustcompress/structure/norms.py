@@ -42,6 +42,9 @@ def masked(module: nn.Module, x: torch.Tensor, dim: int, mask: torch.Tensor) -> 
     for name, apply in (("weight", torch.mul), ("bias", torch.add)):
         if (tensor := getattr(module, name, None)) is not None:
             out = apply(out, tensor.view(shape))
+    for name in ("drop", "act"):  # timm's norms with an activation inside
+        if isinstance(part := getattr(module, name, None), nn.Module):
+            out = part(out)
     return out
 
 

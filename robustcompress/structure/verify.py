@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
 """Relative difference allowed in what a layer writes; a wrong channel makes one of 1e-3 or more. Where float32 doubts,
 float64 decides."""
 
-_REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError)
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, ArithmeticError, AssertionError)
 """What a forward raises that cannot do with a width."""
 
 GROWTH = 3

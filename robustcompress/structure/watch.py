@@ -37,11 +37,12 @@ class Watch:
         }
         self._old = {name: torch.arange(width_of(module, "out")) for name, (module, _) in self._layers.items()}
         self._wanted: dict[str, torch.Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self.worst: tuple[float, str] = (0.0, "")
 
     def note(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run the network as it is to be, and remember."""
-        return self._hooked(run, self._wanted.__setitem__)
+        return self._hooked(run, self._remember)
 
     def edited(self, group: str, sources: tuple[int, ...], widths: Mapping[str, int]) -> None:
         """Follow an edit that is made: which position of each layer is which old one."""
@@ -54,29 +55,39 @@ class Watch:
         """Run the edited network, and note in `worst` the largest relative difference and the layer that shows it."""
         return self._hooked(run, self._look)
 
-    def _look(self, name: str, found: torch.Tensor) -> None:
-        dim = self._layers[name][1].channel_dim
-        old = self._old[name]
-        kept = (old >= 0).nonzero().flatten()
+    def _remember(self, name: str, output: torch.Tensor) -> None:
+        self._shapes[name] = output.shape
+        self._wanted[name] = self._thinned(name, output).clone()  # what follows may write in place
+
+    def _look(self, name: str, output: torch.Tensor) -> None:
         wanted = self._wanted.pop(name, None)
         if wanted is None:  # a forward that calls other layers when widths change
             self.worst = (math.inf, name)
             return
+        dim = self._layers[name][1].channel_dim % output.dim()
+        others = [[n for d, n in enumerate(shape) if d != dim] for shape in (output.shape, self._shapes[name])]
+        if (
+            others[0] != others[1]
+        ):  # channels of other groups lie there, as under a layer over places: see what reads it
+            return
+        old, found = self._old[name], self._thinned(name, output)
+        kept = (old >= 0).nonzero().flatten()
         if len(kept) < len(old) or wanted.shape[dim] != len(old):
             found = found.index_select(dim, kept.to(found.device))
             wanted = wanted.index_select(dim, old[kept].to(found.device))
-        if found.shape != wanted.shape:
-            self.worst = (math.inf, name)
-            return
         difference = float((found - wanted).abs().max()) / (float(wanted.abs().max()) + 1e-12)
         if not difference <= self.worst[0]:
             self.worst = (difference, name)
 
+    def _thinned(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """All channels of an output, at about `PLACES` places along each other dimension: a wrong one is wrong at all."""
+        dim = self._layers[name][1].channel_dim % output.dim()
+        steps = [1 if d == dim else max(1, size // PLACES) for d, size in enumerate(output.shape)]
+        return output[tuple(slice(None, None, step) for step in steps)]
+
     def _hooked(self, run: Callable[[], torch.Tensor], see: Callable[[str, torch.Tensor], None]) -> torch.Tensor:
         def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
-            dim = self._layers[name][1].channel_dim
-            # What follows may write in place; a wrong channel is wrong everywhere, so a few places of each will do.
-            return lambda module, args, output: see(name, _thinned(output, dim % output.dim()).clone())
+            return lambda module, args, output: see(name, output)
 
         handles = [module.register_forward_hook(hook_of(name)) for name, (module, _) in self._layers.items()]
         try:
@@ -84,9 +95,3 @@ class Watch:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _thinned(output: torch.Tensor, dim: int) -> torch.Tensor:
-    """All channels of an output, at about `PLACES` places along each other dimension."""
-    steps = [1 if d == dim else max(1, size // PLACES) for d, size in enumerate(output.shape)]
-    return output[tuple(slice(None, None, step) for step in steps)]
