@@ -58,10 +58,10 @@ class Pair(Chain):
         return super().forward(x), x
 
 
-class Grouped(Chain):
+class Spread(Chain):
     def __init__(self) -> None:
         super().__init__()
-        self.conv3 = nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False)
+        self.conv3 = nn.ConvTranspose2d(16, 16, 3, padding=1, groups=4, bias=False)
 
 
 class Attentive(Chain):
@@ -125,7 +125,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "fewer labels": ({"data": (images(), labels(30))}, "40 images and 30 labels"),
     "half precision": ({"model": Half()}, "torch.float16; call model.float()"),
     "a tuple": ({"model": Pair()}, "it returns tuple; it must return logits"),
-    "grouped convolution": ({"model": Grouped()}, "conv3 (Conv2d): grouped convolution (groups=4)"),
+    "grouped transposed": ({"model": Spread()}, "conv3 (ConvTranspose2d): grouped transposed convolution"),
     "attention": ({"model": Attentive()}, "attention"),
     "nothing to train": ({"model": Frozen()}, "requires_grad"),
     "unreachable": ({"budget": 0.001}, "cannot be reached"),
@@ -224,10 +224,10 @@ def test_attacks_that_cannot_run_are_refused_before_training() -> None:
 
 @pytest.mark.usefixtures("no_training")
 def test_all_layers_that_cannot_be_edited_are_listed() -> None:
-    class Several(Grouped):
+    class Several(Spread):
         def __init__(self) -> None:
             super().__init__()
-            self.bn3 = nn.GroupNorm(4, 16)
+            self.bn3 = nn.LocalResponseNorm(2)
 
     with pytest.raises(rc.UnsupportedModelError) as caught:
         quick(Several())

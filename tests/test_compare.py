@@ -128,7 +128,11 @@ def test_recipes_of_dependent_cells(tmp_path: Path) -> None:
         "none_s3": {"results": {"training": {"macs": 24_000 + 2 * 5 * 22}}},
     }
     retrained = grid.recipe(cells["grape-retrained_0.5_s3"], finished)
-    assert retrained.strategy.to_json() == {"name": "fixed", "widths": {"conv1": 8, "layers.0.0.conv1": 20}}
+    assert retrained.strategy.to_json() == {
+        "name": "fixed",
+        "widths": {"conv1": 8, "layers.0.0.conv1": 20},
+        "bypassed": (),
+    }
     assert retrained.seed == 3 and retrained.budget.macs == 0.5
     assert grid.recipe(cells["uniform_0.5_matched_s3"], finished).epochs == 48.0
 

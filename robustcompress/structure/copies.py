@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,23 @@ def copied(model: nn.Module, of: Callable[[torch.Tensor], torch.Tensor]) -> nn.M
     memo |= {id(p): nn.Parameter(of(p), requires_grad=True) for p in model.parameters()}
     twin: nn.Module = copy.deepcopy(model, memo)
     return twin
+
+
+LIGHT = (2_000_000, 3 * 64 * 64)
+"""Parameters and positions of an image up to which a forward pass costs less than one that computes shapes alone."""
+
+
+def sketches(model: nn.Module, example: torch.Tensor) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    """Copies to look at, each with an example that fits it: the cheapest first, the last one with values.
+
+    A forward that looks at values fails on tensors without any: then the next one is the one to ask. Parameters of the
+    copies have gradients.
+    """
+    params, places = LIGHT
+    if sum(p.numel() for p in model.parameters()) > params or example[0].numel() > places:
+        for tables in (True, False):
+            yield hollow(model, tables=tables), torch.empty_like(example, device="meta")
+    yield copied(model, lambda tensor: tensor.detach().clone()), example
 
 
 def hollow(model: nn.Module, *, tables: bool = True) -> nn.Module:

@@ -32,12 +32,21 @@ def _default(step: Step) -> Labels:
     for operand in given:
         for label in operand.labels:
             shape = operand.shape or ()
-            same = len(shape) == len(step.shape) and all(shape[d] == step.shape[d] for d in label.live)
+            same = {d for d in label.live if len(shape) == len(step.shape) and shape[d] == step.shape[d]}
             if same and len(given) == 1:
-                kept.append(label)
+                kept.append(_narrowed(label, label.live - same, step))
             else:
                 step.ledger.hide(label.units())
     return tuple(kept)
+
+
+def _narrowed(label: Label, dims: frozenset[int], step: Step) -> Label:
+    """Without dimensions whose positions are mixed, as the places of a table of positions are when it is resized."""
+    if not dims:
+        return label
+    first = label.ids[tuple(slice(1) if d in dims else slice(None) for d in range(label.ids.dim()))]
+    step.ledger.couple(label.ids, first)
+    return Label(first, label.live - dims)
 
 
 def _broadcasts(inside: Shape | None, outside: Shape) -> bool:

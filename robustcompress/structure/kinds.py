@@ -227,15 +227,15 @@ def gather(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     Returns:
         A new tensor with `n` entries along `dim`, in the memory format of `tensor`.
     """
+    fresh = (index < 0).nonzero().flatten().to(tensor.device)
     index = index.to(tensor.device)
-    fresh = index < 0
     if tensor.shape[dim] == 0:
         shape = list(tensor.shape)
         shape[dim] = len(index)
         return tensor.new_zeros(shape)
     out = tensor.index_select(dim, index.clamp_min(0))
-    if bool(fresh.any()):
-        out.index_fill_(dim, fresh.nonzero().flatten(), 0)
+    if len(fresh):
+        out.index_fill_(dim, fresh, 0)
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
         out = out.contiguous(memory_format=torch.channels_last)
     return out

@@ -99,6 +99,10 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
         The parameters that were replaced, in order; one replaced twice (a layer that reads and writes its own group)
         is listed twice.
     """
+    layers = [
+        (axis, model.get_submodule(axis.module)) for axis in layout.groups[edit.group].members if axis.side != "param"
+    ]
+    kinds = {axis: kind_of(module) for axis, module in layers}
     replaced: list[Replaced] = []
     for tensor in plan_edit(model, layout, widths, edit):
         owner = model.get_submodule(tensor.owner)
@@ -114,14 +118,12 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
         else:
             setattr(owner, tensor.tensor, data)
     new_widths = {**widths, edit.group: len(edit.sources)}
-    axes = [axis for axis in layout.groups[edit.group].members if axis.side != "param"]
-    modules = {axis.module: model.get_submodule(axis.module) for axis in axes}
-    kinds = {name: kind_of(module) for name, module in modules.items()}
-    for axis in axes:
-        if (kind := kinds[axis.module]) is not None:
-            set_width(modules[axis.module], kind, axis.side, layout.axis_width(axis, new_widths))
-    for module, attribute in layout.counts.get(edit.group, ()):
-        setattr(model.get_submodule(module), attribute, len(edit.sources))
+    for axis, module in layers:
+        kind = kinds[axis]
+        assert kind is not None
+        set_width(module, kind, axis.side, layout.axis_width(axis, new_widths))
+    for name, attribute in layout.counts.get(edit.group, ()):
+        setattr(model.get_submodule(name), attribute, len(edit.sources))
     if edit.group in layout.attention:
         set_heads(model.get_submodule(layout.attention[edit.group]), len(edit.sources))
     return replaced

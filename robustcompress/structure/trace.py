@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustcompress.errors import Problems, UnsupportedModelError
+from robustcompress.errors import UnsupportedModelError
 from robustcompress.structure.attention import Heads, find_heads
-from robustcompress.structure.copies import copied, hollow
+from robustcompress.structure.copies import sketches
 from robustcompress.structure.couplings import Couplings, Graph, Layer, Place, find_couplings
 from robustcompress.structure.groups import Axis, ChannelGroup, Kind, Segment
 from robustcompress.structure.kinds import kind_of
@@ -49,16 +48,12 @@ def trace(model: nn.Module, example: torch.Tensor) -> Layout:
 
 def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
     """The graph of a copy: torch-pruning leaves what it traces in eval mode, and sees only what has gradients."""
-    for tables in (True, False):
-        with contextlib.suppress(Exception):  # whatever a forward that looks at values raises on tensors without any
-            return _record(hollow(model, tables=tables), torch.empty_like(example, device="meta"))
-    try:
-        return _record(copied(model, lambda tensor: tensor.detach().clone()), example)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        problems = Problems(f"{type(model).__name__} cannot be edited")
-        problems.add(f"it does not run {on(example, error)}")
-        problems.raise_if_any(UnsupportedModelError)
-        raise AssertionError from error
+    for twin, images in sketches(model, example):
+        try:
+            return _record(twin, images)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+            failure = error
+    raise UnsupportedModelError(f"{type(model).__name__} cannot be edited: it does not run {on(example, failure)}")
 
 
 def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
@@ -316,4 +311,4 @@ def _is_per_channel(axis: Axis, model: nn.Module) -> bool:
     if axis.side == "param":
         return True
     kind = kind_of(model.get_submodule(axis.module))
-    return kind is not None and kind.role in ("depthwise", "grouped", "prelu")
+    return kind is not None and (kind.role in ("depthwise", "prelu") or kind.parts is not None)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from robustcompress.models import open_attention
-from robustcompress.structure import StructuralEditor
+from robustcompress.structure import ChannelGroup, StructuralEditor
 from tests.models.attention_cases import gathered, scaled, shaken
 from tests.models.test_models_windows import assert_close
 
@@ -105,8 +105,17 @@ def test_heads_are_found_and_leave_exactly(name: str) -> None:
     assert {name: again.widths[name] for name in (g.name for g in heads)} == dict.fromkeys((g.name for g in heads), 1)
 
 
-def test_heads_under_one_bias_of_all_layers_stay_with_the_reason() -> None:
-    for name in set(NETWORKS) - set(OPEN):
-        editor = StructuralEditor(open_attention(network(name)), torch.zeros(2, 3, 32, 32))
-        reasons = [group.reason for group in editor.groups.values() if "attn.qkv" in group.name]
-        assert reasons and all("forward() assumes its width" in reason for reason in reasons)
+def heads_of(name: str) -> list[ChannelGroup]:
+    editor = StructuralEditor(open_attention(network(name)), torch.zeros(2, 3, 32, 32))
+    return [g for g in editor.groups.values() if any(axis.module.endswith("attn.qkv") for axis in g.writers)]
+
+
+def test_heads_under_one_bias_of_all_layers_come_and_go_together() -> None:
+    (heads,) = heads_of("beit, one bias for all layers")
+    assert heads.editable and len([axis for axis in heads.writers if axis.module.endswith("attn.qkv")]) > 1
+    assert [axis.side for axis in heads.passers] == ["param"]  # the bias
+
+
+def test_a_norm_over_the_heads_moves_with_them() -> None:
+    for heads in heads_of("eva-02, norm over the heads"):
+        assert heads.editable and not heads.exact

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from robustcompress.structure import NEW, Axis, Edit, StructuralEditor
 from robustcompress.structure.gates import top_channels
 from robustcompress.structure.masks import TopK
-from robustcompress.structure.verify import silence_readers
+from robustcompress.structure.verify import leave_out, silence_readers
 from tests.structure.networks import EXAMPLE, images, networks, transformers
 
 generated = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -57,7 +57,8 @@ def test_everything_but_the_output_is_editable(net: nn.Module, data: st.DataObje
 @given(net=transformers())
 def test_heads_and_hidden_widths_of_transformers_are_editable(net: nn.Module) -> None:
     editor = StructuralEditor(net, EXAMPLE)
-    assert [g.kind for g in editor.editable] == ["heads", "hidden"] * len(net.blocks)
+    assert [g.kind for g in editor.editable] == ["residual", *["heads", "hidden"] * len(net.blocks)]
+    assert [g.name for g in editor.editable if not g.exact] == ["patch"]
     assert [g.width for g in editor.editable if g.kind == "heads"] == [
         block.attention.proj.in_features // block.attention.head_dim for block in net.blocks
     ]
@@ -88,9 +89,11 @@ def test_law_1_pruning_equals_silencing_the_readers(net: nn.Module, data: st.Dat
 def test_law_2_growing_changes_no_output(net: nn.Module, data: st.DataObject, init: str, training: bool) -> None:
     editor = StructuralEditor(net, EXAMPLE, seed=3)
     net.train(training)
-    before = copy.deepcopy(net)(images())
+    before, widths = copy.deepcopy(net)(images()), editor.widths
     for _ in range(2):
-        editor.grow(pick(data, editor), data.draw(st.integers(1, 5)), init=init)
+        name = pick(data, editor)
+        editor.grow(name, data.draw(st.integers(1, 5)), init=init)
+        leave_out(net, editor.layout, name, range(widths[name]), editor.widths)  # of statistics over channels
     assert close(copy.deepcopy(net)(images()), before, 1e-7)
     assert net.training is training
 
@@ -272,7 +275,10 @@ def test_growing_changes_no_output_of_the_ema_twin_either(net: nn.Module, data: 
     before = ema(images())
     editor = StructuralEditor(net, EXAMPLE)
     editor.follow(ema)
-    editor.grow(pick(data, editor), data.draw(st.integers(1, 4)), init=init)
+    name = pick(data, editor)
+    width = editor.widths[name]
+    editor.grow(name, data.draw(st.integers(1, 4)), init=init)
+    leave_out(ema.module, editor.layout, name, range(width), editor.widths)
     assert close(ema(images()), before, 1e-7)
 
 

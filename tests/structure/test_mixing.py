@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from robustcompress.errors import UnsupportedModelError
 from robustcompress.structure import StructuralEditor
-from robustcompress.structure.verify import silence_readers
+from robustcompress.structure.verify import leave_out, silence_readers
 from tests.structure.networks import EXAMPLE, images
 
 Middle = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -71,6 +71,7 @@ def assert_honest(model: nn.Module) -> StructuralEditor:
             for init in ("pair", "zero_out", "clone"):
                 grown = copy.deepcopy(editor)
                 grown.grow(group.name, 3, init=init)
+                leave_out(grown.model, grown.layout, group.name, range(group.width), grown.widths)
                 assert_same(grown.model(x), full, f"{group.name} grown by {init}")
             grown.model.train()(x)
     assert [g.name for g in editor.groups.values() if not g.editable and len(g.reason) < 10] == []
