@@ -210,16 +210,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, padded to be read in a terminal too; the first column is text, the others are numbers."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 0) -> str:
+    """A Markdown table, padded to be read in a terminal too; the first column is text, the others are numbers.
+
+    Args:
+        head: The names of the columns.
+        rows: The cells.
+        words: How many of the last columns are text too; of these, the last is not padded.
+    """
     cells = [list(head), *(list(row) for row in rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(head))]
+    text = {0, *range(len(head) - words, len(head))}
+    if words:
+        widths[-1] = 3
 
     def line(row: Sequence[str]) -> str:
-        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return "| " + " | ".join([row[0].ljust(widths[0]), *others]) + " |"
+        padded = [cell.ljust(widths[i]) if i in text else cell.rjust(widths[i]) for i, cell in enumerate(row)]
+        return "| " + " | ".join(padded) + " |"
 
-    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+    rule = "| " + " | ".join("-" * w if i in text else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 

@@ -1,7 +1,7 @@
 """Write the tables and plots anew from the JSON files under benchmarks/results/. Makes no figure of its own.
 
-Tables go between the markers of benchmarks/README.md and README.md, and to the README.md beside the cells of each grid;
-plots beside the cells. `--check` changes nothing and fails where a table differs from its JSON.
+Tables go between the markers of benchmarks/README.md, README.md and docs/models.md, and to the README.md beside the
+cells of each grid; plots beside the cells. `--check` changes nothing and fails where a table differs from its JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare_plots, compare_report, latency, search_step, structure, training_step
+from benchmarks import (
+    any_model,
+    compare_plots,
+    compare_report,
+    latency,
+    latency_budget,
+    search_step,
+    structure,
+    training_step,
+)
 from benchmarks.common import RESULTS, ROOT, read_json, write_text
 from benchmarks.grid import Grid, read_grid
 
@@ -23,11 +32,13 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     training_step.MODULE: training_step.markdown,
     search_step.MODULE: search_step.markdown,
     latency.MODULE: latency.markdown,
+    latency_budget.MODULE: latency_budget.markdown,
 }
 GRIDS = ROOT / "benchmarks" / "grids"
 PLOT = "comparison.png"
 QUICKSTART = "quickstart"
 FRONT_PAGE = ROOT / "README.md"
+MODELS = ROOT / "docs" / "models.md"
 NOT_RUN = compare_report.NOT_RUN
 
 
@@ -42,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if stale else 0
     for path, text in pages(RESULTS).items():
         write_text(path, text)
+    traced = RESULTS / f"{structure.MODULE}.json"
+    if traced.exists():
+        print(f"{structure.plot(read_json(traced), traced.with_suffix('.png')).relative_to(ROOT)}: drawn")
     for grid in grids():
         plot = compare_plots.plot_grid(grid, RESULTS / grid.name, RESULTS / grid.name / PLOT)
         if plot is not None:
@@ -74,7 +88,14 @@ def pages(results: Path) -> dict[Path, str]:
         text = fill(text, "verdict", "\n".join(verdicts))
     path = results / f"{QUICKSTART}.json"
     table = quickstart_table(read_json(path)) if path.exists() else NOT_RUN
-    return {README: text, FRONT_PAGE: fill(FRONT_PAGE.read_text(), QUICKSTART, table), **wanted}
+    path = results / f"{any_model.MODULE}.json"
+    swept = any_model.markdown(read_json(path)) if path.exists() else NOT_RUN
+    return {
+        README: text,
+        FRONT_PAGE: fill(FRONT_PAGE.read_text(), QUICKSTART, table),
+        MODELS: fill(MODELS.read_text(), any_model.MODULE, swept),
+        **wanted,
+    }
 
 
 def grid_page(grid: Grid, out: Path) -> str:
@@ -120,7 +141,7 @@ def fill(text: str, name: str, content: str) -> str:
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
     filled, count = pattern.subn(lambda m: m[1] + content + m[2], text)
     if count != 1:
-        raise ValueError(f"README.md has {count} pairs of markers <!-- {name} --> ... <!-- /{name} -->; needs one")
+        raise ValueError(f"the page has {count} pairs of markers <!-- {name} --> ... <!-- /{name} -->; needs one")
     return filled
 
 

@@ -1,22 +1,25 @@
 """How long it takes to find out what a network is made of, and to edit it.
 
 Per network, in turns, with fresh copies outside the clock:
-  trace     `StructuralEditor(model, example)`: graph, groups, and the check of all groups on a copy (batch 2)
-  graph     torch-pruning's own `DependencyGraph().build_dependency` of the same copy and example: what a trace cannot
-            do without; "of it" is trace / graph
+  trace     `StructuralEditor(model, example)`: graph, groups, and the proof of all groups on a copy
+  graph     torch-pruning's own `DependencyGraph().build_dependency` of a copy on the same example (batch 2, as it
+            needs); "of it" is trace / graph
+  memory    what the first trace takes at its peak beyond what was there, over the size of the model (Linux)
   forward   one forward pass at batch 1 without gradients: the yardstick
   edits     every editable group is pruned to half its width, then grown back (init "pair"); seconds per edit, median
 Medians over the rounds (and, for edits, over groups). Built-in networks take 32x32 images, torchvision's 224x224.
-Weights are random: no figure depends on them.
+Weights are random: no figure depends on them. The plot shows how trace and edits grow with the number of layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +43,8 @@ from robustcompress import StructuralEditor, build_model
 MODULE = "structure"
 MODELS = (
     *("resnet18", "resnet20", "wrn_16_4", "vgg16_bn", "mobilenet_v2", "densenet121"),
-    *("torchvision:resnet18", "torchvision:resnet50", "torchvision:resnet152"),
+    *(f"torchvision:resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+    *("torchvision:vit_b_16", "torchvision:swin_t", "torchvision:convnext_tiny"),
 )
 
 
@@ -68,6 +72,8 @@ def measure(name: str, rounds: int, *, image_size: int = 224, seed: int = 0) -> 
     model.eval()
     size = image_size if name.startswith("torchvision:") else 32
     example = torch.rand(2, 3, size, size)
+    StructuralEditor(model, example, seed=seed)  # imports what it needs
+    memory = _peak(lambda: StructuralEditor(model, example, seed=seed))
     copies = [copy.deepcopy(model) for _ in range(rounds + 1)]
     editors: list[StructuralEditor] = []
 
@@ -85,6 +91,8 @@ def measure(name: str, rounds: int, *, image_size: int = 224, seed: int = 0) -> 
         "model": name,
         "image_size": size,
         "params": sum(p.numel() for p in model.parameters()),
+        "layers": sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()),
+        "memory": None if memory is None else memory / sum(4 * p.numel() for p in model.parameters()),
         "groups": len(editors[0].groups),
         "editable": len(editors[0].editable),
         "trace": summary(times["trace"]),
@@ -93,6 +101,49 @@ def measure(name: str, rounds: int, *, image_size: int = 224, seed: int = 0) -> 
         "prune": summary(prunes) | {"max": max(prunes)},
         "grow": summary(grows) | {"max": max(grows)},
     }
+
+
+def _peak(run: Callable[[], object]) -> int | None:
+    """Bytes that a call takes at its peak beyond what was there before; None where the system does not say."""
+    status = Path("/proc/self/status")
+    try:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _kilobytes(status, "VmRSS")
+        run()
+        return 1024 * (_kilobytes(status, "VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _kilobytes(status: Path, key: str) -> int:
+    return int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1])
+
+
+def plot(value: Mapping[str, Any], path: Path) -> Path:
+    """Seconds of a trace, and of an edit, against the number of layers, for one family of networks."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in value["results"] if row["model"].startswith("torchvision:resnet")]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    layers = [row["layers"] for row in rows]
+    for label, key, colour in (("trace and proof", "trace", "#0072B2"), ("torch-pruning's graph", "graph", "#999999")):
+        seconds = [row[key]["median"] for row in rows]
+        axes[0].plot(layers, seconds, marker="o", color=colour)
+        axes[0].annotate(label, (layers[-1], seconds[-1]), ha="right", va="bottom", color=colour, fontsize=9)
+    for label, key, colour in (("pruning", "prune", "#D55E00"), ("growing", "grow", "#009E73")):
+        axes[1].plot(layers, [1e3 * row[key]["median"] for row in rows], marker="o", color=colour, label=label)
+    axes[1].plot(layers, [1e3 * row["forward"]["median"] for row in rows], marker="o", color="#999999", label="forward")
+    axes[1].legend(frameon=False, fontsize=9)
+    for axis, title in zip(axes, ("seconds to trace a network", "milliseconds for one group"), strict=True):
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("layers of ResNet-18 to ResNet-152")
+        axis.set_xlim(0)
+        axis.set_ylim(0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
 
 
 def _graph(model: nn.Module, example: torch.Tensor) -> None:
@@ -126,6 +177,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         "trace s",
         "graph s",
         "of it",
+        "memory",
         "prune ms",
         "grow ms",
         "slowest ms",
@@ -139,6 +191,7 @@ def markdown(value: Mapping[str, Any]) -> str:
             f"{row['trace']['median']:.2f}",
             f"{row['graph']['median']:.2f}",
             f"{row['trace']['median'] / row['graph']['median']:.1f}x",
+            "-" if row.get("memory") is None else f"{row['memory']:.1f}x",
             f"{1e3 * row['prune']['median']:.1f}",
             f"{1e3 * row['grow']['median']:.1f}",
             f"{1e3 * max(row['prune']['max'], row['grow']['max']):.1f}",

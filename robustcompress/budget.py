@@ -217,7 +217,8 @@ def _latency(model: nn.Module, example: torch.Tensor, *, runs: int = 20) -> floa
 
 
 def _single(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    twin = copy.deepcopy(model).eval()
+    # torch's counter asks every gradient for its function, and parameters handed from layer to layer have none.
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
     parameter = next(twin.parameters())
     return twin, example[:1].detach().to(parameter.device, parameter.dtype)
 

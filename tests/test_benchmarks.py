@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import common, latency, report, search_step, structure, training_step
+from benchmarks import any_model, common, latency, latency_budget, report, search_step, structure, training_step
 from robustcompress import StructuralEditor, build_model, measure
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = (structure, training_step, search_step, latency)
+SCRIPTS = (structure, training_step, search_step, latency, latency_budget, any_model)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -67,6 +67,78 @@ def test_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row["editable"] == row["groups"] - 1 and row["prune"]["n"] == row["grow"]["n"] == row["editable"]
     assert row["trace"]["median"] > row["graph"]["median"] > 0 and row["forward"]["median"] > 0
     assert structure.markdown(value) in capsys.readouterr().out
+
+
+def test_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "any_model.json"
+    assert any_model.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "any_model")
+    check_anonymous(out, str(tmp_path))
+    rows = {row["model"]: row for row in value["results"]}
+    assert rows.keys() == set(any_model.QUICK)
+    for row in rows.values():
+        assert row["failures"] == [] and row["half"] and row["peak_mb"] > 50 and "step" not in row
+    said = capsys.readouterr().out
+    assert any_model.markdown(value) in said and said.startswith("2 networks run, 0 not; 2 traced, 0 refused; 2 cut")
+    text = report.pages(tmp_path)[report.MODELS]
+    assert any_model.markdown(value) in text
+
+
+def test_any_model_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run(name: str, limit: float, seed: int, num_threads: int) -> dict[str, Any]:
+        asked.append(name)
+        return {"failures": ["export: ended with code -9"] if name.endswith("m1") else []}
+
+    monkeypatch.setattr(any_model, "run", run)
+    monkeypatch.setattr(any_model, "parameters_of", lambda name: int(name[-1]) * 10**6)
+    argv = ["--out", str(tmp_path / "rows.json"), "--models"]
+    assert any_model.main([*argv, "timm:m3", "timm:m2"]) == 0 and asked == ["timm:m2", "timm:m3"]
+    assert any_model.main([*argv, "timm:m2", "timm:m1", "timm:m9", "--largest", "8"]) == 1 and asked[2:] == ["timm:m1"]
+    rows = {row["model"]: row for row in read(tmp_path / "rows.json")["results"]}
+    assert list(rows) == ["timm:m2", "timm:m3", "timm:m1", "timm:m9"]
+    assert rows["timm:m9"]["not_run"] == "over 8 M parameters"
+    assert any_model.main([*argv, "timm:m1"]) == 1 and len(asked) == 3, "a failure stays one until it is run again"
+    assert any_model.main([*argv, "timm:m9"]) == 0 and asked[3:] == ["timm:m9"]
+    assert any_model.main([*argv, "timm:m2", "--again"]) == 0 and asked[4:] == ["timm:m2"]
+    assert len(read(tmp_path / "rows.json")["results"]) == 4
+
+
+def test_any_model_outlives_a_network_that_does_not_end() -> None:
+    row = any_model.run("robustcompress:resnet8", 0.2, 0, 1)
+    assert row["failures"] == ["start: not done within 0.2 s"]
+    row = any_model.run("benchmarks.conformance:no_such", 60, 0, 1)
+    assert row["failures"][0].startswith("build: InputError") and len(row["failures"]) == 1
+
+
+def test_the_words_of_the_model_table() -> None:
+    row = {
+        "model": "timm:x",
+        "failures": ["law 1: a | b\nc"],
+        "half": False,
+        "reasons": {"holds the model's output": 1, "nothing reads it": 2, "something | new": 1},
+        "no_gradient": ["a", "b"],
+    }
+    assert list(any_model.words_of(row)) == [
+        *("**failed** law 1: a / b c", "half out of reach", "2 read by no layer", "1 something / new"),
+        "2 parameters without a gradient",
+    ]
+    assert common.table(("a", "b", "c"), [("x", "1", "word")], words=1).splitlines()[1:] == [
+        "| --- | --: | --- |",
+        "| x   |   1 | word |",
+    ]
+
+
+def test_latency_budget(tmp_path: Path) -> None:
+    out = tmp_path / "latency_budget.json"
+    assert latency_budget.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "latency_budget")
+    (row,) = value["results"]
+    assert row["asked"] == 0.7 and 0 < row["end"] < 1 and 0 < row["again"] < 1 and 0 < row["macs"] < 1
+    assert "of the limit" in latency_budget.markdown(value)
 
 
 def test_search_step(tmp_path: Path) -> None:

@@ -91,6 +91,22 @@ measure(resnet8(width=0.25), torch.zeros(1, 3, 16, 16))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_parameters_that_layers_hand_on_are_no_hindrance() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.mix, self.head = nn.Parameter(torch.ones(1, 4)), nn.Identity(), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            token = self.mix((self.token.expand(len(x), -1), x))[0]
+            out: torch.Tensor = self.head(token + x.mean((1, 2, 3))[:, None])
+            return out
+
+    model = Token()
+    assert measure(model, torch.rand(1, 3, 8, 8)).macs == 8
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_the_batch_of_the_example_does_not_matter() -> None:
     model = build("chain")
     assert measure(model, torch.zeros(7, 3, SIZE, SIZE)) == measure(model, torch.zeros(1, 3, SIZE, SIZE))

@@ -228,12 +228,11 @@ def gather(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
         A new tensor with `n` entries along `dim`, in the memory format of `tensor`.
     """
     fresh = (index < 0).nonzero().flatten().to(tensor.device)
-    index = index.to(tensor.device)
-    if tensor.shape[dim] == 0:
+    if tensor.shape[dim] == 0 or tensor.is_meta:
         shape = list(tensor.shape)
         shape[dim] = len(index)
         return tensor.new_zeros(shape)
-    out = tensor.index_select(dim, index.clamp_min(0))
+    out = tensor.index_select(dim, index.clamp_min(0).to(tensor.device))
     if len(fresh):
         out.index_fill_(dim, fresh, 0)
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():

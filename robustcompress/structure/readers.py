@@ -21,6 +21,9 @@ from robustcompress.structure.layout import Layout
 from robustcompress.structure.surgery import apply_gathers, plan_edit
 from robustcompress.structure.watch import Watch
 
+REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError)
+"""What a forward raises that cannot do with a width."""
+
 
 def foreign_readers(model: nn.Module, layout: Layout, names: Iterable[str]) -> dict[str, list[str]]:
     """By group, those of its readers whose class is not torch's own, as words; groups without any are left out."""
@@ -63,7 +66,7 @@ def misread(
     _add_newcomers(grown, layout, [name for name in kept if layout.groups[name].exact], watch)
     try:
         watch.compare(lambda: grown(image))
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+    except REFUSALS as error:
         return f"forward() assumes its width ({str(error)[:120]})"
     if not watch.worst[0] <= tolerance:
         return (

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from robustcompress.errors import Problems, UnsupportedModelError
-from robustcompress.structure.copies import sketches
-from robustcompress.structure.couplings import Graph
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.teaching import misfits
 
@@ -72,50 +71,47 @@ def _check_wrapping(model: nn.Module, problems: Problems) -> None:
         problems.add("it is wrapped for parallel training; pass model.module")
 
 
-def check_forward(model: nn.Module, example: torch.Tensor, graph: Graph) -> None:
-    """Raise one error about what the network does with its layers.
+def check_calls(twin: nn.Module, example: torch.Tensor, calls: Mapping[str, int]) -> None:
+    """Raise one error about how often the network calls its layers.
 
     Args:
-        model: The network; a copy is run in training mode.
+        twin: A copy of the network; it is run in training mode.
         example: One input batch.
-        graph: Of a forward pass in eval mode.
+        calls: How often each layer was called in eval mode.
 
     Raises:
         UnsupportedModelError: A layer is called more than once, or in training mode only.
+        Exception: Whatever the forward raises in training mode.
     """
-    problems = Problems(f"{type(model).__name__} cannot be edited")
-    for name, count in graph.calls.items():
+    problems = Problems(f"{type(twin).__name__} cannot be edited")
+    for name, count in calls.items():
         if count > 1:
             problems.add(f"{name}: the layer is called {count} times in one forward pass; give each call its own layer")
     problems.raise_if_any(UnsupportedModelError)
-    for name in _called_in_training(model, example, problems):
-        if name not in graph.calls:
+    for name in _called_in_training(twin, example):
+        if name not in calls:
             problems.add(f"{name}: the layer is used in training mode only; switch its branch off (aux_logits=False)")
     problems.raise_if_any(UnsupportedModelError)
 
 
 @torch.no_grad()
-def _called_in_training(model: nn.Module, example: torch.Tensor, problems: Problems) -> Counter[str]:
-    for twin, images in sketches(model, example):
-        try:
-            return _calls(twin, images)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
-            failure = error
-    problems.add(f"it does not run in training mode {on(example, failure)}")
-    return Counter()
+def _called_in_training(twin: nn.Module, example: torch.Tensor) -> list[str]:
+    called: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, module in twin.train().named_modules()
+        if kind_of(module) is not None
+    ]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            twin(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(called))
 
 
 def on(example: torch.Tensor, error: Exception) -> str:
     """Words for a forward pass that raised."""
     said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     return f"on an input of shape {tuple(example.shape)}: {said}"
-
-
-def _calls(twin: nn.Module, example: torch.Tensor) -> Counter[str]:
-    calls: Counter[str] = Counter()
-    for name, module in twin.train().named_modules():
-        if kind_of(module) is not None:
-            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    with torch.random.fork_rng(devices=[]):
-        twin(example)
-    return calls

@@ -86,7 +86,13 @@ def _sharing(edit: Edit) -> torch.Tensor:
 
 
 @torch.no_grad()
-def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit: Edit) -> list[Replaced]:
+def apply_gathers(
+    model: nn.Module,
+    layout: Layout,
+    widths: Mapping[str, int],
+    edit: Edit,
+    plan: list[TensorEdit] | None = None,
+) -> list[Replaced]:
     """Gather every tensor of the group in place of itself; fresh entries are zero until they are given values.
 
     Args:
@@ -94,6 +100,7 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
         layout: Its structure.
         widths: The widths of all groups before the edit.
         edit: What to do.
+        plan: What `plan_edit` says of it, where that is known already.
 
     Returns:
         The parameters that were replaced, in order; one replaced twice (a layer that reads and writes its own group)
@@ -104,7 +111,7 @@ def apply_gathers(model: nn.Module, layout: Layout, widths: Mapping[str, int], e
     ]
     kinds = {axis: kind_of(module) for axis, module in layers}
     replaced: list[Replaced] = []
-    for tensor in plan_edit(model, layout, widths, edit):
+    for tensor in plan_edit(model, layout, widths, edit) if plan is None else plan:
         owner = model.get_submodule(tensor.owner)
         old = getattr(owner, tensor.tensor)
         data = _gathered(old, tensor)

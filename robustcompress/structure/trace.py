@@ -19,7 +19,7 @@ from robustcompress.structure.groups import Axis, ChannelGroup, Kind, Segment
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.labels import distinct
 from robustcompress.structure.layout import Layout, runs
-from robustcompress.structure.support import check_forward, check_supported, on
+from robustcompress.structure.support import check_calls, check_supported, on
 
 
 def trace(model: nn.Module, example: torch.Tensor) -> Layout:
@@ -40,20 +40,25 @@ def trace(model: nn.Module, example: torch.Tensor) -> Layout:
             run, or does not return logits.
     """
     check_supported(model)
-    graph = _graph(model, example)
-    check_forward(model, example, graph)
     heads = tuple(find_heads(model))
-    return _layout(find_couplings(graph, heads), model, heads)
+    return _layout(find_couplings(_graph(model, example), heads), model, heads)
 
 
 def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
     """The graph of a copy: torch-pruning leaves what it traces in eval mode, and sees only what has gradients."""
     for twin, images in sketches(model, example):
+        mode = ""
         try:
-            return _record(twin, images)
+            graph = _record(twin, images)
+            mode = "in training mode "
+            check_calls(twin, images, graph.calls)
+        except UnsupportedModelError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
-            failure = error
-    raise UnsupportedModelError(f"{type(model).__name__} cannot be edited: it does not run {on(example, failure)}")
+            failure = f"{mode}{on(example, error)}"
+        else:
+            return graph
+    raise UnsupportedModelError(f"{type(model).__name__} cannot be edited: it does not run {failure}")
 
 
 def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
@@ -89,9 +94,8 @@ def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
         return out
 
     names = {module: name for name, module in twin.named_modules() if kind_of(module) is not None}
-    for module in names:
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+    handles = [module.register_forward_pre_hook(before) for module in names]
+    handles += [module.register_forward_hook(after) for module in names]
     graph = torch_pruning.DependencyGraph()
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # about plain parameters, whose dimension is found by what they meet
@@ -99,9 +103,12 @@ def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
         example = example.detach().clone().requires_grad_()
         try:
             graph.build_dependency(twin, example_inputs=example, forward_fn=forward, verbose=False)
-        except ZeroDivisionError:  # in its index mapping, which comes last and is not used, for a channel shuffle
-            if not hasattr(graph, "module2node"):
+        except Exception:
+            # Its index mapping comes last, is not used here, and fails for a channel shuffle and some concatenations.
+            if not getattr(graph, "module2node", None):
                 raise
+    for handle in handles:
+        handle.remove()
     layers = {
         node.grad_fn: node.module for node in graph.module2node.values() if isinstance(node.module, nn.Module)
     } | {function: module for function, (module, _) in taught.items()}
