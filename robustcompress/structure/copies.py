@@ -23,6 +23,10 @@ def copied(model: nn.Module, of: Callable[[torch.Tensor], torch.Tensor]) -> nn.M
     """
     memo: dict[int, Any] = {id(buffer): of(buffer) for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(of(p), requires_grad=True) for p in model.parameters()}
+    for module in model.modules():  # results that a forward left behind, which torch refuses to copy
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
     twin: nn.Module = copy.deepcopy(model, memo)
     return twin
 

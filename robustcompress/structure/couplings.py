@@ -23,6 +23,9 @@ from robustcompress.structure.labels import NONE, Label, Shape, positions_of
 from robustcompress.structure.layer_kind import LayerKind
 from robustcompress.structure.steps import Labels, Operand, Step
 
+MOST = 4_000_000
+"""Entries of a plain parameter that are told apart; one with more holds no channels that could be resized."""
+
 Place = tuple[Any, int]
 """A value: autograd's node, and which of its outputs."""
 
@@ -128,7 +131,9 @@ class _Walk:
     def run(self) -> Labels:
         """Label every value in the network's order, and return the labels of the output."""
         known: dict[Place, Labels] = {}
+        shapes_of: dict[Any, tuple[Shape, ...]] = {}  # autograd lists them anew at every access
         for function in _in_order(self._graph):
+            shapes_of[function] = shapes = _shapes(function)
             if function in self._graph.layers:
                 layer = self._graph.layers[function]
                 known[(function, layer.number)] = self._layer(layer, known)
@@ -136,10 +141,9 @@ class _Walk:
                 known[(function, 0)] = self._leaf(function.variable)
             else:
                 operands = tuple(
-                    Operand((), None) if f is None else Operand(known.get((f, number), ()), shape_of((f, number)))
+                    Operand((), None) if f is None else Operand(known.get((f, number), ()), shapes_of[f][number])
                     for f, number in function.next_functions
                 )
-                shapes = tuple(tuple(int(size) for size in meta.shape) for meta in function._input_metadata)
                 for number in range(len(shapes)):
                     known[(function, number)] = carry(Step(function, operands, shapes, number, self))
         return known.get(self._graph.output, ())
@@ -178,7 +182,7 @@ class _Walk:
     def _leaf(self, tensor: torch.Tensor) -> Labels:
         """A plain parameter, all entries told apart: what they meet says which of its dimensions holds channels."""
         name = self._graph.parameters.get(id(tensor))
-        if name is None or tensor.numel() < 2:
+        if name is None or not 2 <= tensor.numel() <= MOST:
             return ()
         self._parameters[name] = label = positions_of(tuple(tensor.shape), self._count)
         self._count += tensor.numel()
@@ -217,9 +221,13 @@ class _Walk:
         for label in labels:
             dim = channel_dim % label.ids.dim()
             if dim in label.live:
+                for other in labels:
+                    if other is not label and dim in other.live:  # summed over, with nothing to say what it is
+                        self.hide(other.units())
+                rest = tuple(other for other in labels if dim not in other.live)
                 columns = label.ids.movedim(dim, -1).reshape(-1, label.ids.shape[dim])
                 self.couple(columns, columns[:1])
-                return columns[0].expand(width), tuple(other for other in labels if other is not label)
+                return columns[0].expand(width), rest
         return None, labels
 
     def _pass(self, layer: Layer, kind: LayerKind, labels: Labels) -> Labels:
@@ -260,9 +268,13 @@ class _Walk:
 def shape_of(place: Place) -> Shape:
     """The shape of a value."""
     function, number = place
+    return _shapes(function)[number]
+
+
+def _shapes(function: Any) -> tuple[Shape, ...]:
     if hasattr(function, "variable"):
-        return tuple(function.variable.shape)
-    return tuple(int(size) for size in function._input_metadata[number].shape)
+        return (tuple(function.variable.shape),)
+    return tuple(tuple(int(size) for size in meta.shape) for meta in function._input_metadata)
 
 
 def _in_order(graph: Graph) -> Iterator[Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -67,7 +69,9 @@ class StructuralEditor:
             example = torch.cat([example, example]) if example.dim() > 0 and len(example) == 1 else example
         self.model = model
         self.round_to = round_to
-        with torch.inference_mode(False):  # inside it, tracing would see no graph
+        if example.dim() > 0 and len(example) == 0:
+            raise InputError("the example holds no image; give a batch of at least one")
+        with torch.inference_mode(False), _undrawn(model):  # inside inference mode, tracing would see no graph
             self.layout: Layout = trace(model, example)
             self._widths = self.layout.widths()
             self._broken = find_broken(model, self.layout, example)
@@ -305,6 +309,18 @@ class StructuralEditor:
         if init is not None and init not in INITS:
             problems.add(f"init={init!r} does not exist{nearest(init, INITS)}")
         problems.raise_if_any()
+
+
+@contextlib.contextmanager
+def _undrawn(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward draws, random numbers are afterwards as they were: looking at a model changes no run."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _channels(numbers: Iterable[int]) -> tuple[int, ...]:

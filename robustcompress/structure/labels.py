@@ -35,9 +35,8 @@ class Label:
 
 
 def distinct(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The distinct entries, or rows of a matrix; for each entry which of them it is; and how often each occurs."""
-    dim = 0 if values.dim() > 1 else None
-    found, inverse, counts = torch.unique(values, dim=dim, return_inverse=True, return_counts=True)
+    """The distinct entries of a vector; for each entry which of them it is; and how often each occurs."""
+    found, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     return found, inverse, counts
 
 

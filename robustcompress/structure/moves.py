@@ -190,7 +190,7 @@ def reduce(step: Step) -> Labels:
     """Reductions: along their own dimension units meet and are lost, or go together where there are others beside."""
     dims, rank = getattr(step.function, "_saved_dim", None), len(step.first.shape or ())
     if dims is None:  # over everything
-        return ()
+        return hide(step)
     gone = [step.dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims)] or list(range(rank))
     keep = bool(step.saved("keepdim"))
 
@@ -199,6 +199,7 @@ def reduce(step: Step) -> Labels:
         if met:  # units that meet in the result go together, where there are others beside them
             first = label.ids[tuple(slice(1) if d in met else slice(None) for d in range(rank))]
             if met == label.live:
+                step.ledger.hide(label.units())
                 return None
             step.ledger.couple(label.ids, first)
             label = Label(first, label.live - met)

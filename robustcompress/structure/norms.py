@@ -15,8 +15,6 @@ from torch import nn
 from robustcompress.structure.groups import Axis
 from robustcompress.structure.layout import Layout, spread
 
-Mask = Callable[[], torch.Tensor]
-
 
 def masked(module: nn.Module, x: torch.Tensor, dim: int, mask: torch.Tensor) -> torch.Tensor:
     """The norm's output where each channel counts as much as `mask` says in the statistics of all.

@@ -8,16 +8,21 @@ changes no output. Of others both are tried.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from robustcompress.structure.copies import copied
 from robustcompress.structure.gates import Gates
 from robustcompress.structure.groups import NEW, Edit
 from robustcompress.structure.initial import fill
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.surgery import apply_gathers, plan_edit
+from robustcompress.structure.watch import Watch
+
+REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError)
+"""What a forward raises that cannot do with a width."""
 
 
 def foreign_readers(model: nn.Module, layout: Layout, names: Iterable[str]) -> dict[str, list[str]]:
@@ -32,8 +37,48 @@ def foreign_readers(model: nn.Module, layout: Layout, names: Iterable[str]) -> d
 
 
 @torch.no_grad()
-def under_gates(net: nn.Module, layout: Layout, kept: Mapping[str, Sequence[int]], image: torch.Tensor) -> torch.Tensor:
-    """The network's output with every channel gated off that is not kept."""
+def misread(
+    net: nn.Module,
+    layout: Layout,
+    kept: Mapping[str, Sequence[int]],
+    image: torch.Tensor,
+    silence: Callable[[], None],
+    tolerance: float,
+) -> str:
+    """What a reader does that torch's own would not; empty when nothing.
+
+    Args:
+        net: The network with random weights; left as `silence` leaves it.
+        layout: Its structure.
+        kept: By group, the channels that gates leave open.
+        image: What to look at, `[N, 3, H, W]`.
+        silence: Zeroes in `net` the weights that read channels which are not kept.
+        tolerance: Relative difference allowed in what a layer writes.
+    """
+    grown, watch = copied(net, torch.clone), Watch(net, layout)
+    watch.note(lambda: _under_gates(net, layout, kept, image))
+    silence()
+    watch.compare(lambda: net(image))
+    if not watch.worst[0] <= tolerance:
+        return "forward() makes something of a channel that is zero"
+    watch = Watch(grown, layout)
+    watch.note(lambda: grown(image))
+    _add_newcomers(grown, layout, [name for name in kept if layout.groups[name].exact], watch)
+    try:
+        watch.compare(lambda: grown(image))
+    except REFUSALS as error:
+        return f"forward() assumes its width ({str(error)[:120]})"
+    if not watch.worst[0] <= tolerance:
+        return (
+            "forward() changes when weights of new channels cancel each other, or copies share one; if it was taught, "
+            "have what it reads with begin at 0 (LayerKind.fill)"
+        )
+    return ""
+
+
+def _under_gates(
+    net: nn.Module, layout: Layout, kept: Mapping[str, Sequence[int]], image: torch.Tensor
+) -> torch.Tensor:
     widths, scores = layout.widths(), {}
     for name, keep in kept.items():
         bits = image.new_zeros(widths[name])
@@ -44,15 +89,13 @@ def under_gates(net: nn.Module, layout: Layout, kept: Mapping[str, Sequence[int]
     return out
 
 
-@torch.no_grad()
-def with_newcomers(net: nn.Module, layout: Layout, names: Iterable[str], image: torch.Tensor) -> torch.Tensor:
-    """The output of a network, which is edited, after each group has gained a copy, a pair and a single new channel."""
+def _add_newcomers(net: nn.Module, layout: Layout, names: Iterable[str], watch: Watch) -> None:
+    """Each group gains a copy that shares its readers' weights, a pair that cancels, and a channel that is not read."""
     widths, generator = layout.widths(), torch.Generator().manual_seed(3)
     for name in names:
         edit = Edit(name, (*range(widths[name]), 0, NEW, NEW, NEW), "pair", share=True)
+        watch.edited(name, edit.sources, widths)
         tensors = plan_edit(net, layout, widths, edit)
         apply_gathers(net, layout, widths, edit)
         widths[name] = len(edit.sources)
         fill(net, layout, widths, edit, tensors, generator)
-    out: torch.Tensor = net(image)
-    return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -88,17 +88,19 @@ def check_calls(twin: nn.Module, example: torch.Tensor, calls: Mapping[str, int]
         if count > 1:
             problems.add(f"{name}: the layer is called {count} times in one forward pass; give each call its own layer")
     problems.raise_if_any(UnsupportedModelError)
-    for name in _called_in_training(twin, example):
+    for name, count in _called_in_training(twin, example).items():
         if name not in calls:
             problems.add(f"{name}: the layer is used in training mode only; switch its branch off (aux_logits=False)")
+        elif count > 1:
+            problems.add(f"{name}: the layer is called {count} times in training mode; give each call its own layer")
     problems.raise_if_any(UnsupportedModelError)
 
 
 @torch.no_grad()
-def _called_in_training(twin: nn.Module, example: torch.Tensor) -> list[str]:
-    called: list[str] = []
+def _called_in_training(twin: nn.Module, example: torch.Tensor) -> Counter[str]:
+    called: Counter[str] = Counter()
     handles = [
-        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        module.register_forward_hook(lambda *_, name=name: called.update([name]))
         for name, module in twin.train().named_modules()
         if kind_of(module) is not None
     ]
@@ -108,7 +110,7 @@ def _called_in_training(twin: nn.Module, example: torch.Tensor) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return list(dict.fromkeys(called))
+    return called
 
 
 def on(example: torch.Tensor, error: Exception) -> str:

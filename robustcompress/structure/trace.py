@@ -46,19 +46,22 @@ def trace(model: nn.Module, example: torch.Tensor) -> Layout:
 
 def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
     """The graph of a copy: torch-pruning leaves what it traces in eval mode, and sees only what has gradients."""
-    for twin, images in sketches(model, example):
+    twins, failure = sketches(model, example), ""
+    while True:
         mode = ""
         try:
+            twin, images = next(twins)
             graph = _record(twin, images)
             mode = "in training mode "
             check_calls(twin, images, graph.calls)
+        except StopIteration:
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be edited: it does not run {failure}") from None
         except UnsupportedModelError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+        except Exception as error:  # the model's own code may raise anything, also where it is given no values
             failure = f"{mode}{on(example, error)}"
         else:
             return graph
-    raise UnsupportedModelError(f"{type(model).__name__} cannot be edited: it does not run {failure}")
 
 
 def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
@@ -233,7 +236,7 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
                 axis: tuple(replace(s, group=names[number]) for s in runs) for axis, runs in found.axes.items()
             }
     groups: dict[str, ChannelGroup] = {}
-    output = ""
+    outputs: list[str] = []
     for name, family in sorted(named, key=lambda pair: order.get(pair[0].split("#")[0], -1)):
         members = family.units.flatten().tolist()
         is_output = not couplings.outputs.isdisjoint(members)
@@ -241,11 +244,12 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
         group = _describe(name, family, segments, model, is_output=is_output, unclear=unclear)
         told = name in attention and group.editable  # and so one head is as plain as many
         groups[name] = replace(group, kind="heads", min_width=1) if told else group
-        output = name if is_output else output
+        outputs += [name] if is_output else []
     param_dims = dict(couplings.param_dims)
     for found in heads:
         param_dims |= found.param_dims
     norm_dims = {axis: dim for axis, dim in couplings.channel_dims.items() if _mixes(axis, model)}
+    output = outputs[0] if len(outputs) == 1 else ""
     return Layout(groups, segments, param_dims, output, attention, norm_dims, _counts(model, segments))
 
 

@@ -66,9 +66,7 @@ class Watch:
             return
         dim = self._layers[name][1].channel_dim % output.dim()
         others = [[n for d, n in enumerate(shape) if d != dim] for shape in (output.shape, self._shapes[name])]
-        if (
-            others[0] != others[1]
-        ):  # channels of other groups lie there, as under a layer over places: see what reads it
+        if others[0] != others[1]:  # channels of other groups lie there: see what reads this
             return
         old, found = self._old[name], self._thinned(name, output)
         kept = (old >= 0).nonzero().flatten()
@@ -77,10 +75,10 @@ class Watch:
             wanted = wanted.index_select(dim, old[kept].to(found.device))
         difference = float((found - wanted).abs().max()) / (float(wanted.abs().max()) + 1e-12)
         if not difference <= self.worst[0]:
-            self.worst = (difference, name)
+            self.worst = (difference if difference == difference else math.inf, name)
 
     def _thinned(self, name: str, output: torch.Tensor) -> torch.Tensor:
-        """All channels of an output, at about `PLACES` places along each other dimension: a wrong one is wrong at all."""
+        """All channels of an output, at about `PLACES` places along each other dimension."""
         dim = self._layers[name][1].channel_dim % output.dim()
         steps = [1 if d == dim else max(1, size // PLACES) for d, size in enumerate(output.shape)]
         return output[tuple(slice(None, None, step) for step in steps)]

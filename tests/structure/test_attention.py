@@ -173,7 +173,7 @@ def test_layers_under_other_names_are_taught(taught: None) -> None:
     ("make", "reason"),
     [
         (FromTheEmbedding, "forward() assumes its width"),
-        (Talking, "forward() mixes its channels"),
+        (Talking, "cannot be followed"),
     ],
     ids=["width from the embedding", "talking heads"],
 )

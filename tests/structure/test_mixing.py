@@ -68,6 +68,9 @@ def assert_honest(model: nn.Module) -> StructuralEditor:
                 silence_readers(silent, editor.layout, group.name, keep, editor.widths)
                 pruned.prune(group.name, keep)
                 assert_same(pruned.model(x), silent(x), f"{group.name} pruned to {keep}")
+            turned = copy.deepcopy(editor)
+            turned.resize(group.name, [*range(1, group.width), 0])
+            assert_same(turned.model(x), full, f"{group.name} in another order")
             for init in ("pair", "zero_out", "clone"):
                 grown = copy.deepcopy(editor)
                 grown.grow(group.name, 3, init=init)
