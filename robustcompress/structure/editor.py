@@ -49,8 +49,9 @@ class StructuralEditor:
     marked as not editable, with the reason. Edits keep training mode, frozen parameters, gradients and buffers.
 
     Args:
-        model: A network of convolutions (plain, depthwise, transposed), linear layers, batch norms, PReLUs and plain
-            parameters, joined by chains, residual sums, products, concatenation, chunk and flatten.
+        model: Any network that maps images to logits in one forward pass, each layer called once. Copies of it are run,
+            of a large network also without values (on torch's meta device): what a forward keeps outside its module
+            sees those.
         example: One input batch `[N, 3, H, W]` on any device.
         round_to: Widths must be multiples of this.
         seed: Seeds the values of new channels.

@@ -10,7 +10,7 @@ from robustcompress.structure.layer_kind import First, LayerKind, Slots
 
 
 def _refuse_layer_norm(module: nn.Module) -> str:
-    assert isinstance(module, nn.LayerNorm)
+    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
     if len(module.normalized_shape) == 1:
         return ""
     return "layer norm mixes all it normalises, and over more than the last dimension it cannot be edited yet"

@@ -25,8 +25,8 @@ from robustcompress.structure.support import check_calls, check_supported, on
 def trace(model: nn.Module, example: torch.Tensor) -> Layout:
     """Find the channel groups of a network.
 
-    The graph is built on a copy without values, wherever the network's forward permits that: nothing is computed, and
-    no memory is taken.
+    Of all but small networks the graph is built on a copy without values, wherever the forward permits that: nothing is
+    computed, and no memory is taken.
 
     Args:
         model: The network. It is not touched.
