@@ -19,6 +19,7 @@ from robustcompress.errors import Problems
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.groups import Axis, inside
 from robustcompress.structure.kinds import slots_of
+from robustcompress.structure.layout import span_width
 from robustcompress.structure.weights import count_weights
 
 DISAGREEMENT = 0.05
@@ -252,7 +253,10 @@ def _flop_counter(model: nn.Module, example: torch.Tensor) -> float:
 
 
 class _Share(NamedTuple):
-    """What one layer, or one parameter, has of the cost: in proportion to the widths of these axes."""
+    """What one layer, or one parameter, has of the cost: in proportion to the widths of these axes.
+
+    Multiply-adds go also with the positions of another dimension along which the layer is applied.
+    """
 
     module: str
     axes: tuple[Axis, ...]
@@ -346,7 +350,10 @@ class CostModel:
             scale: Any = 1.0
             for axis in layer.axes:
                 scale = scale * (self._layout.axis_width(axis, widths) / self._layout.axis_width(axis, self._start))
-            macs = macs + layer.macs * (scale - 1)
+            often: Any = 1.0
+            for spans in self._layout.across.get(layer.module, ()) if layer.macs else ():
+                often = often * (span_width(spans, widths) / span_width(spans, self._start))
+            macs = macs + layer.macs * (scale * often - 1)
             params = params + layer.params * (scale - 1)
         return macs, params
 

@@ -77,6 +77,8 @@ class Couplings:
         opaque: Units that went where they cannot be followed.
         param_dims: Per plain parameter that holds channels, the dimension they lie along.
         channel_dims: Per axis of a norm, the dimension of its input that holds the channels.
+        across: Per layer that works along another dimension than these units', int64 `[positions]` for each such
+            dimension: the layer is applied once for each of them.
     """
 
     positions: dict[Axis, torch.Tensor] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class Couplings:
     opaque: set[int] = field(default_factory=set)
     param_dims: dict[str, int] = field(default_factory=dict)
     channel_dims: dict[Axis, int] = field(default_factory=dict)
+    across: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
 
 def find_couplings(graph: Graph, heads: Sequence[Heads] = ()) -> Couplings:
@@ -110,6 +113,7 @@ class _Walk:
         self._parameters: dict[str, Label] = {}
         self._axes: dict[Axis, torch.Tensor] = {}
         self._dims: dict[Axis, int] = {}
+        self._across: dict[str, list[torch.Tensor]] = {}
         self._heads: dict[Axis, torch.Tensor] = {}
         for found in heads:
             units = self._born(found.width)
@@ -154,6 +158,10 @@ class _Walk:
         found = Couplings(channel_dims=self._dims)
         for axis, units in (self._axes | self._heads).items():
             found.positions[axis] = torch.where(units == NONE, NONE, roots[units.clamp_min(0)])
+        found.across = {
+            name: tuple(torch.where(units == NONE, NONE, roots[units.clamp_min(0)]) for units in several)
+            for name, several in self._across.items()
+        }
         in_layers = torch.zeros(self._count, dtype=torch.bool)
         for units in found.positions.values():
             in_layers[units[units != NONE]] = True
@@ -209,6 +217,9 @@ class _Walk:
             for label in rest:
                 self.hide(label.units())
             rest = ()
+        for label in rest:
+            if len(label.live) == 1:
+                self._across.setdefault(name, []).append(label.ids.flatten())
         if axis in self._heads and bool((written == written[0]).all()):
             return rest  # behind reshapes a single head cannot be told from any other dimension of size 1
         rank = len(shape_of((layer.function, layer.number)))

@@ -64,7 +64,13 @@ class BypassProof:
         device = next(self._quiet.parameters()).device
         self._generator = torch.Generator().manual_seed(0)
         self._images = torch.rand((2, *image_shape), generator=self._generator, dtype=torch.float64).to(device)
-        self._calls, self._counts = self._observe()
+        self._failure = ""
+        try:
+            self._calls, self._counts = self._observe()
+        except Exception as error:  # such as a cast to single precision in forward()
+            said = (str(error).splitlines() or [repr(error)])[0][:120]
+            self._calls, self._counts = {}, Counter()
+            self._failure = f"the network does not run in double precision, in which blocks are proven ({said})"
 
     def innermost(self) -> tuple[str, ...]:
         """Every block that can leave and holds no other that can, in the model's order."""
@@ -81,7 +87,7 @@ class BypassProof:
         if name not in modules:
             blocks = (other for other in modules if not self._unlike_a_block(other))
             return f"there is no module {name!r}{nearest(name, blocks)}"
-        reason = self._unlike_a_block(name) or self._not_residual(name)
+        reason = self._failure or self._unlike_a_block(name) or self._not_residual(name)
         return f"{name or 'the model'} ({type(modules[name]).__name__}) cannot be bypassed: {reason}" if reason else ""
 
     def _unlike_a_block(self, name: str) -> str:

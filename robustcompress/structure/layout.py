@@ -23,6 +23,7 @@ class Layout:
         attention: For each group of heads, the attention module that counts them.
         norm_dims: For each norm that takes its statistics over channels, the dimension of its input that holds them.
         counts: For each group that modules other than layers count, those modules and their attributes.
+        across: For each layer that is applied once for each position along another dimension, the runs along that one.
     """
 
     groups: Mapping[str, ChannelGroup]
@@ -32,6 +33,7 @@ class Layout:
     attention: Mapping[str, str] = field(default_factory=dict)
     norm_dims: Mapping[Axis, int] = field(default_factory=dict)
     counts: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    across: Mapping[str, tuple[tuple[Segment, ...], ...]] = field(default_factory=dict)
 
     def widths(self) -> dict[str, int]:
         """The traced width of every group."""
@@ -39,7 +41,7 @@ class Layout:
 
     def axis_width(self, axis: Axis, widths: Mapping[str, int]) -> int:
         """The number of positions along `axis` when the groups have these `widths`."""
-        return sum(s.positions(widths[s.group] if s.group is not None else 0) for s in self.axes[axis])
+        return span_width(self.axes[axis], widths)
 
     def index(self, axis: Axis, group: str, sources: Sequence[int], widths: Mapping[str, int]) -> torch.Tensor:
         """Turn an edit of channels into a gather of positions.
@@ -98,6 +100,11 @@ class Layout:
             {name: owner for name, owner in self.attention.items() if name in written},
             {axis: dim for axis, dim in self.norm_dims.items() if axis in axes},
             {name: counted for name, counted in self.counts.items() if name in written},
+            {
+                name: tuple(tuple(_settled(s, written, widths) for s in spans) for spans in several)
+                for name, several in self.across.items()
+                if not inside(name, [module])
+            },
         )
 
 
@@ -121,6 +128,11 @@ def _remaining(group: ChannelGroup, axes: Mapping[Axis, tuple[Segment, ...]]) ->
     if not readers and not group.reason:
         return replace(group, kind="frozen", writers=writers, readers=(), passers=passers, reason="nothing reads it")
     return replace(group, kind=kind, writers=writers, readers=readers, passers=passers)
+
+
+def span_width(segments: Sequence[Segment], widths: Mapping[str, int]) -> int:
+    """The number of positions of these runs when the groups have these `widths`."""
+    return sum(s.positions(widths[s.group] if s.group is not None else 0) for s in segments)
 
 
 def spread(values: torch.Tensor, segment: Segment) -> torch.Tensor:

@@ -216,12 +216,16 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
         channel_of[family.units] = torch.arange(len(family.units))[:, None]
 
     names = [name for name, _ in named]
+
+    def segmented(units: torch.Tensor) -> tuple[torch.Tensor, tuple[Segment, ...] | None]:
+        known = (units >= 0) & (units < count)
+        owners = torch.where(known, group_of[units.clamp(0, count - 1)], -1)
+        return owners, runs(owners, channel_of[units.clamp(0, count - 1)], names, widths)
+
     segments: dict[Axis, tuple[Segment, ...]] = {}
     irregular: set[str] = set()
     for axis, units in couplings.positions.items():
-        known = (units >= 0) & (units < count)
-        owners = torch.where(known, group_of[units.clamp(0, count - 1)], -1)
-        read = runs(owners, channel_of[units.clamp(0, count - 1)], names, widths)
+        owners, read = segmented(units)
         if read is None:
             irregular.update(names[number] for number in distinct(owners[owners >= 0])[0].tolist())
             read = (Segment(None, fixed=len(units)),)
@@ -250,7 +254,9 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
         param_dims |= found.param_dims
     norm_dims = {axis: dim for axis, dim in couplings.channel_dims.items() if _mixes(axis, model)}
     output = outputs[0] if len(outputs) == 1 else ""
-    return Layout(groups, segments, param_dims, output, attention, norm_dims, _counts(model, segments))
+    spans = {name: [segmented(units)[1] for units in several] for name, several in couplings.across.items()}
+    across = {name: tuple(read for read in several if read is not None) for name, several in spans.items()}
+    return Layout(groups, segments, param_dims, output, attention, norm_dims, _counts(model, segments), across)
 
 
 _COUNTERS = {"torchvision.models.vision_transformer.VisionTransformer": ("conv_proj", "hidden_dim")}

@@ -145,12 +145,11 @@ class Mixed(nn.Module):
 
     def __init__(self, c: int, hidden: int) -> None:
         super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(2)
         self.over, self.back = nn.Linear(4, hidden), nn.Linear(hidden, 4)
         self.up, self.down, self.out = nn.Linear(c, hidden), nn.Linear(hidden, c), c
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.pool(x).flatten(2)
+        y = F.adaptive_avg_pool2d(x, 2).flatten(2)
         y = (y + self.back(F.gelu(self.over(y)))).transpose(1, 2)
         y = y + self.down(F.gelu(self.up(y)))
         return x + y.mean(1)[:, :, None, None]

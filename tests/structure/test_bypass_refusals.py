@@ -222,3 +222,18 @@ def test_the_proof_looks_at_the_network_and_not_at_the_code(net: Callable[[], Ar
         editor.bypass("block")
         x = networks.images()
         assert torch.equal(model(x), model.fc(model.stem(x).mean((2, 3))))
+
+
+def test_a_network_that_casts_says_that_its_blocks_cannot_be_proven() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.fc = nn.Conv2d(3, 4, 3), networks.Bare(4, 0), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.block(self.stem(x.float())).mean((2, 3)))
+
+    editor = StructuralEditor(Casting(), EXAMPLE)
+    assert editor.bypassable == ()
+    with pytest.raises(InputError, match="does not run in double precision"):
+        editor.bypass("block")
