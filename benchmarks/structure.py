@@ -4,7 +4,6 @@ Per network, in turns, with fresh copies outside the clock:
   trace     `StructuralEditor(model, example)`: graph, groups, and the proof of all groups on a copy
   graph     torch-pruning's own `DependencyGraph().build_dependency` of a copy on the same example (batch 2, as it
             needs); "of it" is trace / graph
-  memory    what the first trace takes at its peak beyond what was there, over the size of the model (Linux)
   forward   one forward pass at batch 1 without gradients: the yardstick
   edits     every editable group is pruned to half its width, then grown back (init "pair"); seconds per edit, median
 Medians over the rounds (and, for edits, over groups). Built-in networks take 32x32 images, torchvision's 224x224.
@@ -15,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +71,6 @@ def measure(name: str, rounds: int, *, image_size: int = 224, seed: int = 0) -> 
     size = image_size if name.startswith("torchvision:") else 32
     example = torch.rand(2, 3, size, size)
     StructuralEditor(model, example, seed=seed)  # imports what it needs
-    memory = _peak(lambda: StructuralEditor(model, example, seed=seed))
     copies = [copy.deepcopy(model) for _ in range(rounds + 1)]
     editors: list[StructuralEditor] = []
 
@@ -92,7 +89,6 @@ def measure(name: str, rounds: int, *, image_size: int = 224, seed: int = 0) -> 
         "image_size": size,
         "params": sum(p.numel() for p in model.parameters()),
         "layers": sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()),
-        "memory": None if memory is None else memory / sum(4 * p.numel() for p in model.parameters()),
         "groups": len(editors[0].groups),
         "editable": len(editors[0].editable),
         "trace": summary(times["trace"]),
@@ -101,23 +97,6 @@ def measure(name: str, rounds: int, *, image_size: int = 224, seed: int = 0) -> 
         "prune": summary(prunes) | {"max": max(prunes)},
         "grow": summary(grows) | {"max": max(grows)},
     }
-
-
-def _peak(run: Callable[[], object]) -> int | None:
-    """Bytes that a call takes at its peak beyond what was there before; None where the system does not say."""
-    status = Path("/proc/self/status")
-    try:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _kilobytes(status, "VmRSS")
-        run()
-        return 1024 * (_kilobytes(status, "VmHWM") - before)
-    except OSError:
-        return None
-
-
-def _kilobytes(status: Path, key: str) -> int:
-    return int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1])
 
 
 def plot(value: Mapping[str, Any], path: Path) -> Path:
@@ -177,7 +156,6 @@ def markdown(value: Mapping[str, Any]) -> str:
         "trace s",
         "graph s",
         "of it",
-        "memory",
         "prune ms",
         "grow ms",
         "slowest ms",
@@ -191,7 +169,6 @@ def markdown(value: Mapping[str, Any]) -> str:
             f"{row['trace']['median']:.2f}",
             f"{row['graph']['median']:.2f}",
             f"{row['trace']['median'] / row['graph']['median']:.1f}x",
-            "-" if row.get("memory") is None else f"{row['memory']:.1f}x",
             f"{1e3 * row['prune']['median']:.1f}",
             f"{1e3 * row['grow']['median']:.1f}",
             f"{1e3 * max(row['prune']['max'], row['grow']['max']):.1f}",

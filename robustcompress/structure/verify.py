@@ -83,20 +83,21 @@ class _Proof:
         layout, odd = self._layout, set[Axis]()
         if not layout.norm_dims:
             return {}
-        net = random_twin(self._model, torch.float64)
+        dtype = next(self._model.parameters()).dtype
+        net = random_twin(self._model, dtype)
 
         def look(axis: Axis) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
                 dim = layout.norm_dims[axis] % output.dim()
                 again = masked(module, args[0], dim, args[0].new_ones(output.shape[dim]))
-                if not difference(again, output) <= TOLERANCE[torch.float64]:
+                if not difference(again, output) <= TOLERANCE[dtype]:
                     odd.add(axis)
 
             return hook
 
         for axis in layout.norm_dims:
             net.get_submodule(axis.module).register_forward_hook(look(axis))
-        self._settle(net, torch.float64)
+        self._settle(net, dtype)
         return {
             name: f"{axis.module} is no plain norm, and takes statistics over its channels"
             for name, group in layout.groups.items()
