@@ -89,3 +89,9 @@ def nearest(name: str, options: Iterable[str]) -> str:
     hint = f"; did you mean {match[0]!r}?" if match else ""
     listed = f" (one of: {', '.join(choices)})" if len(choices) <= 12 else ""
     return hint + listed
+
+
+def first_line(error: BaseException, limit: int = 150) -> str:
+    """The first line that an error of another library says, to be quoted in ours; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:limit]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from robustcompress.errors import InputError, Problems
+from robustcompress.errors import InputError, Problems, first_line
 from robustcompress.export.parity import INPUT, OUTPUT
 
 _EXAMPLE_BATCH = 2  # torch.export takes a size of 1 or 0 for a constant
@@ -98,7 +98,7 @@ def check_proto(proto: Any, image_shape: tuple[int, int, int], *, opset: int, ba
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        problems.add(f"ONNX's checker refuses the graph: {str(error).splitlines()[0]}")
+        problems.add(f"ONNX's checker refuses the graph: {first_line(error)}")
     problems.raise_if_any()
 
 
@@ -154,5 +154,4 @@ def _quiet() -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0][:200].rstrip(". ")
+    return first_line(error, 200).rstrip(". ")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustcompress.errors import InputError, ParityError, Problems
+from robustcompress.errors import InputError, ParityError, Problems, first_line
 from robustcompress.export.report import ParityCheck
 
 INPUT, OUTPUT = "images", "logits"
@@ -55,7 +55,7 @@ def load_session(path: str | Path, threads: int | None = None) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise InputError(
-            f"{path} cannot be opened ({_first_line(error)}); it is torn, no ONNX file, or needs a newer onnxruntime "
+            f"{path} cannot be opened ({first_line(error)}); it is torn, no ONNX file, or needs a newer onnxruntime "
             f"than {onnxruntime.__version__}: export it again"
         ) from error
 
@@ -166,7 +166,3 @@ def _check_interface(
             problems.add(f"batch {batch}: the file accepts {'any from 1' if fixed is None else f'only {fixed}'}")
     problems.raise_if_any()
     return fixed
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from robustcompress.errors import Problems
+from robustcompress.errors import Problems, first_line
 from robustcompress.export.metadata import FACTS, PREFIX
 from robustcompress.robust import ThreatModel
 
@@ -192,7 +192,7 @@ def _private_copy(model_or_result: Any, problems: Problems) -> nn.Module | None:
     try:
         twin = copy.deepcopy(model)
     except RuntimeError as error:  # tensors that are results of a computation
-        problems.add(f"the model cannot be copied ({str(error).splitlines()[0][:150]})")
+        problems.add(f"the model cannot be copied ({first_line(error)})")
         return None
     twin = twin.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     return twin.eval().requires_grad_(False)
@@ -219,8 +219,8 @@ def _check_forward(
         with torch.no_grad():
             output = model(torch.full((size, *shape), 0.5))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = (str(error).splitlines() or [""])[0][:150]
-        problems.add(f"the model does not run on images of shape {(size, *shape)} ({reason}); check image_shape")
+        said = first_line(error)
+        problems.add(f"the model does not run on images of shape {(size, *shape)} ({said}); check image_shape")
         return
     if not isinstance(output, Tensor):
         problems.add(f"the model returns {type(output).__name__}; it must return one tensor of logits [batch, classes]")

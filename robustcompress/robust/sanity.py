@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from robustcompress.errors import Problems
+from robustcompress.errors import Problems, first_line
 from robustcompress.robust.attacks import AttackSpec, input_gradient
 from robustcompress.robust.report import AttackResult
 from robustcompress.robust.statistics import paired_test
@@ -80,7 +80,7 @@ def check_model(model: nn.Module, x: Tensor, labels: Tensor, problems: Problems)
         try:
             logits = model(x)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            problems.add(f"the model does not take images of shape {tuple(x.shape)}: {_first_line(error)}")
+            problems.add(f"the model does not take images of shape {tuple(x.shape)}: {first_line(error)}")
             return None
         if not isinstance(logits, Tensor):
             problems.add(f"the model returns {type(logits).__name__}: wrap it so that it returns logits [N, K]")
@@ -206,7 +206,3 @@ def _check_range(pixels: Tensor, threat: ThreatModel, problems: Problems) -> Non
     elif low < threat.bounds[0] or high > threat.bounds[1]:
         hint = "divide by 255" if high > 2 and low >= 0 else "normalise inside the model, not before it"
         problems.add(f"images reach from {low:g} to {high:g}, outside {list(threat.bounds)}: {hint}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

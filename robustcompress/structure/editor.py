@@ -260,14 +260,14 @@ class StructuralEditor:
     def _carry_out(self, edit: Edit) -> Edit:
         tensors = plan_edit(self.model, self.layout, self._widths, edit)
         new_widths = {**self._widths, edit.group: len(edit.sources)}
-        replaced = apply_gathers(self.model, self.layout, self._widths, edit)
+        replaced = apply_gathers(self.model, self.layout, self._widths, edit, tensors)
         fill(self.model, self.layout, new_widths, edit, tensors, self._generator)
         for twin in self._followers:
             if isinstance(twin, torch.optim.Optimizer):
                 migrate_optimizer(twin, replaced)
             else:
                 inner = twin.module if isinstance(twin, AveragedModel) else twin
-                apply_gathers(inner, self.layout, self._widths, edit)
+                apply_gathers(inner, self.layout, self._widths, edit, tensors)
                 copy_fresh(inner, self.model, tensors)
         self._widths = new_widths
         self._edits.append(edit)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from robustcompress.errors import first_line
 from robustcompress.structure.copies import copied
 from robustcompress.structure.gates import Gates
 from robustcompress.structure.groups import NEW, Edit
@@ -20,9 +21,6 @@ from robustcompress.structure.initial import fill
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.surgery import apply_gathers, plan_edit
 from robustcompress.structure.watch import Watch
-
-REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError)
-"""What a forward raises that cannot do with a width."""
 
 
 def foreign_readers(model: nn.Module, layout: Layout, names: Iterable[str]) -> dict[str, list[str]]:
@@ -66,14 +64,19 @@ def misread(
     _add_newcomers(grown, layout, [name for name in kept if layout.groups[name].exact], watch)
     try:
         watch.compare(lambda: grown(image))
-    except REFUSALS as error:
-        return f"forward() assumes its width ({str(error)[:120]})"
+    except Exception as error:  # of a forward that cannot do with a width, in words of its own
+        return assumes(error)
     if not watch.worst[0] <= tolerance:
         return (
             "forward() changes when weights of new channels cancel each other, or copies share one; if it was taught, "
             "have what it reads with begin at 0 (LayerKind.fill)"
         )
     return ""
+
+
+def assumes(error: Exception) -> str:
+    """Words for a forward that raised at another width."""
+    return f"forward() assumes its width ({first_line(error, 120)})"
 
 
 def _under_gates(
@@ -96,6 +99,6 @@ def _add_newcomers(net: nn.Module, layout: Layout, names: Iterable[str], watch: 
         edit = Edit(name, (*range(widths[name]), 0, NEW, NEW, NEW), "pair", share=True)
         watch.edited(name, edit.sources, widths)
         tensors = plan_edit(net, layout, widths, edit)
-        apply_gathers(net, layout, widths, edit)
+        apply_gathers(net, layout, widths, edit, tensors)
         widths[name] = len(edit.sources)
         fill(net, layout, widths, edit, tensors, generator)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from robustcompress.errors import Problems, UnsupportedModelError
+from robustcompress.errors import Problems, UnsupportedModelError, first_line
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.teaching import misfits
 
@@ -105,8 +105,7 @@ def _called_in_training(twin: nn.Module, example: torch.Tensor) -> Counter[str]:
         if kind_of(module) is not None
     ]
     try:
-        with torch.random.fork_rng(devices=[]):
-            twin(example)
+        twin(example)
     finally:
         for handle in handles:
             handle.remove()
@@ -115,5 +114,4 @@ def _called_in_training(twin: nn.Module, example: torch.Tensor) -> Counter[str]:
 
 def on(example: torch.Tensor, error: Exception) -> str:
     """Words for a forward pass that raised."""
-    said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return f"on an input of shape {tuple(example.shape)}: {said}"
+    return f"on an input of shape {tuple(example.shape)}: {first_line(error, 200)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +17,10 @@ from robustcompress.structure.groups import NEW, Axis, ChannelGroup, Edit
 from robustcompress.structure.kinds import slots_of
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.norms import mask_norm, masked, norms_over
-from robustcompress.structure.readers import foreign_readers, misread
+from robustcompress.structure.readers import assumes, foreign_readers, misread
 from robustcompress.structure.surgery import apply_gathers, plan_edit
 from robustcompress.structure.twins import random_twin
-from robustcompress.structure.watch import Watch
+from robustcompress.structure.watch import Watch, difference
 
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-7}
 """Relative difference allowed in what a layer writes; a wrong channel makes one of 1e-3 or more. Where float32 doubts,
@@ -163,7 +162,7 @@ class _Proof:
         try:
             found = watch.compare(lambda: net(self._noise(next(net.parameters()), dtype)))
         except Exception as error:  # the model's own code may raise anything where a width is not what it was
-            return _assumes(error)
+            return assumes(error)
         if found.shape != wanted.shape:
             return f"resizing it changes the output's shape from {tuple(wanted.shape)} to {tuple(found.shape)}"
         worst, where = max(watch.worst, (difference(found, wanted), "the output"))
@@ -209,7 +208,7 @@ class _Proof:
                 with contextlib.suppress(Exception):
                     for training in (False, True):
                         whole.train(training)(x)
-                    return _assumes(error)
+                    return assumes(error)
                 continue
             return ""
         return ""
@@ -233,16 +232,6 @@ def _change(group: ChannelGroup, number: int) -> tuple[int, ...]:
 
 def _kept(sources: Sequence[int]) -> list[int]:
     return sorted(source for source in sources if source != NEW)
-
-
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference, relative to the largest entry; infinite where something is no number."""
-    value = float((found - wanted).abs().max()) / (float(wanted.abs().max()) + 1e-12)
-    return value if value == value else math.inf
-
-
-def _assumes(error: Exception) -> str:
-    return f"forward() assumes its width ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
 
 
 @torch.no_grad()

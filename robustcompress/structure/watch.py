@@ -20,6 +20,12 @@ PLACES = 8
 """Places along a dimension without channels at which outputs are compared."""
 
 
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, relative to the largest entry; infinite where something is no number."""
+    value = float((found - wanted).abs().max()) / (float(wanted.abs().max()) + 1e-12)
+    return value if value == value else math.inf
+
+
 class Watch:
     """Remembers the outputs of all layers that mix channels, and compares them with those of the edited network.
 
@@ -73,9 +79,7 @@ class Watch:
         if len(kept) < len(old) or wanted.shape[dim] != len(old):
             found = found.index_select(dim, kept.to(found.device))
             wanted = wanted.index_select(dim, old[kept].to(found.device))
-        difference = float((found - wanted).abs().max()) / (float(wanted.abs().max()) + 1e-12)
-        if not difference <= self.worst[0]:
-            self.worst = (difference if difference == difference else math.inf, name)
+        self.worst = max(self.worst, (difference(found, wanted), name))
 
     def _thinned(self, name: str, output: torch.Tensor) -> torch.Tensor:
         """All channels of an output, at about `PLACES` places along each other dimension."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from robustcompress.errors import InputError
+from robustcompress.errors import InputError, first_line
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -22,7 +22,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             raise InputError("device='meta' holds no values; try 'auto'")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device={str(device)!r} cannot be used ({str(error).splitlines()[0]}); try 'auto'") from error
+        raise InputError(f"device={str(device)!r} cannot be used ({first_line(error)}); try 'auto'") from error
     return resolved
 
 
