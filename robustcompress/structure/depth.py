@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustcompress.errors import nearest
+from robustcompress.errors import first_line, nearest
 from robustcompress.structure.branch import find_branch, silent
 from robustcompress.structure.groups import inside
+from robustcompress.structure.identity import Candidate, draw_anew, equal, identities
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.surgery import remove_module
-
-TOLERANCE = 1e-9
-"""Relative difference allowed in double precision; a sum with zero is exact, so this is for rounding elsewhere."""
-
-GAIN = 16.0
-"""How much larger all weights are on the second copy: bounds such as ReLU6's show there."""
-
-LARGEST = 80.0
-"""Decimal digits that all gains together may add: double precision ends at 308."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +49,30 @@ class BypassProof:
     """
 
     def __init__(self, model: nn.Module, image_shape: Sequence[int]) -> None:
-        self._quiet = _random_copy(model, 1.0)
-        layers = sum(1 for module in model.modules() if any(True for _ in module.parameters(recurse=False)))
-        # Turned round as well: what is positive on one copy by chance is negative on the other.
-        self._loud = _random_copy(model, -min(GAIN, 10 ** (LARGEST / max(1, layers))))
+        self._quiet = copy.deepcopy(model).double().eval()
+        for parameter in self._quiet.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(True)  # the record of what is frozen ends at it
+        draw_anew(self._quiet, 1.0, seed=1)
         device = next(self._quiet.parameters()).device
         self._generator = torch.Generator().manual_seed(0)
         self._images = torch.rand((2, *image_shape), generator=self._generator, dtype=torch.float64).to(device)
+        self._branches: dict[str, frozenset[str]] = {}
+        self._identities: frozenset[str] = frozenset()
         self._failure = ""
         try:
             self._calls, self._counts = self._observe()
         except Exception as error:  # such as a cast to single precision in forward()
-            said = (str(error).splitlines() or [repr(error)])[0][:120]
             self._calls, self._counts = {}, Counter()
-            self._failure = f"the network does not run in double precision, in which blocks are proven ({said})"
+            self._failure = (
+                f"the network does not run in double precision, in which blocks are proven ({first_line(error, 120)})"
+            )
 
     def innermost(self) -> tuple[str, ...]:
         """Every block that can leave and holds no other that can, in the model's order."""
         names = [name for name, _ in self._quiet.named_modules()]
+        if not self._failure:
+            self._judge(name for name in names if not self._unlike_a_block(name))
         found: list[str] = []
         for name in reversed(names):  # what lies in a module comes behind it
             if not any(inside(other, [name]) for other in found) and not self.complaint(name):
@@ -112,45 +110,46 @@ class BypassProof:
         return ""
 
     def _not_residual(self, name: str) -> str:
-        call = self._calls[name]
-        assert call.given is not None
-        block = self._quiet.get_submodule(name)
-        branch = find_branch(block, call.given)
+        if name not in self._branches:
+            self._judge([name])
+        block, branch = self._quiet.get_submodule(name), self._branches[name]
         if not branch:
             return (
                 "every way through it passes one of its layers: it has no identity shortcut, as which neither a "
                 "projection counts nor a norm behind the sum"
             )
-        # What the network gives a narrow block may be all zeros, which tell nothing.
-        positive = torch.rand(call.given, generator=self._generator, dtype=torch.float64).to(self._images.device)
-        with silent(block, branch), torch.no_grad():
-            returns = _equal(block(positive.clone()), positive)
-        silenced: dict[nn.Module, Tensor] = {}
-        for network in (self._quiet, self._loud):
-            inner = network.get_submodule(name)
-            with silent(inner, branch), _watched(inner) as seen:
-                silenced[network] = self._run(network)
-            returns = returns and _equal(*seen)
-        if not returns:
+        if name not in self._identities:
             return (
                 "with its residual branch silent it does not return what it was given: something else changes it, "
                 "such as an activation behind the sum where the input may be negative"
             )
+        with silent(block, branch):
+            silenced = self._run()
         with _removed(self._quiet, name) as gone:
             if len(gone) < len(list(block.parameters())):
                 return "the model holds some of its parameters elsewhere as well"
             try:
-                output = self._run(self._quiet)
+                output = self._run()
             except Exception as error:  # the model's own code may raise anything where a block is not what it was
-                return f"the model does not run without it ({(str(error).splitlines() or [repr(error)])[0][:120]})"
-        if not _equal(output, silenced[self._quiet]):
+                return f"the model does not run without it ({first_line(error, 120)})"
+        if not equal(output, silenced):
             return "without it the model does not compute what it computes with its residual branch silent"
         return ""
 
+    def _judge(self, names: Iterable[str]) -> None:
+        candidates = {}
+        for name in names:
+            given = self._calls[name].given
+            assert given is not None
+            self._branches[name] = find_branch(self._quiet.get_submodule(name), given)
+            if self._branches[name]:
+                candidates[name] = Candidate(self._branches[name], given)
+        self._identities |= identities(self._quiet, self._images, candidates)
+
     @torch.no_grad()
-    def _run(self, network: nn.Module) -> Tensor:
+    def _run(self) -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            output: Tensor = network(self._images)
+            output: Tensor = self._quiet(self._images)
         return output
 
     def _observe(self) -> tuple[dict[str, Call], Counter[str]]:
@@ -171,32 +170,11 @@ class BypassProof:
             for name, module in self._quiet.named_modules()
         ]
         try:
-            self._run(self._quiet)
+            self._run()
         finally:
             for handle in handles:
                 handle.remove()
         return calls, counts
-
-
-def _equal(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape:
-        return False
-    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
-
-
-@contextmanager
-def _watched(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Note what a module returns and what it was given, as it was before the module may have written to it."""
-    seen: list[Tensor] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())),
-        module.register_forward_hook(lambda _, __, returned: seen.insert(0, returned.clone())),
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -211,28 +189,3 @@ def _removed(model: nn.Module, name: str) -> Iterator[list[nn.Parameter]]:
     finally:
         for parent, child in places:
             parent._modules[child] = old
-
-
-@torch.no_grad()
-def _random_copy(model: nn.Module, gain: float) -> nn.Module:
-    """A double-precision copy in eval mode whose parameters and statistics are random, of either sign.
-
-    Weights of one sign would pass for something that the network always does: behind a scale that happens to be
-    positive nothing is negative, until it is trained.
-    """
-    twin = copy.deepcopy(model).double().eval()
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(tensor: Tensor, scale: float) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale)
-
-    for parameter in twin.parameters():
-        parameter.grad = None
-        parameter.requires_grad_(True)  # the record of what is frozen ends at it
-        draw(parameter, gain * ((2 / max(1, parameter[0].numel())) ** 0.5 if parameter.dim() > 1 else 1.0))
-    for module in twin.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            assert module.running_var is not None
-            draw(module.running_mean, 1.0)
-            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
-    return twin
