@@ -1,0 +1,1 @@
+"""Search for the compact robust network over width and depth (RC-NAS)."""
