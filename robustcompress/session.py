@@ -124,12 +124,12 @@ class Session:
         """Whether a resumed run is still catching up, on weights that mean nothing."""
         return self._journal is not None and self._journal.replaying
 
-    def fits(self, widths: Mapping[str, int]) -> bool:
-        """Whether the network with these widths keeps the budget."""
-        macs, params = self.cost_model.predict(widths)
+    def fits(self, widths: Mapping[str, int], *, without: Sequence[str] = ()) -> bool:
+        """Whether the network with these widths, and without these blocks, keeps the budget."""
+        macs, params = self.cost_model.predict(widths, without=without)
         if macs > self.limits[0] or params > self.limits[1]:
             return False
-        return self.latency is None or self.latency.predict(widths) <= self.latency.limit
+        return self.latency is None or self.latency.predict(widths, without=without) <= self.latency.limit
 
     def choose(self, name: str, pick: Callable[[], dict[str, int]]) -> dict[str, int]:
         """Choose widths that `fits` accepts; where latency is limited, until the network that they make is measured so.
@@ -249,6 +249,29 @@ class Session:
             optimizer = torch.optim.Adam([dict(group) for group in parameter_groups], lr=lr)
             self._loop(phase, share, optimizer, lr, schedule, None, None, ascent, objective, on_epoch)
 
+    def repeat(self, phase: str, times: int, act: Callable[[int], Mapping[str, float]]) -> None:
+        """Do something many times over that is no training step of this network, such as trying another one.
+
+        One phase: a killed run goes on behind the last time that was written down, with the state of what `keep` keeps
+        as it was then, and this network's weights in place.
+
+        Args:
+            phase: Its name in progress and history.
+            times: How often.
+            act: Given the number of the time, from 0 on; returns metrics to show.
+        """
+        done, state = 0, None
+        if self._journal is not None:
+            state = self._state(None, None)
+            done = self._journal.enter(phase, times, self.history, state)
+        if done == times:
+            return
+        with self.progress.phase(phase, times, done) as bar:
+            for number in range(done, times):
+                bar.advance(act(number))
+                if self._journal is not None and state is not None:
+                    self._journal.epoch_done(number + 1, self.history, state)
+
     def _lay_out(self) -> None:
         """Choose the memory format for the widths of the moment."""
         memory_format = safe_memory_format(self.model, self._device)
@@ -318,13 +341,13 @@ class Session:
         judged = len(self.goal.data.val) > 0 and self.goal.recipe.val_images > 0
         return Selection(epochs, lambda: self.averaged, (lambda: self.validate()) if judged else None)
 
-    def _state(self, optimizer: torch.optim.Optimizer, selection: Selection | None) -> State:
-        """Where all lies that moves in a phase which this optimizer trains."""
+    def _state(self, optimizer: torch.optim.Optimizer | None, selection: Selection | None) -> State:
+        """Where all lies that moves in a phase which this optimizer trains; None where nothing is trained."""
         modules: dict[str, nn.Module] = {"model": self.model}
         if self._ema is not None:
             modules["average"] = self._ema
         optimizers = {} if self._optimizer is None else {"optimizer": self._optimizer}
-        if optimizer is not self._optimizer:
+        if optimizer is not None and optimizer is not self._optimizer:
             optimizers["phase"] = optimizer
         return State(
             modules=modules,

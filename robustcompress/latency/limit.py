@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -90,9 +90,14 @@ class LatencyLimit:
         self._settled: Choice | None = None
         self._settled_without: tuple[str, ...] = ()
 
-    def predict(self, widths: Mapping[str, Any]) -> Any:
-        """Milliseconds, corrected by what was measured last; for numbers or, with gradients, scalar tensors."""
-        return self.factor * self._uncorrected(widths)
+    def predict(self, widths: Mapping[str, Any], *, without: Iterable[str] = ()) -> Any:
+        """Milliseconds, corrected by what was measured last; for numbers or, with gradients, scalar tensors.
+
+        Args:
+            widths: By group.
+            without: Blocks to leave out, beside those that have left.
+        """
+        return self.factor * self.model.predict(widths, without=(*self._without(), *without))
 
     def _uncorrected(self, widths: Mapping[str, Any]) -> Any:
         return self.model.predict(widths, without=self._without())

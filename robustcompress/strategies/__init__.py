@@ -15,6 +15,7 @@ from robustcompress.strategies.hydra import Hydra
 from robustcompress.strategies.magnitude import Magnitude
 from robustcompress.strategies.none import Reference
 from robustcompress.strategies.random_channels import RandomChannels
+from robustcompress.strategies.rcnas import RCNAS
 from robustcompress.strategies.s2ap import S2AP
 from robustcompress.strategies.scaling import Scaling
 from robustcompress.strategies.scores import ScoreBased
@@ -23,7 +24,21 @@ from robustcompress.strategies.uniform import Uniform
 
 STRATEGIES: dict[str, type[Strategy]] = {
     kind.name: kind
-    for kind in (Grape, Hydra, S2AP, Harp, AWT, Magnitude, Taylor, RandomChannels, Uniform, Scaling, Fixed, Reference)
+    for kind in (
+        Grape,
+        Hydra,
+        S2AP,
+        Harp,
+        AWT,
+        RCNAS,
+        Magnitude,
+        Taylor,
+        RandomChannels,
+        Uniform,
+        Scaling,
+        Fixed,
+        Reference,
+    )
 }
 
 
@@ -65,6 +80,7 @@ def make_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
 
 __all__ = [
     "AWT",
+    "RCNAS",
     "S2AP",
     "STRATEGIES",
     "Fixed",

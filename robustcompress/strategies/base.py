@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -100,18 +100,56 @@ def uniform_widths(session: Session, *, only: Collection[str] | None = None) -> 
     return session.choose("uniform widths", lambda: fill_budget(session, largest(session, widths_at), full))
 
 
-def largest(session: Session, widths_at: Callable[[float], Widths], high: float = 1.0) -> Widths:
+def shaped_widths(
+    session: Session, factors: Mapping[str, float], *, cap: float = 1.0, without: Sequence[str] = ()
+) -> Widths:
+    """A shape brought to the budget: every group scaled by one ratio times its own factor, the largest that keeps it.
+
+    What rounding leaves goes first to whoever it put furthest behind the shape. Where the widest groups come to their
+    cap, what is left of the budget widens the others past their factors.
+
+    Args:
+        session: Knows the network and the budget.
+        factors: By group, what counts is how they relate; groups that are not named stay as wide as they are.
+        cap: No group becomes wider than this multiple of its width.
+        without: Blocks to reckon without; groups within them are best not named.
+    """
+    editor, round_to = session.editor, session.goal.round_to
+    floor, steps = floor_widths(editor, round_to), steps_of(editor, round_to)
+    full = {group.name: group.width for group in editor.editable if group.name in factors}
+    most = max(factors.values(), default=1.0)
+    factors = {name: factor / most for name, factor in factors.items()}
+    caps = {name: max(floor[name], int(cap * width)) for name, width in full.items()}
+
+    def widths_at(ratio: float) -> Widths:
+        return {n: rounded(ratio * factors[n] * width, steps[n], floor[n], caps[n]) for n, width in full.items()}
+
+    widths = largest(session, widths_at, high=cap, without=without)
+    ruled = {name: max(widths[name], int(factors[name] * caps[name])) for name in full}
+    return fill_budget(session, fill_budget(session, widths, ruled, without=without), caps, without=without)
+
+
+def largest(
+    session: Session, widths_at: Callable[[float], Widths], high: float = 1.0, *, without: Sequence[str] = ()
+) -> Widths:
     """Bisect for the largest ratio in [0, high] whose widths keep the budget."""
     low = 0.0
-    if session.fits(widths_at(high)):
+    if session.fits(widths_at(high), without=without):
         return widths_at(high)
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if session.fits(widths_at(middle)) else (low, middle)
+        low, high = (middle, high) if session.fits(widths_at(middle), without=without) else (low, middle)
     return widths_at(low)
 
 
-def fill_budget(session: Session, widths: Widths, caps: Mapping[str, int], order: list[str] | None = None) -> Widths:
+def fill_budget(
+    session: Session,
+    widths: Widths,
+    caps: Mapping[str, int],
+    order: list[str] | None = None,
+    *,
+    without: Sequence[str] = (),
+) -> Widths:
     """Spend what rounding left of the budget: widen one group at a time, the most wanted first, while it fits.
 
     Args:
@@ -119,6 +157,7 @@ def fill_budget(session: Session, widths: Widths, caps: Mapping[str, int], order
         widths: Where to start; must fit.
         caps: The widest each group may become.
         order: Groups from most to least wanted; by default those that lost the largest share come first.
+        without: Blocks to reckon without.
     """
     widths, steps = dict(widths), steps_of(session.editor, session.goal.round_to)
     full = session.editor.widths
@@ -132,7 +171,7 @@ def fill_budget(session: Session, widths: Widths, caps: Mapping[str, int], order
         if widths[name] < caps[name] < width and caps[name] == full[name]:
             width = caps[name]  # the whole group, whose width may be no multiple
         wider = {**widths, name: width}
-        if width <= caps[name] and session.fits(wider):
+        if width <= caps[name] and session.fits(wider, without=without):
             widths = wider
         else:
             open_groups.discard(name)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import nn
-
 from robustcompress.errors import Problems
-from robustcompress.robust.attacks import eval_mode
+from robustcompress.search.stages import find_stages
 from robustcompress.session import Session
 from robustcompress.strategies.base import (
     Direction,
     Strategy,
     Widths,
     check_numbers,
-    fill_budget,
-    floor_widths,
-    largest,
-    rounded,
-    steps_of,
+    shaped_widths,
     uniform_widths,
 )
 from robustcompress.strategies.scratch import plant
@@ -74,60 +66,5 @@ class Scaling(Strategy):
             return uniform_widths(session)
         session.say(f"scaling: stages at {', '.join(stages)}; the last has {self.last:g} times the others' multiplier")
         last = set(list(stages.values())[-1])
-        full = {group.name: group.width for group in session.editor.editable}
-        factors = {name: self.last if name in last else 1.0 for name in full}
-        editor, round_to = session.editor, session.goal.round_to
-        floor, steps = floor_widths(editor, round_to), steps_of(editor, round_to)
-        caps = {name: max(floor[name], int(self.cap * width)) for name, width in full.items()}
-
-        def widths_at(ratio: float) -> Widths:
-            return {n: rounded(ratio * factors[n] * width, steps[n], floor[n], caps[n]) for n, width in full.items()}
-
-        def pick() -> Widths:
-            widths = largest(session, widths_at, high=self.cap)
-            # First whoever rounding put furthest behind the rule; what is left then widens the last stage past it.
-            ruled = {name: max(widths[name], int(factors[name] * caps[name])) for name in full}
-            return fill_budget(session, fill_budget(session, widths, ruled), caps)
-
-        return session.choose("widths by the rule", pick)
-
-
-def find_stages(session: Session) -> dict[str, list[str]]:
-    """Editable groups by the resolution at which convolutions write them, the largest first.
-
-    Groups that no convolution writes at a place of its own have no stage: hidden linear layers, and 1x1 convolutions on
-    one position (squeeze and excitation).
-
-    Returns:
-        Group names by resolution, such as "16x16".
-    """
-    model, parameter = session.model, next(session.model.parameters())
-    seen: dict[str, tuple[int, ...]] = {}
-    handles = []
-    writers = {g.name: [axis.module for axis in g.writers] for g in session.editor.editable}
-
-    def watch(name: str, module: nn.modules.conv._ConvNd) -> None:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if math.prod(module.kernel_size) > 1 or math.prod(args[0].shape[2:]) > 1:
-                seen[name] = tuple(output.shape[2:])
-
-        handles.append(module.register_forward_hook(hook))
-
-    for name in {writer for names in writers.values() for writer in names}:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.modules.conv._ConvNd):
-            watch(name, module)
-    example = torch.zeros(2, *session.goal.data.image_shape, device=parameter.device, dtype=parameter.dtype)
-    try:
-        with eval_mode(model), torch.no_grad():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    places = {
-        group: max((seen[n] for n in names if n in seen), key=math.prod, default=()) for group, names in writers.items()
-    }
-    stages: dict[str, list[str]] = {}
-    for place in sorted(set(places.values()) - {()}, key=math.prod, reverse=True):
-        stages["x".join(map(str, place))] = [group for group, found in places.items() if found == place]
-    return stages
+        factors = {group.name: self.last if group.name in last else 1.0 for group in session.editor.editable}
+        return session.choose("widths by the rule", lambda: shaped_widths(session, factors, cap=self.cap))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -193,7 +194,9 @@ class StructuralEditor:
                 Nothing has changed then.
         """
         with torch.inference_mode(False):
-            if complaint := BypassProof(self.model, self._image_shape).complaint(module):
+            # What was proven stays so: with a block gone that is as if its branch were silent, for which it was proven.
+            proven = self._bypassable is not None and module in self.bypassable
+            if not proven and (complaint := BypassProof(self.model, self._image_shape).complaint(module)):
                 raise InputError(f"the bypass was refused: {complaint}")
             return self._carry_out_bypass(Bypass(module))
 
@@ -232,6 +235,18 @@ class StructuralEditor:
     def unfollow(self, *twins: Twin) -> None:
         """Stop following; twins that are not followed are ignored."""
         self._followers = [known for known in self._followers if not any(known is t for t in twins)]
+
+    def fork(self) -> StructuralEditor:
+        """A copy of the network as it is now, and its editor: nothing is traced or proven again, and nothing follows.
+
+        Edits of either leave the other as it is. The copy's edits go on from these.
+        """
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model)
+        twin._widths, twin._edits, twin._followers = dict(self._widths), list(self._edits), []
+        twin._generator = torch.Generator().manual_seed(0)
+        twin._generator.set_state(self._generator.get_state())
+        return twin
 
     @classmethod
     def replay(cls, model: nn.Module, example: torch.Tensor, edits: Iterable[AnyEdit]) -> StructuralEditor:

@@ -1,0 +1,224 @@
+"""The ladder of a search: many candidates looked at cheaply, the best few once more and longer, one winner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from robustcompress.search.domain import Config
+from robustcompress.search.evaluate import Evaluator, Job, Outcome
+from robustcompress.search.searcher import Searcher
+from robustcompress.search.space import Architecture, Space
+from robustcompress.session import Session
+
+TRIES = 50
+"""How often a searcher may propose what is known before configurations are drawn at random in its place."""
+
+Reward = Callable[[Outcome, float], float]
+"""What an outcome is worth, given how far the search has come, in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One candidate that was evaluated.
+
+    Attributes:
+        config: The configuration that it was first proposed as.
+        outcome: What came of it.
+        reward: What that is worth.
+    """
+
+    config: Config
+    outcome: Outcome
+    reward: float
+
+
+class Ledger:
+    """What was evaluated so far, by network, and the state of who proposes: what a checkpoint holds of a search.
+
+    Args:
+        searcher: Who proposes.
+    """
+
+    def __init__(self, searcher: Searcher) -> None:
+        self.searcher = searcher
+        self.entries: dict[str, Entry] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain JSON by name."""
+        rows = {key: [list(e.config), e.outcome.to_json(), e.reward] for key, e in self.entries.items()}
+        return {"entries": rows, **{f"searcher/{key}": value for key, value in self.searcher.state_dict().items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Go on from a state."""
+        self.entries = {
+            key: Entry(tuple(config), Outcome(**outcome), reward)
+            for key, (config, outcome, reward) in state["entries"].items()
+        }
+        inner = {k.removeprefix("searcher/"): v for k, v in state.items() if k.startswith("searcher/")}
+        self.searcher.load_state_dict(inner)
+
+    def best(self, count: int) -> list[Entry]:
+        """The entries of the highest reward, the first found before later ones."""
+        return sorted(self.entries.values(), key=lambda entry: -entry.reward)[:count]
+
+
+class Hunt:
+    """One search.
+
+    Args:
+        session: The network under compression, trained: the teacher.
+        space: What there is to find.
+        searcher: Who proposes.
+        evaluator: Makes the evaluator; called where the teacher's weights are in place.
+        reward: What an outcome is worth.
+        evaluations: How many networks are looked at; a network that was looked at is not looked at again.
+        batch: How many are proposed before any is known.
+        steps: Of recovery, on the first look and on that at finalists.
+        first: Configurations to look at before any other.
+        literal: Take multipliers as they are, whatever the network costs.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        space: Space,
+        searcher: Searcher,
+        evaluator: Callable[[], Evaluator],
+        reward: Reward,
+        *,
+        evaluations: int,
+        batch: int,
+        steps: tuple[int, int],
+        first: Sequence[Config] = (),
+        literal: bool = False,
+    ) -> None:
+        self._session, self._space, self._reward = session, space, reward
+        self._evaluations, self._batch, self._steps = evaluations, batch, steps
+        self._first, self._make, self._literal = list(first), evaluator, literal
+        self._ledger = Ledger(searcher)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        return self._make()
+
+    def look(self) -> None:
+        """The first rung: `evaluations` networks, each for a few steps."""
+        session = self._session
+        session.keep("search", self._ledger)
+        session.repeat("search", -(-self._evaluations // self._batch), self._round)
+        session.forget("search")
+
+    def settle(self, count: int) -> Config:
+        """The second: the best few once more, with longer recovery, fresh noise and PGD-20; the best of them wins.
+
+        Whoever came first by luck does not stay there: of the best of many noisy looks the noise is the best part.
+
+        Args:
+            count: How many.
+        """
+        found: dict[str, Any] = {"rows": []}
+        finalists = self._session.decide(
+            "finalists", lambda: [list(entry.config) for entry in self._ledger.best(max(1, count))]
+        )
+        kept = _Kept(found)
+        self._session.keep("finalists", kept)
+
+        def again(number: int) -> dict[str, float]:
+            config = tuple(finalists[number])
+            job = Job(self._space.project(config), self._steps[1], 20, self._seed(1_000_000 + number))
+            (outcome,) = self._evaluator.run([job])
+            reward = self._reward(outcome, 1.0)
+            found["rows"].append([number, reward])
+            self._record("finalist", config, job.architecture, outcome, reward)
+            return {"robust": outcome.robust, "clean": outcome.clean}
+
+        self._session.repeat("finalists", len(finalists), again)
+        self._session.forget("finalists")
+        winner = self._session.decide("winner", lambda: max(found["rows"], key=lambda row: row[1])[0])
+        return tuple(finalists[winner])
+
+    def _round(self, number: int) -> dict[str, float]:
+        ledger = self._ledger
+        left = self._evaluations - len(ledger.entries)
+        asked = self._propose(min(self._batch, left))
+        jobs = {
+            key: Job(architecture, self._steps[0], 10, self._seed(len(ledger.entries) + index))
+            for index, (key, (_, architecture)) in enumerate(asked.items())
+        }
+        outcomes = dict(zip(jobs, self._evaluator.run(list(jobs.values())), strict=True))
+        for key, outcome in outcomes.items():
+            configs, architecture = asked[key]
+            reward = self._reward(outcome, len(ledger.entries) / self._evaluations)
+            ledger.entries[key] = Entry(configs[0], outcome, reward)
+            for config in configs:
+                ledger.searcher.tell(config, reward)
+            self._record("candidate", configs[0], architecture, outcome, reward)
+        best = ledger.best(1)
+        return {"robust": best[0].outcome.robust, "clean": best[0].outcome.clean} if best else {}
+
+    def _propose(self, size: int) -> dict[str, tuple[list[Config], Architecture]]:
+        """By network, those not looked at yet, with all configurations that came out as it."""
+        ledger, asked = self._ledger, dict[str, tuple[list[Config], Architecture]]()
+
+        def take(config: Config) -> bool:
+            architecture = self._network(config)
+            if architecture.key in ledger.entries:
+                return False
+            asked.setdefault(architecture.key, ([], architecture))[0].append(config)
+            return True
+
+        if not ledger.entries:
+            for config in self._first[:size]:
+                take(config)
+        tries = 0
+        while len(asked) < size and tries < TRIES * size:
+            config = ledger.searcher.ask()
+            tries += 1
+            if not take(config):
+                ledger.searcher.tell(config, ledger.entries[self._network(config).key].reward)
+        tries, generator = 0, torch.Generator().manual_seed(self._seed(len(ledger.entries)))
+        while len(asked) < size and tries < TRIES * size:  # it has stalled
+            sizes = (len(coordinate.options) for coordinate in self._space.coordinates)
+            take(tuple(int(torch.randint(n, (), generator=generator)) for n in sizes))
+            tries += 1
+        return asked
+
+    def _network(self, config: Config) -> Architecture:
+        return self._space.literal(config) if self._literal else self._space.project(config)
+
+    def _seed(self, number: int) -> int:
+        return self._session.goal.seed * 10_000_019 + number
+
+    def _record(self, event: str, config: Config, architecture: Architecture, outcome: Outcome, reward: float) -> None:
+        self._session.record(
+            {
+                "phase": "search" if event == "candidate" else "finalists",
+                "event": event,
+                "config": list(config),
+                **architecture.to_json(),
+                "macs": round(outcome.macs),
+                "params": round(outcome.params),
+                "steps_of_recovery": outcome.steps,
+                "val_clean": outcome.clean,
+                "val_robust": outcome.robust,
+                "reward": reward,
+            }
+        )
+
+
+class _Kept:
+    """A plain mapping as something that a checkpoint holds."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._values)
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        self._values.update(state)

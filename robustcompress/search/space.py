@@ -1,0 +1,130 @@
+"""The compact networks within a reference: what a configuration stands for, brought to the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from robustcompress.search.domain import Config, Coordinate, Domain, Task, Token
+from robustcompress.search.stages import Stage, alive
+from robustcompress.session import Session
+from robustcompress.strategies.base import floor_widths, rounded, shaped_widths, steps_of
+
+LEVELS = 9
+"""Of a width multiplier, and of a depth at most: as many bins as keep ratios commonly have."""
+
+LEAST = 0.2
+"""The smallest width multiplier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A network within the reference.
+
+    Attributes:
+        bypassed: Blocks that leave.
+        widths: By group; of groups within those blocks nothing is said.
+    """
+
+    bypassed: tuple[str, ...]
+    widths: Mapping[str, int]
+
+    @property
+    def key(self) -> str:
+        """The same for the same network."""
+        return f"{sorted(self.bypassed)} {sorted(self.widths.items())}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {"bypassed": list(self.bypassed), "widths": dict(self.widths)}
+
+
+class Space:
+    """What a search may make of a reference: for each stage a depth and a width.
+
+    A configuration is a *shape*: how many of a stage's blocks stay, and how the stages' widths relate. `project` scales
+    all widths by one ratio so that the network just keeps the budget, whatever the depths; so every configuration
+    stands for a network that may be built, and all are compared at one cost.
+
+    Args:
+        session: The network under compression, with the shape of the reference.
+        stages: Its stages.
+        cap: No group becomes wider than this multiple of its width.
+    """
+
+    def __init__(self, session: Session, stages: Sequence[Stage], *, cap: float = 1.0) -> None:
+        self.stages = tuple(stages)
+        self._session = session
+        self._cap = cap
+        self._full = session.editor.widths
+        coordinates = []
+        wide = [number for number, stage in enumerate(self.stages) if stage.groups]
+        for number, stage in enumerate(self.stages):
+            if count := len(stage.blocks):
+                kept = sorted({round(level * count / (LEVELS - 1)) for level in range(LEVELS)})
+                coordinates.append(Coordinate(number, "depth", tuple(k / count for k in kept)))
+            if stage.groups and len(wide) > 1:  # of one width alone the budget decides
+                levels = (LEAST + (1 - LEAST) * level / (LEVELS - 1) for level in range(LEVELS))
+                coordinates.append(Coordinate(number, "width", tuple(round(level, 3) for level in levels)))
+        self.coordinates = tuple(coordinates)
+
+    def domain(self, task: Task) -> Domain:
+        """What a searcher is told of this space.
+
+        Args:
+            task: What the search is for.
+        """
+        widths = [max((self._full[name] for name in stage.groups), default=0) for stage in self.stages]
+        tokens = (
+            Token(stage.stride, float(stage.depth), float(width))
+            for stage, width in zip(self.stages, widths, strict=True)
+        )
+        return Domain(self.coordinates, tuple(tokens), task)
+
+    @property
+    def whole(self) -> Config:
+        """The configuration of all blocks and equal multipliers: uniform scaling."""
+        return tuple(len(coordinate.options) - 1 for coordinate in self.coordinates)
+
+    @property
+    def ruled(self) -> Config | None:
+        """The published rule (see `strategies.scaling`): the last stage at 0.4 of the others; None without stages."""
+        last = max((c.stage for c in self.coordinates if c.kind == "width"), default=-1)
+        if all(stage.stride <= 1 for stage in self.stages):
+            return None
+        config = list(self.whole)
+        for number, coordinate in enumerate(self.coordinates):
+            if coordinate.kind == "width" and coordinate.stage == last:
+                config[number] = coordinate.options.index(min(coordinate.options, key=lambda share: abs(share - 0.4)))
+        return tuple(config)
+
+    def project(self, config: Config) -> Architecture:
+        """The network of a configuration's shape that just keeps the budget.
+
+        Args:
+            config: One option for each coordinate.
+        """
+        gone, factors = self._shape(config)
+        widths = shaped_widths(self._session, factors, cap=self._cap, without=gone)
+        return Architecture(gone, widths)
+
+    def literal(self, config: Config) -> Architecture:
+        """The network whose multipliers are a configuration's own, whatever it costs."""
+        gone, factors = self._shape(config)
+        editor, round_to = self._session.editor, self._session.goal.round_to
+        floor, steps = floor_widths(editor, round_to), steps_of(editor, round_to)
+        full = {name: self._full[name] for name in factors}
+        return Architecture(gone, {n: rounded(factors[n] * w, steps[n], floor[n], w) for n, w in full.items()})
+
+    def _shape(self, config: Config) -> tuple[tuple[str, ...], dict[str, float]]:
+        gone: list[str] = []
+        factors: dict[str, float] = dict.fromkeys((g.name for g in self._session.editor.editable), 1.0)
+        for coordinate, option in zip(self.coordinates, config, strict=True):
+            stage, share = self.stages[coordinate.stage], coordinate.options[option]
+            if coordinate.kind == "depth":
+                gone += stage.blocks[: len(stage.blocks) - round(share * len(stage.blocks))]
+            else:
+                factors |= dict.fromkeys(stage.groups, share)
+        left = alive(self._session, factors, gone)
+        return tuple(gone), {name: factors[name] for name in left}

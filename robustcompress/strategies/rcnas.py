@@ -1,0 +1,214 @@
+"""RC-NAS: a reinforced search for the compact network within a robust teacher, over depth and width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from robustcompress.data import Batches
+from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.robust.probe import accuracies
+from robustcompress.search.domain import Config, Task
+from robustcompress.search.evaluate import Evaluator, Outcome, Recovery, local_lipschitz
+from robustcompress.search.hunt import Hunt
+from robustcompress.search.searchers import SEARCHERS, make_searcher
+from robustcompress.search.space import Space
+from robustcompress.search.stages import discover, first_to_leave
+from robustcompress.session import Session
+from robustcompress.strategies.base import Direction, Strategy, Widths, check_numbers, group_norms, prune_by
+
+Feasibility = Literal["project", "penalty"]
+
+PROBE = 64
+"""Images by which blocks are ranked and the Lipschitz constant is estimated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RCNAS(Strategy):
+    """Search over depth and width within a robust teacher (after RC-NAS, Wang et al., KDD 2024, arXiv 2406.06792).
+
+    The paper's released code holds no search, so this is an implementation of what is known. From the paper and its
+    figures: the task (attack, data, teacher, budget), one token a stage, a bidirectional LSTM over the stages, a policy
+    of several heads with one action a stage, vanilla policy gradient, two levels of training. Reconstructed: the rest;
+    among it that budgets are met by projection, the ladder of evaluation, and the reward,
+    `(robust / teacher's robust)^alpha * (clean / teacher's clean)^(1 - alpha)`.
+
+    The reference is trained robustly, unless it is robust already: the teacher. Candidates inherit its weights,
+    re-estimate batch-norm statistics, recover for a few steps of FGSM-RS towards the outputs of the teacher, and are
+    attacked by PGD-10 on the validation split, which no test image is in. The best few recover longer and are looked at
+    afresh, and the best of those is cut out of the teacher and fine-tuned. Recovery is paid for out of the epochs.
+
+    A configuration is a shape: how many blocks of each stage stay (those that change their input least leave first),
+    and how the stages' widths relate. It is scaled to the budget, so that all candidates cost the same. Two are always
+    among them: uniform widths, and the published scaling rule (see `Scaling`).
+
+    Attributes:
+        searcher: Who proposes: "reinforce", "evolution", "random", or "optuna" (extra `[search]`).
+        evaluations: Networks that are looked at.
+        finalists: How many of them are looked at again.
+        teacher: Share of the epochs that trains the reference; skipped for a pretrained model.
+        search: Share of the epochs that candidates recover for, half of it the finalists; the rest fine-tunes.
+        batch: Candidates proposed at a time.
+        workers: Candidates evaluated at a time, in threads.
+        depth: Whether blocks may leave.
+        recovery: "distill" towards the teacher, or "fgsm-rs" on the labels.
+        recovery_lr: Factor on the recipe's learning rate while recovering.
+        feasibility: "project" scales every candidate to the budget; "penalty" takes multipliers as they are and
+            punishes what is over the budget, more and more (as N2N learning does, Ashok et al. 2018); what wins is
+            projected.
+        alpha: What robust accuracy counts in the reward, against clean accuracy.
+        cap: No group becomes wider than this multiple of the reference's width.
+        policy: File of a policy to begin with (see `robustcompress.search`); for "reinforce" alone.
+        finetune_lr: Factor on the recipe's learning rate while fine-tuning.
+    """
+
+    name: ClassVar[str] = "rcnas"
+    direction: ClassVar[Direction] = "search"
+    searcher: str = "reinforce"
+    evaluations: int = 50
+    finalists: int = 3
+    teacher: float = 0.4
+    search: float = 0.2
+    batch: int = 5
+    workers: int = 1
+    depth: bool = True
+    recovery: Recovery = "distill"
+    recovery_lr: float = 0.5
+    feasibility: Feasibility = "project"
+    alpha: float = 0.7
+    cap: float = 1.0
+    policy: str | None = None
+    finetune_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        problems = Problems("rcnas cannot run")
+        for name, choices in (
+            ("searcher", tuple(SEARCHERS)),
+            ("recovery", get_args(Recovery)),
+            ("feasibility", get_args(Feasibility)),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                problems.add(f"{name}={value!r} does not exist{nearest(str(value), choices)}")
+        check_numbers(
+            problems,
+            self,
+            {
+                "evaluations": (1, 100_000),
+                "finalists": (1, 1000),
+                "teacher": (0.0, 0.98),
+                "search": (0.0, 0.98),
+                "batch": (1, 1000),
+                "workers": (1, 1000),
+                "recovery_lr": (1e-9, 10.0),
+                "alpha": (0.0, 1.0),
+                "cap": (1.0, 8.0),
+                "finetune_lr": (1e-9, 10.0),
+            },
+        )
+        if not isinstance(self.depth, bool):
+            problems.add(f"depth={self.depth!r}: must be true or false")
+        shares = (self.teacher, self.search)
+        if all(isinstance(share, int | float) for share in shares) and sum(shares) >= 1:
+            problems.add(f"teacher={self.teacher} and search={self.search} leave no epochs to fine-tune: lower them")
+        if self.policy is not None and self.searcher != "reinforce":
+            problems.add(f"policy={self.policy!r}: only searcher='reinforce' begins with one")
+        problems.raise_if_any()
+
+    def largest(self, widths: Widths) -> Widths:
+        """Every group at its cap."""
+        return {name: int(self.cap * width) for name, width in widths.items()}
+
+    def run(self, session: Session) -> None:
+        """Train the teacher, search, cut the winner out of it, fine-tune.
+
+        Raises:
+            InputError: There are no validation images to search by.
+        """
+        if not len(session.goal.data.val) or not session.goal.recipe.val_images:
+            raise InputError("rcnas compares candidates on the validation split, which is empty: give more images")
+        trained = 0.0 if session.goal.pretrained else self.teacher
+        if trained:
+            session.train("teacher", share=trained)
+            session.settle()
+        task, images = self._task(session)
+        space = Space(session, discover(session, first_to_leave(session, images) if self.depth else []), cap=self.cap)
+        winner = self._search(session, space, task) if space.coordinates else ()
+        self._take(session, space, winner)
+        session.train("finetune", share=1 - trained - self.search, lr_scale=self.finetune_lr, select=True)
+
+    def _task(self, session: Session) -> tuple[Task, torch.Tensor]:
+        """What is known before the search, and the images that it is known from."""
+        goal = session.goal
+        device = next(session.model.parameters()).device
+        held_out = goal.data.val.first(goal.recipe.val_images)
+        probe = held_out.first(PROBE).to(device)
+        images = probe.as_float()
+
+        def measure() -> list[float]:
+            generator = torch.Generator(device).manual_seed(goal.seed)
+            batches = Batches(held_out, goal.recipe.batch_size, device=device)
+            seen = accuracies(session.model, batches, goal.threat, generator=generator)
+            return [*seen, local_lipschitz(session.model, images, probe.labels, goal.threat, generator)]
+
+        clean, robust, lipschitz = session.decide("the teacher", measure)
+        classes = goal.data.num_classes
+        session.say(f"rcnas: the teacher has {100 * clean:.1f} % clean and {100 * robust:.1f} % PGD-10 accuracy")
+        if robust <= 1 / classes:
+            session.say(
+                "warning: the teacher is no more robust than guessing, so candidates can hardly be told apart; give "
+                "one that was trained adversarially (pretrained=True), or more epochs"
+            )
+        macs, params = session.cost_model.predict(session.editor.widths)
+        budget = min(1.0, session.limits[0] / macs, session.limits[1] / params)
+        return Task(budget, macs, classes, "pgd", goal.threat.eps, clean, robust, lipschitz), images
+
+    def _search(self, session: Session, space: Space, task: Task) -> Config:
+        options = {"policy": self.policy} if self.policy is not None else {}
+        steps = session.steps(self.search) if self.search else 0
+        count = min(self.finalists, self.evaluations)
+        hunt = Hunt(
+            session,
+            space,
+            make_searcher(self.searcher, space.domain(task), session.goal.seed, **options),
+            lambda: Evaluator(
+                session,
+                recovery=self.recovery,
+                lr=self.recovery_lr * session.goal.recipe.lr,
+                workers=self.workers,
+            ),
+            lambda outcome, progress: self._reward(session, outcome, task, progress),
+            evaluations=self.evaluations,
+            batch=self.batch,
+            steps=(round(steps / 2 / self.evaluations), round(steps / 2 / count)),
+            first=[config for config in (space.whole, space.ruled) if config is not None],
+            literal=self.feasibility == "penalty",
+        )
+        hunt.look()
+        return hunt.settle(count)
+
+    def _reward(self, session: Session, outcome: Outcome, task: Task, progress: float) -> float:
+        floor = 0.01  # a teacher that is not robust at all
+        robust, clean = outcome.robust / max(floor, task.robust), outcome.clean / max(floor, task.clean)
+        worth = float(robust**self.alpha * clean ** (1 - self.alpha))
+        if self.feasibility == "project":
+            return worth
+        compression = 1 - outcome.macs / task.macs
+        worth *= compression * (2 - compression)
+        if outcome.macs <= session.limits[0] and outcome.params <= session.limits[1]:
+            return worth
+        lenience = (1 - progress) ** 4
+        return lenience - 1 + lenience * worth
+
+    def _take(self, session: Session, space: Space, winner: Config) -> None:
+        """Cut the winner out of the teacher."""
+        norms = group_norms(session.editor)
+        gone = space.project(winner).bypassed
+        for block in gone:
+            session.editor.bypass(block)
+        widths = session.choose("widths of the winner", lambda: dict(space.project(winner).widths))
+        session.record({"phase": "search", "event": "winner", "config": list(winner), "bypassed": list(gone)})
+        prune_by(session, lambda: (widths, norms))
+        session.recalibrate()
