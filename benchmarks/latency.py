@@ -39,7 +39,7 @@ from benchmarks.common import (
 from robustcompress import StructuralEditor, build_model, export_onnx, measure
 from robustcompress.budget import CostModel
 from robustcompress.export import load_session
-from robustcompress.strategies.base import floor_widths, rounded
+from robustcompress.shapes import floor_widths, rounded
 
 MODULE = "latency"
 DENSE, SPARSE = "dense", "90 % zeros"

@@ -14,8 +14,8 @@ from robustcompress.errors import BudgetError, Problems
 from robustcompress.export.timing import Stopwatch
 from robustcompress.latency import LatencyLimit, LatencyModel, fit, layers_of, sample_widths
 from robustcompress.session import Session
+from robustcompress.shapes import Widths, steps_of
 from robustcompress.strategies import Strategy
-from robustcompress.strategies.base import Widths, steps_of
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import Progress
 

@@ -21,6 +21,8 @@ LAYERS = [
     {"train"},
     {"checkpoint", "goal"},
     {"session", "terminal", "machine"},
+    {"shapes"},
+    {"search"},
     {"diagnostics"},
     {"strategies", "result"},
     {"export", "plots", "stability", "widths"},

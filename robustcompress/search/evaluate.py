@@ -19,8 +19,8 @@ from robustcompress.robust.threat import ThreatModel
 from robustcompress.search.recovery import Distilled
 from robustcompress.search.space import Architecture
 from robustcompress.session import Session
-from robustcompress.strategies.base import group_norms
 from robustcompress.structure.gates import top_channels
+from robustcompress.structure.magnitudes import group_norms
 from robustcompress.train import (
     TrainingError,
     augmentation,

@@ -9,7 +9,7 @@ from typing import Any
 from robustcompress.search.domain import Config, Coordinate, Domain, Task, Token
 from robustcompress.search.stages import Stage, alive
 from robustcompress.session import Session
-from robustcompress.strategies.base import floor_widths, rounded, shaped_widths, steps_of
+from robustcompress.shapes import floor_widths, rounded, shaped_widths, steps_of
 
 LEVELS = 9
 """Of a width multiplier, and of a depth at most: as many bins as keep ratios commonly have."""

@@ -13,16 +13,8 @@ from torch import nn
 from robustcompress.budget import human
 from robustcompress.errors import BudgetError, Problems, nearest
 from robustcompress.session import Session
-from robustcompress.strategies.base import (
-    Direction,
-    Strategy,
-    Widths,
-    fill_budget,
-    floor_widths,
-    largest,
-    rounded,
-    steps_of,
-)
+from robustcompress.shapes import Widths, fill_budget, floor_widths, largest, rounded, steps_of
+from robustcompress.strategies.base import Direction, Strategy
 from robustcompress.strategies.scratch import plant
 from robustcompress.structure import AnyEdit, Bypass, Edit, StructuralEditor
 from robustcompress.structure.groups import inside

@@ -10,21 +10,11 @@ import torch
 
 from robustcompress.errors import Problems, nearest
 from robustcompress.session import Session
-from robustcompress.strategies.base import (
-    Direction,
-    Strategy,
-    Widths,
-    check_numbers,
-    fill_budget,
-    floor_widths,
-    group_norms,
-    prune_to,
-    rounded,
-    steps_of,
-    uniform_widths,
-)
+from robustcompress.shapes import Widths, fill_budget, floor_widths, rounded, steps_of, uniform_widths
+from robustcompress.strategies.base import Direction, Strategy, check_numbers, prune_to
 from robustcompress.strategies.utilization import Utilization, measure_utilization
 from robustcompress.structure.initial import INITS
+from robustcompress.structure.magnitudes import group_norms
 
 Order = Literal["guided", "sequential", "uniform", "random"]
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from robustcompress.errors import Problems
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.session import Session
-from robustcompress.strategies.base import fill_budget, floor_widths, reader_norms, rounded, steps_of
+from robustcompress.shapes import fill_budget, floor_widths, rounded, steps_of
 from robustcompress.strategies.scores import MakeAscent, ScoreBased, search
 from robustcompress.strategies.units import Channels, Choice, Counts, Weights, shares
+from robustcompress.structure.magnitudes import reader_norms
 from robustcompress.structure.masks import ScoreMasks, TopK, straight_through
 
 EPOCHS = 20

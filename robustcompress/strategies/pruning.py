@@ -9,7 +9,8 @@ from typing import Any, ClassVar, get_args
 
 from robustcompress.errors import Problems, nearest
 from robustcompress.session import Session
-from robustcompress.strategies.base import Direction, Granularity, Strategy, Widths, check_numbers, floor_widths
+from robustcompress.shapes import Widths, floor_widths
+from robustcompress.strategies.base import Direction, Granularity, Strategy, check_numbers
 from robustcompress.strategies.units import Allocation, Channels, Choice, Residual, Scores, Weights, granular
 from robustcompress.structure import StructuralEditor
 

@@ -17,7 +17,9 @@ from robustcompress.search.searchers import SEARCHERS, make_searcher
 from robustcompress.search.space import Space
 from robustcompress.search.stages import discover, first_to_leave
 from robustcompress.session import Session
-from robustcompress.strategies.base import Direction, Strategy, Widths, check_numbers, group_norms, prune_by
+from robustcompress.shapes import Widths
+from robustcompress.strategies.base import Direction, Strategy, check_numbers, prune_by
+from robustcompress.structure.magnitudes import group_norms
 
 Feasibility = Literal["project", "penalty"]
 

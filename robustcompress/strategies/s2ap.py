@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from robustcompress.errors import InputError, Problems
 from robustcompress.session import Session
-from robustcompress.strategies.base import Direction, Granularity, Strategy, Widths, check_numbers
+from robustcompress.shapes import Widths
+from robustcompress.strategies.base import Direction, Granularity, Strategy, check_numbers
 from robustcompress.strategies.scores import ScoreBased
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.masks import ScoreMasks

@@ -8,14 +8,8 @@ from typing import ClassVar
 from robustcompress.errors import Problems
 from robustcompress.search.stages import find_stages
 from robustcompress.session import Session
-from robustcompress.strategies.base import (
-    Direction,
-    Strategy,
-    Widths,
-    check_numbers,
-    shaped_widths,
-    uniform_widths,
-)
+from robustcompress.shapes import Widths, shaped_widths, uniform_widths
+from robustcompress.strategies.base import Direction, Strategy, check_numbers
 from robustcompress.strategies.scratch import plant
 
 

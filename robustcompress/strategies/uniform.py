@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from robustcompress.session import Session
-from robustcompress.strategies.base import Direction, Strategy, uniform_widths
+from robustcompress.shapes import uniform_widths
+from robustcompress.strategies.base import Direction, Strategy
 from robustcompress.strategies.scratch import plant
 
 

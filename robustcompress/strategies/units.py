@@ -14,17 +14,9 @@ import torch
 from torch import Tensor
 
 from robustcompress.session import Session
-from robustcompress.strategies.base import (
-    Granularity,
-    Widths,
-    fill_budget,
-    floor_widths,
-    group_norms,
-    prune_by,
-    rounded,
-    steps_of,
-    uniform_widths,
-)
+from robustcompress.shapes import Widths, fill_budget, floor_widths, rounded, steps_of, uniform_widths
+from robustcompress.strategies.base import Granularity, prune_by
+from robustcompress.structure.magnitudes import group_norms
 from robustcompress.structure.masks import MaskRule, ScoreMasks, largest_entries
 from robustcompress.structure.weights import Sparsity, WeightGates, maskable_weights
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from robustcompress import StructuralEditor
 from robustcompress.latency import LatencyModel, Layer, Side, Term, fit, layers_of, sample_widths
 from robustcompress.latency.fit import nonnegative
-from robustcompress.strategies.base import floor_widths
+from robustcompress.shapes import floor_widths
 from tests.latency.fake import clock
 from tests.strategies.nets import EXAMPLE, NETS, SIZE, build
 

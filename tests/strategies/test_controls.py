@@ -11,7 +11,7 @@ from torch import nn
 
 import robustcompress as rc
 from robustcompress.session import Session
-from robustcompress.strategies.base import uniform_widths
+from robustcompress.shapes import uniform_widths
 from robustcompress.strategies.scaling import find_stages
 from tests.strategies.nets import QUICK_OBJECTIVE, QUICK_RECIPE, build, make_session, small_data, state
 

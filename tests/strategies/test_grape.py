@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import robustcompress as rc
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.session import Session
-from robustcompress.strategies.base import floor_widths, rounded, uniform_widths
+from robustcompress.shapes import floor_widths, rounded, uniform_widths
 from robustcompress.strategies.grape import Grape, _spend
 from robustcompress.strategies.utilization import Utilization, _ranks, _Taps, measure_utilization
 from tests.strategies.nets import build, make_session, small_data

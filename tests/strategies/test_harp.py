@@ -13,9 +13,9 @@ from torch import nn
 import robustcompress as rc
 from robustcompress.robust.objectives import PGDAT, TRADES
 from robustcompress.session import Session
-from robustcompress.strategies.base import reader_norms
 from robustcompress.strategies.harp import EPOCHS, LearnedTopK, Price, PricedObjective, Rates
 from robustcompress.strategies.units import granular
+from robustcompress.structure.magnitudes import reader_norms
 from tests.strategies.nets import build, make_session, state
 from tests.train.test_ascent import Whole
 

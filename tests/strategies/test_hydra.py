@@ -11,8 +11,8 @@ import robustcompress as rc
 from robustcompress.robust.objectives import PGDAT, ObjectiveStep
 from robustcompress.session import Session
 from robustcompress.strategies import units as module
-from robustcompress.strategies.base import group_norms
 from robustcompress.structure.gates import top_channels
+from robustcompress.structure.magnitudes import group_norms
 from tests.strategies.nets import build, make_session, same, state
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import robustcompress as rc
-from robustcompress.strategies.base import fill_budget, floor_widths, group_norms, rounded, uniform_widths
+from robustcompress.shapes import fill_budget, floor_widths, rounded, uniform_widths
+from robustcompress.structure.magnitudes import group_norms
 from tests.strategies.nets import build, make_session
 
 

@@ -15,7 +15,8 @@ import robustcompress as rc
 from robustcompress.checkpoint import files, journal, read, shrink
 from robustcompress.robust.objectives import PGDAT
 from robustcompress.session import Session
-from robustcompress.strategies.base import Direction, prune_to, uniform_widths
+from robustcompress.shapes import uniform_widths
+from robustcompress.strategies.base import Direction, prune_to
 from tests.strategies.nets import QUICK_RECIPE, build, same, small_data, state
 
 STRATEGIES = sorted(rc.STRATEGIES)

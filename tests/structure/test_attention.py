@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from robustcompress.errors import InputError, UnsupportedModelError
 from robustcompress.models import Attention, open_attention, vit_micro
-from robustcompress.strategies.base import group_norms
 from robustcompress.structure import NEW, AttentionKind, StructuralEditor, attention, teach_attention
 from robustcompress.structure.groups import Axis
+from robustcompress.structure.magnitudes import group_norms
 from tests.structure.networks import EXAMPLE, images
 from tests.structure.test_mixing import assert_honest
 

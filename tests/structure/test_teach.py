@@ -13,8 +13,8 @@ from torch import nn
 import robustcompress as rc
 from robustcompress.budget import CostModel
 from robustcompress.robust.objectives import PGDAT
-from robustcompress.strategies.base import group_norms, reader_norms
 from robustcompress.structure import NEW, StructuralEditor, kinds, teach_layer
+from robustcompress.structure.magnitudes import group_norms, reader_norms
 from robustcompress.structure.weights import WeightGates, count_weights, maskable_weights
 from tests.strategies.nets import QUICK_RECIPE, small_data
 from tests.structure.networks import EXAMPLE, images
