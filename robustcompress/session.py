@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.budget import Cost, CostModel, measure
-from robustcompress.checkpoint import Journal, State, Stateful
-from robustcompress.checkpoint.plain import from_plain, to_plain
+from robustcompress.checkpoint import Journal, State
 from robustcompress.data import Batches
 from robustcompress.goal import Goal
 from robustcompress.latency import LatencyLimit
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective
 from robustcompress.robust.probe import accuracies
+from robustcompress.run import Run
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
     STATISTICS_BATCHES,
@@ -42,10 +42,8 @@ from robustcompress.train import (
 
 __all__ = ["Goal", "Session"]
 
-T = TypeVar("T")
 
-
-class Session:
+class Session(Run):
     """A network under compression.
 
     Args:
@@ -62,8 +60,6 @@ class Session:
         editor: The only way to change its shape; optimizer and average follow every edit.
         goal: What the run is for.
         cost_model: Predicts the cost of any widths.
-        history: One record an epoch or an event.
-        generator: The strategy's own randomness, on the CPU.
         latency: The limit on latency; None where the budget says nothing about it.
     """
 
@@ -80,18 +76,13 @@ class Session:
     ) -> None:
         if goal.recipe.awp:
             goal.objective.require_parts()
+        super().__init__(goal.seed + 1, progress=progress, on_record=on_record, journal=journal)
         self.model = model
         self.editor = editor
         self.goal = goal
-        self.history: list[dict[str, Any]] = []
-        self.generator = torch.Generator().manual_seed(goal.seed + 1)
         self.cost_model = CostModel(editor, example)
-        self.progress = progress or Progress(enabled=False)
         self.latency: LatencyLimit | None = None
         self._example = example
-        self._on_record = on_record
-        self._journal = journal
-        self._kept: dict[str, Stateful] = {}
         self._device = example.device
         self._attack_generator = torch.Generator(self._device).manual_seed(goal.seed + 2)
         self._batches = Batches(
@@ -119,11 +110,6 @@ class Session:
         """The averaged network where there is one, else the network: what scores and selections look at."""
         return self._ema.module if self._ema is not None else self.model
 
-    @property
-    def replaying(self) -> bool:
-        """Whether a resumed run is still catching up, on weights that mean nothing."""
-        return self._journal is not None and self._journal.replaying
-
     def fits(self, widths: Mapping[str, int], *, without: Sequence[str] = ()) -> bool:
         """Whether the network with these widths, and without these blocks, keeps the budget."""
         macs, params = self.cost_model.predict(widths, without=without)
@@ -149,40 +135,6 @@ class Session:
     def cost(self) -> Cost:
         """What the network costs now, measured."""
         return measure(self.model, self._example)
-
-    def decide(self, name: str, compute: Callable[[], T]) -> T:
-        """Decide something by looking at weights, or by drawing from `generator`.
-
-        All that a strategy computes from weights and uses beyond the next phase, or to choose what to do, goes through
-        here: when a killed run is resumed, the script runs again on weights that mean nothing up to the phase that was
-        interrupted, and gets the decision of the first time; `compute` is not called then.
-
-        Args:
-            name: What is decided, for messages.
-            compute: Decides. Numbers, text, tensors, and lists and mappings (with text as keys) of them.
-
-        Returns:
-            What `compute` returned, as JSON keeps it: tuples are lists, tensors are on the CPU.
-        """
-        if self._journal is not None:
-            return self._journal.decide(name, compute, self.generator)
-        result: T = from_plain(to_plain(name, compute()))
-        return result
-
-    def keep(self, name: str, thing: Stateful) -> None:
-        """Have checkpoints hold the state of something that a strategy or a training method owns.
-
-        Call it before the phase in which the thing is used, in every run; a resumed run gives it its state back.
-
-        Args:
-            name: A name of its own.
-            thing: Has `state_dict()`, of tensors and plain JSON, and `load_state_dict()`; any `nn.Module` does.
-        """
-        self._kept[name] = thing
-
-    def forget(self, name: str) -> None:
-        """Undo `keep`."""
-        del self._kept[name]
 
     def train(
         self,
@@ -248,29 +200,6 @@ class Session:
         with frozen_but(self.model, [p for group in parameter_groups for p in group["params"]]):
             optimizer = torch.optim.Adam([dict(group) for group in parameter_groups], lr=lr)
             self._loop(phase, share, optimizer, lr, schedule, None, None, ascent, objective, on_epoch)
-
-    def repeat(self, phase: str, times: int, act: Callable[[int], Mapping[str, float]]) -> None:
-        """Do something many times over that is no training step of this network, such as trying another one.
-
-        One phase: a killed run goes on behind the last time that was written down, with the state of what `keep` keeps
-        as it was then, and this network's weights in place.
-
-        Args:
-            phase: Its name in progress and history.
-            times: How often.
-            act: Given the number of the time, from 0 on; returns metrics to show.
-        """
-        done, state = 0, None
-        if self._journal is not None:
-            state = self._state(None, None)
-            done = self._journal.enter(phase, times, self.history, state)
-        if done == times:
-            return
-        with self.progress.phase(phase, times, done) as bar:
-            for number in range(done, times):
-                bar.advance(act(number))
-                if self._journal is not None and state is not None:
-                    self._journal.epoch_done(number + 1, self.history, state)
 
     def _lay_out(self) -> None:
         """Choose the memory format for the widths of the moment."""
@@ -341,6 +270,9 @@ class Session:
         judged = len(self.goal.data.val) > 0 and self.goal.recipe.val_images > 0
         return Selection(epochs, lambda: self.averaged, (lambda: self.validate()) if judged else None)
 
+    def _everything(self) -> State:
+        return self._state(None, None)
+
     def _state(self, optimizer: torch.optim.Optimizer | None, selection: Selection | None) -> State:
         """Where all lies that moves in a phase which this optimizer trains; None where nothing is trained."""
         modules: dict[str, nn.Module] = {"model": self.model}
@@ -399,20 +331,6 @@ class Session:
                 return
             with eval_mode(net):
                 yield pgd(net, x, y, self.goal.threat, steps=steps, generator=self._attack_generator), y
-
-    def record(self, record: dict[str, Any]) -> None:
-        """Add a record to the history."""
-        if self._journal is not None and self._journal.replaying:
-            self.history.append(self._journal.replay_record(record, len(self.history)))
-            return
-        self.history.append(record)
-        if self._on_record is not None:
-            self._on_record(record)
-
-    def say(self, line: str) -> None:
-        """Tell the person who waits; what a resumed run has said is not said again."""
-        if not self.replaying:
-            self.progress.say(line)
 
     def validate(self) -> tuple[float, float]:
         """Clean and PGD-10 accuracy of the averaged network on (at most `recipe.val_images`) validation images."""

@@ -20,6 +20,7 @@ LAYERS = [
     {"budget", "latency"},
     {"train"},
     {"checkpoint", "goal"},
+    {"run"},
     {"session", "terminal", "machine"},
     {"shapes"},
     {"search"},
