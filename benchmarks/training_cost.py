@@ -8,7 +8,8 @@ gradient to the weights. With K attack steps an image of a training step therefo
 times the MACs; an epoch under AWP or S2AP adds the passes of the loss once more (3, for trades 6), and the clean look
 every tenth step adds 1/10. A search for scores is counted like training, though it computes no gradients of weights;
 re-estimating batch-norm statistics is not counted. PGD-10 on the validation split, where the best epoch is chosen, and
-on the images that grape scores is counted too.
+on the images that grape scores is counted too. So is what rcnas spends on candidates: their steps of recovery, at the
+candidate's own MACs (5, and 1 of the teacher's where it is asked), and PGD on the validation split.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def training_cost(
             seconds += trained / entry["images_per_s"]
             macs = entry["macs"]
             total += trained * macs * (each + (again if any(entry.get(key) for key in ASCENTS) else 0))
+        total += _recovered(entry, macs, batch=batch)
         # Scores are made before the network grows, so at the MACs of the epoch before.
         # What a mask is judged by comes after the cut.
         total += _looked(entry, _macs_of(entry, macs), probes=probes, scored=scored)
@@ -98,13 +100,19 @@ def matched_epochs(
 
 
 def _macs_of(entry: Mapping[str, Any], before: float) -> float:
-    return float(entry["macs"]) if entry.get("event") == "mask" else before
+    return float(entry["macs"]) if entry.get("event") in ("mask", "candidate", "finalist") else before
 
 
 def _looked(entry: Mapping[str, Any], macs: float, *, probes: int, scored: int) -> float:
     """Multiply-adds of what a record says beside training: PGD-10 on validation or scored images."""
     images = (probes if "val_robust" in entry else 0) + (scored if entry.get("scores") else 0)
-    return images * macs * (2 * PROBE_STEPS + 2)
+    return images * macs * (2 * entry.get("attack_steps", PROBE_STEPS) + 2)
+
+
+def _recovered(entry: Mapping[str, Any], teacher: float, *, batch: int) -> float:
+    """Multiply-adds of the training of a candidate, with FGSM-RS; `teacher` is what the network cost before."""
+    asked = teacher if entry.get("recovery") == "distill" else 0.0
+    return entry.get("recovery_steps", 0) * batch * (float(entry.get("macs", 0.0)) * 5 + asked)
 
 
 def epochs_of(history: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:

@@ -32,6 +32,7 @@ from robustcompress.search_plot import plot_search
 from robustcompress.stability import Stability, hamming, stability
 from robustcompress.strategies import (
     AWT,
+    RCNAS,
     S2AP,
     STRATEGIES,
     Fixed,
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AWT",
     "NEW",
+    "RCNAS",
     "S2AP",
     "STRATEGIES",
     "Budget",

@@ -85,10 +85,14 @@ class Evaluator:
         recovery: "distill" towards the teacher, or "fgsm-rs" on the labels.
         lr: Peak learning rate of recovery.
         workers: Candidates evaluated at a time, each in a thread of its own.
+
+    Attributes:
+        recovery: As given.
     """
 
     def __init__(self, session: Session, *, recovery: Recovery, lr: float, workers: int = 1) -> None:
         goal = session.goal
+        self.recovery = recovery
         self._session, self._lr, self._workers = session, lr, workers
         self._device = next(session.model.parameters()).device
         self._teacher = copy.deepcopy(session.model).eval().requires_grad_(False)

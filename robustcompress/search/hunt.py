@@ -18,6 +18,9 @@ from robustcompress.session import Session
 TRIES = 50
 """How often a searcher may propose what is known before configurations are drawn at random in its place."""
 
+FIRST_LOOK, SECOND_LOOK = 10, 20
+"""PGD steps of the two rungs."""
+
 Reward = Callable[[Outcome, float], float]
 """What an outcome is worth, given how far the search has come, in [0, 1]."""
 
@@ -110,7 +113,7 @@ class Hunt:
         """The first rung: `evaluations` networks, each for a few steps."""
         session = self._session
         session.keep("search", self._ledger)
-        session.repeat("search", -(-self._evaluations // self._batch), self._round)
+        session.repeat("candidates", -(-self._evaluations // self._batch), self._round)
         session.forget("search")
 
     def settle(self, count: int) -> Config:
@@ -130,7 +133,7 @@ class Hunt:
 
         def again(number: int) -> dict[str, float]:
             config = tuple(finalists[number])
-            job = Job(self._space.project(config), self._steps[1], 20, self._seed(1_000_000 + number))
+            job = Job(self._space.project(config), self._steps[1], SECOND_LOOK, self._seed(1_000_000 + number))
             (outcome,) = self._evaluator.run([job])
             reward = self._reward(outcome, 1.0)
             found["rows"].append([number, reward])
@@ -147,7 +150,7 @@ class Hunt:
         left = self._evaluations - len(ledger.entries)
         asked = self._propose(min(self._batch, left))
         jobs = {
-            key: Job(architecture, self._steps[0], 10, self._seed(len(ledger.entries) + index))
+            key: Job(architecture, self._steps[0], FIRST_LOOK, self._seed(len(ledger.entries) + index))
             for index, (key, (_, architecture)) in enumerate(asked.items())
         }
         outcomes = dict(zip(jobs, self._evaluator.run(list(jobs.values())), strict=True))
@@ -197,13 +200,15 @@ class Hunt:
     def _record(self, event: str, config: Config, architecture: Architecture, outcome: Outcome, reward: float) -> None:
         self._session.record(
             {
-                "phase": "search" if event == "candidate" else "finalists",
+                "phase": f"{event}s",
                 "event": event,
                 "config": list(config),
                 **architecture.to_json(),
                 "macs": round(outcome.macs),
                 "params": round(outcome.params),
-                "steps_of_recovery": outcome.steps,
+                "recovery": self._evaluator.recovery,
+                "recovery_steps": outcome.steps,
+                "attack_steps": FIRST_LOOK if event == "candidate" else SECOND_LOOK,
                 "val_clean": outcome.clean,
                 "val_robust": outcome.robust,
                 "reward": reward,

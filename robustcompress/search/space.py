@@ -125,6 +125,7 @@ class Space:
             if coordinate.kind == "depth":
                 gone += stage.blocks[: len(stage.blocks) - round(share * len(stage.blocks))]
             else:
-                factors |= dict.fromkeys(stage.groups, share)
+                # Groups of blocks that have left since this space was laid out are there no more.
+                factors |= {name: share for name in stage.groups if name in factors}
         left = alive(self._session, factors, gone)
         return tuple(gone), {name: factors[name] for name in left}

@@ -211,6 +211,6 @@ class RCNAS(Strategy):
         for block in gone:
             session.editor.bypass(block)
         widths = session.choose("widths of the winner", lambda: dict(space.project(winner).widths))
-        session.record({"phase": "search", "event": "winner", "config": list(winner), "bypassed": list(gone)})
+        session.record({"phase": "finalists", "event": "winner", "config": list(winner), "bypassed": list(gone)})
         prune_by(session, lambda: (widths, norms))
         session.recalibrate()

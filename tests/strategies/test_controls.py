@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import robustcompress as rc
+from robustcompress.search.stages import find_stages
 from robustcompress.session import Session
 from robustcompress.shapes import uniform_widths
-from robustcompress.strategies.scaling import find_stages
 from tests.strategies.nets import QUICK_OBJECTIVE, QUICK_RECIPE, build, make_session, small_data, state
 
 

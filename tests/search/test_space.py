@@ -1,0 +1,172 @@
+"""A configuration is a shape; what it stands for keeps the budget, and is what the editor makes of it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import robustcompress as rc
+from robustcompress.robust.attacks import eval_mode
+from robustcompress.search.space import Architecture, Space
+from robustcompress.search.stages import alive, block_influence, discover, find_stages
+from robustcompress.session import Session
+from robustcompress.shapes import uniform_widths
+from tests.strategies.nets import build, make_session
+
+NAMES = ("residual", "joined", "transformer", "resnet", "wrn", "mobilenet", "vit")
+
+
+def network(name: str) -> nn.Module:
+    if name == "resnet":
+        return rc.build_model("resnet8", num_classes=10, width=0.5)[0]
+    if name == "wrn":
+        return rc.build_model("wrn_16_4", num_classes=10, width=0.125)[0]
+    if name == "mobilenet":
+        return rc.build_model("mobilenet_v2", num_classes=10, width=0.25)[0]
+    if name == "vit":
+        return rc.build_model("vit_micro", num_classes=10)[0]
+    return build(name)
+
+
+@functools.cache
+def base(name: str) -> Session:
+    return make_session(network(name))
+
+
+def space_of(session: Session, **options: Any) -> Space:
+    return Space(session, discover(session, session.editor.bypassable), **options)
+
+
+@functools.cache
+def space(name: str) -> Space:
+    return space_of(base(name))
+
+
+def made(session: Session, architecture: Architecture) -> nn.Module:
+    editor = session.editor.fork()
+    for block in architecture.bypassed:
+        editor.bypass(block)
+    for name, width in architecture.widths.items():
+        editor.resize(name, range(width))
+    return editor.model
+
+
+def configs(space: Space) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.tuples(*(st.integers(0, len(coordinate.options) - 1) for coordinate in space.coordinates))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(NAMES), share=st.floats(0.3, 0.95), data=st.data())
+def test_whatever_is_asked_for_the_budget_is_kept_and_used(name: str, share: float, data: st.DataObject) -> None:
+    known = base(name)
+    session = make_session(known.model, budget=rc.Budget(macs=share))
+    session.editor = known.editor  # traced once
+    found = space_of(session)
+    config = data.draw(configs(found))
+    architecture = found.project(config)
+    model = made(session, architecture)
+    images = torch.zeros(2, *session.goal.data.image_shape)
+    cost = rc.measure(model, images[:1])
+    macs, params = session.cost_model.predict(architecture.widths, without=architecture.bypassed)
+    assert cost.params == round(params) and cost.macs <= macs <= 1.01 * cost.macs  # what pools is counted as it was
+    assert cost.macs <= share * rc.measure(session.model, images[:1]).macs
+    with eval_mode(model), torch.no_grad():
+        assert model(images).isfinite().all()
+    full = session.editor.widths
+    for group, width in architecture.widths.items():  # nothing fits beside it
+        wider = {**architecture.widths, group: width + 1}
+        if width < full[group] and session.editor.groups[group].kind != "heads":
+            assert not session.fits(wider, without=architecture.bypassed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_blocks_at_equal_widths_are_uniform_scaling(name: str) -> None:
+    found = space(name)
+    architecture = found.project(found.whole)
+    assert architecture.bypassed == ()
+    assert architecture.widths == uniform_widths(base(name))
+
+
+@pytest.mark.parametrize("name", ["resnet", "wrn", "residual"])
+def test_the_rule_is_that_of_the_scaling_strategy(name: str) -> None:
+    session = make_session(network(name), epochs=0.1)
+    found = space_of(session)
+    assert found.ruled is not None
+    ruled = found.project(found.ruled)
+    rc.Scaling().run(session)
+    assert ruled.widths == {group.name: group.width for group in session.editor.editable}
+
+
+def test_stages_are_resolutions_and_blocks_belong_to_theirs() -> None:
+    stages = discover(base("wrn"), base("wrn").editor.bypassable)
+    assert [stage.name for stage in stages] == ["16x16", "8x8", "4x4"]
+    assert [stage.stride for stage in stages] == [1, 2, 2]
+    assert [stage.blocks for stage in stages] == [("layers.0.1",), ("layers.1.1",), ("layers.2.1",)]
+    assert [stage.depth for stage in stages] == [2, 2, 2]
+    everything = {group.name for group in base("wrn").editor.editable}
+    assert sorted(name for stage in stages for name in stage.groups) == sorted(everything)
+    assert set(find_stages(base("wrn"))) == {stage.name for stage in stages}
+
+
+def test_a_network_of_one_resolution_has_a_width_for_each_group_and_one_depth() -> None:
+    stages = discover(base("vit"), base("vit").editor.bypassable)
+    assert stages[0].groups == () and stages[0].blocks == base("vit").editor.bypassable
+    assert [stage.groups for stage in stages[1:]] == [(group.name,) for group in base("vit").editor.editable]
+    assert space("vit").ruled is None
+    kinds = [coordinate.kind for coordinate in space("vit").coordinates]
+    assert kinds[0] == "depth" and set(kinds[1:]) == {"width"}
+
+
+def test_equal_multipliers_are_one_network_whatever_they_are() -> None:
+    found = space("wrn")
+    widths = [i for i, coordinate in enumerate(found.coordinates) if coordinate.kind == "width"]
+    config = list(found.whole)
+    for level in range(9):
+        for place in widths:
+            config[place] = level
+        assert found.project(tuple(config)).key == found.project(found.whole).key
+
+
+def test_blocks_leave_in_the_order_given_and_their_groups_with_them() -> None:
+    session = base("resnet")
+    order = session.editor.bypassable
+    found = Space(session, discover(session, order))
+    none = tuple(0 if c.kind == "depth" else option for c, option in zip(found.coordinates, found.whole, strict=True))
+    architecture = found.project(none)
+    assert architecture.bypassed == order
+    inner = {group.name for group in session.editor.editable} - set(architecture.widths)
+    assert inner and all(name.startswith(order) for name in inner)
+    assert alive(session, inner, order) == [] and set(alive(session, inner, ())) == inner
+
+
+def test_multipliers_can_be_taken_as_they_are() -> None:
+    found = space("wrn")
+    full = base("wrn").editor.widths
+    whole = found.literal(found.whole)
+    assert whole.widths == {group.name: full[group.name] for group in base("wrn").editor.editable}
+    least = found.literal(tuple(0 if c.kind == "width" else 1 for c in found.coordinates))
+    for name, width in least.widths.items():
+        assert width == max(base("wrn").editor.groups[name].min_width, round(0.2 * full[name]))
+
+
+def test_influence_is_how_much_a_block_changes_its_input() -> None:
+    session = base("wrn")
+    blocks = session.editor.bypassable
+    images = torch.rand(4, *session.goal.data.image_shape, generator=torch.Generator().manual_seed(0))
+    found = block_influence(session.model, blocks, images)
+    with eval_mode(session.model), torch.no_grad():
+        seen: list[torch.Tensor] = []
+        handle = session.model.get_submodule(blocks[0]).register_forward_hook(
+            lambda _, args, output: seen.extend([args[0].clone(), output.clone()])
+        )
+        session.model(images)
+        handle.remove()
+    before, after = seen
+    wanted = torch.stack([(b - a).norm() / a.norm() for a, b in zip(before, after, strict=True)]).mean()
+    assert found[blocks[0]] == pytest.approx(float(wanted), rel=1e-5)

@@ -1,0 +1,173 @@
+"""RC-NAS from the teacher to the network that wins."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import robustcompress as rc
+from robustcompress.data import DataSplits
+from robustcompress.search.hunt import Hunt
+from robustcompress.structure import Bypass
+from tests.strategies.nets import build, make_session, small_data, state
+
+FEW: dict[str, Any] = {"evaluations": 6, "batch": 3, "finalists": 2}
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return rc.build_model("wrn_16_4", num_classes=10, width=0.125)[0]
+
+
+def ran(model: nn.Module, *, epochs: float = 4.0, pretrained: bool = False, **options: Any) -> Any:
+    session = make_session(model, epochs=epochs, pretrained=pretrained)
+    rc.RCNAS(**(FEW | options)).run(session)
+    return session
+
+
+def of(session: Any, event: str) -> list[dict[str, Any]]:
+    return [record for record in session.history if record.get("event") == event]
+
+
+def test_the_phases_share_the_epochs_and_recovery_is_paid_for() -> None:
+    session = ran(build("residual"), teacher=0.5, search=0.25, epochs=8.0)
+    steps: dict[str, int] = {}
+    for record in session.history:
+        if "epoch" in record:
+            steps[record["phase"]] = record["steps"]
+    assert steps == {"teacher": 12, "finetune": 6}
+    assert [r["recovery_steps"] for r in of(session, "candidate")] == [round(3 / 6)] * 6
+    assert [r["recovery_steps"] for r in of(session, "finalist")] == [round(3 / 2)] * 2
+
+
+def test_the_winner_is_what_is_cut_and_trained() -> None:
+    session = ran(wide())
+    (winner,) = of(session, "winner")
+    finalists = of(session, "finalist")
+    best = max(finalists, key=lambda record: record["reward"])
+    assert winner["config"] == best["config"] and winner["bypassed"] == best["bypassed"]
+    assert {n: w for n, w in session.editor.widths.items() if n in best["widths"]} == best["widths"]
+    assert list(session.editor.bypassed) == best["bypassed"]
+    assert session.cost().macs <= session.limits[0]
+
+
+def test_uniform_and_the_rule_are_always_looked_at() -> None:
+    session = ran(wide())
+    first, second = of(session, "candidate")[:2]
+    assert first["bypassed"] == second["bypassed"] == []
+    scaled = make_session(wide(), epochs=0.1)
+    rc.Scaling().run(scaled)
+    assert second["widths"] == {group.name: group.width for group in scaled.editor.editable}
+    uniform = make_session(wide(), epochs=0.1)
+    rc.Uniform().run(uniform)
+    assert first["widths"] == {group.name: group.width for group in uniform.editor.editable}
+
+
+def test_depth_is_searched_unless_it_may_not_be() -> None:
+    looked = of(ran(wide(), evaluations=12), "candidate")
+    assert any(record["bypassed"] for record in looked) and not all(record["bypassed"] for record in looked)
+    assert not any(record["bypassed"] for record in of(ran(wide(), depth=False), "candidate"))
+
+
+def test_a_shorter_network_is_saved_and_loaded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shortest(self: Hunt, count: int) -> tuple[int, ...]:
+        return tuple(0 if c.kind == "depth" else len(c.options) - 1 for c in self._space.coordinates)
+
+    monkeypatch.setattr(Hunt, "settle", shortest)
+    result = rc.compress(
+        wide(),
+        rc.RCNAS(**FEW),
+        data=small_data(),
+        epochs=1.0,
+        recipe=rc.Recipe(batch_size=32, val_images=20),
+        attacks=(),
+        progress=False,
+    )
+    assert sum(isinstance(edit, Bypass) for edit in result.edits) == 3
+    result.save(tmp_path / "out")
+    again = rc.load(tmp_path / "out", model=wide)
+    images = small_data().test.as_float()
+    assert torch.equal(again.model(images), result.model(images))
+    assert result.meets_budget
+
+
+def test_a_robust_reference_is_its_own_teacher() -> None:
+    session = ran(build("residual"), pretrained=True, teacher=0.5, search=0.25, epochs=8.0)
+    phases = {record["phase"] for record in session.history if "epoch" in record}
+    assert phases == {"finetune"}
+    assert session.history[-1]["steps"] == 18, "the epochs that the teacher would have had go to the winner"
+
+
+def test_penalised_candidates_may_be_over_the_budget_and_the_winner_is_not() -> None:
+    session = ran(wide(), feasibility="penalty", evaluations=12)
+    looked = of(session, "candidate")
+    over = [record for record in looked if record["macs"] > session.limits[0]]
+    assert over and looked[0] in over, "the whole network is over any budget"
+    assert all(record["reward"] < 0.01 for record in over if record is looked[-1])
+    assert session.cost().macs <= session.limits[0]
+
+
+def test_several_workers_find_what_one_finds() -> None:
+    one, three = ran(wide()), ran(wide(), workers=3)
+    assert of(one, "candidate") == of(three, "candidate")
+    assert of(one, "winner") == of(three, "winner")
+    assert all(torch.equal(a, b) for a, b in zip(state(one.model).values(), state(three.model).values(), strict=True))
+
+
+def test_a_network_without_anything_to_choose_is_scaled() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+    session = ran(One())
+    assert not of(session, "candidate") and session.cost().macs <= session.limits[0]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_teacher_that_only_guesses_is_warned_of(trained: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    rc.compress(
+        build("chain"),
+        rc.RCNAS(**FEW),
+        data=small_data(),
+        epochs=60 if trained else 0.2,
+        recipe=rc.Recipe(batch_size=32, val_images=20),
+        attacks=(),
+    )
+    said = capfd.readouterr().err
+    robust = float(said.partition(" % clean and ")[2].partition(" %")[0])
+    assert ("no more robust than guessing" in said) == (robust <= 10)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"searcher": "reinforced"}, r"searcher='reinforced' does not exist; did you mean 'reinforce'"),
+        ({"evaluations": 0}, "evaluations=0: must be a whole number"),
+        ({"teacher": 0.6, "search": 0.4}, "leave no epochs to fine-tune"),
+        ({"recovery": "none"}, "recovery='none' does not exist"),
+        ({"feasibility": "hope"}, "feasibility='hope' does not exist"),
+        ({"alpha": 1.5}, r"alpha=1.5: must be a number in \[0, 1\]"),
+        ({"depth": 1}, "depth=1: must be true or false"),
+        ({"policy": "p", "searcher": "random"}, "only searcher='reinforce'"),
+        ({"workers": 0, "finalists": True}, r"finalists=True.*\n.*workers=0"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(rc.InputError, match=said):
+        rc.RCNAS(**wrong)
+
+
+def test_without_validation_images_there_is_nothing_to_search_by() -> None:
+    data = small_data()
+    empty = dataclasses.replace(data, val=data.val.first(0)) if isinstance(data, DataSplits) else data
+    with pytest.raises(rc.InputError, match="validation split, which is empty"):
+        rc.RCNAS(**FEW).run(make_session(build("chain"), data=empty))
