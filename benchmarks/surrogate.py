@@ -5,16 +5,17 @@ A configuration is a *shape*: depths, and widths up to one factor. The factor is
 the budget, never above it, with no width over the teacher's; widths are multiples of 1/4. Shapes that come to the same
 network are one evaluation.
 
-Fitted to published points (`PUBLISHED`): the 16 rows of basic blocks that the RobustResNet repository tells (Huang et
-al. 2022, arXiv 2212.11005; zhichao-lu/robust-residual-network), PGD-20 accuracy after TRADES on CIFAR-10, least squares,
-residual 0.18 points:
-    56.50 + 0.674 ln(GMACs) - 1.08 (ln(D3/D1) - ln .5)^2 - 2.51 (ln(W3/W1) - ln .5)^2 - 0.09 (ln(sum D/sum W) - ln 7/3)^2
+Fitted to published points (`published`): the 16 rows of basic blocks that the RobustResNet repository tells (Huang et
+al. 2022, arXiv 2212.11005; zhichao-lu/robust-residual-network), PGD-20 accuracy after TRADES on CIFAR-10, by least
+squares, with a residual of 0.18 points:
+    56.50 + 0.674 ln(GMACs) - 1.08 (ln(D3/D1) - ln .5)^2 - 2.51 (ln(W3/W1) - ln .5)^2
+          - 0.09 (ln(sum D/sum W) - ln 7/3)^2
 The rule of thumb has its optimum by construction: that it does well here proves nothing.
 
 Invented, for lack of anything better: all else, the *family* of tasks (`draw_task`) above all. There the optimum moves
   visibly    with the attack and its radius (the last stage of clean networks at about 0.8 of the others, under
-             AutoAttack at about 0.4, as RC-NAS's figure of topologies has them, arXiv 2406.06792), the teacher's depth, the
-             budget and the teacher's Lipschitz constant: a policy can know all of these from the task
+             AutoAttack at about 0.4, as RC-NAS's figure of topologies has them, arXiv 2406.06792), the teacher's depth,
+             the budget and the teacher's Lipschitz constant: a policy can know all of these from the task
   invisibly  by an offset of each place, and by a rough surface of a few waves: nobody can know them before searching
 and depends on the middle stage as well. The noise of an evaluation is normal, 0.25 points: about what seeds are apart.
 """
@@ -103,8 +104,8 @@ class SurrogateTask:
         ]
         return Domain(tuple(coordinates), tuple(tokens), self.task)
 
-    def project(self, configs: Sequence[Config] | Numbers) -> Numbers:
-        """The networks that N configurations stand for: depths and widths, `[N, 6]`; NaN where none meets the budget."""
+    def project(self, configs: Sequence[Config] | np.ndarray[Any, Any]) -> Numbers:
+        """The networks of N configurations: depths and widths, `[N, 6]`; NaN where none meets the budget."""
         chosen = np.asarray(configs).reshape(-1, 6)
         teacher = np.array(self.widths, dtype=np.float64)
         depths = 1 + np.rint(np.array(DEPTH_SHARES)[chosen[:, 0::2]] * (np.array(self.depths) - 1))
@@ -185,8 +186,12 @@ class Evaluator:
 
     def again(self, network: tuple[float, ...], draws: int) -> float:
         """Score a network anew: the mean of fresh evaluations, as an accuracy."""
-        value = float(self.task.worth(np.array([network]))[0])
+        value = self.value(network)
         return (value + NOISE * math.fsum(self._normal(network, f"again {i}") for i in range(draws)) / draws) / 100
+
+    def value(self, network: tuple[float, ...]) -> float:
+        """The true value of a network, in points."""
+        return float(self.task.worth(np.array([network]))[0])
 
     def _normal(self, network: tuple[float, ...], purpose: str) -> float:
         return random.Random(f"{self.task.name} {self.seed} {network} {purpose}").gauss(0, 1)
@@ -233,7 +238,9 @@ def draw_task(number: int, *, held_out: bool, rough: float = 0.1, hidden: float 
     name = f"{'held-out' if held_out else 'training'} {number}"
     dice = random.Random(name)
     teachers = [
-        (d, w) for (i, d), (j, w) in itertools.product(enumerate(DEPTHS), enumerate(WIDTHS)) if held_out == ((i + j) % 3 == 0)
+        (d, w)
+        for (i, d), (j, w) in itertools.product(enumerate(DEPTHS), enumerate(WIDTHS))
+        if held_out == ((i + j) % 3 == 0)
     ]
     depth, width = dice.choice(teachers)
     attack, eps = dice.choice(list(STRENGTHS)), dice.choice((4, 8))
@@ -249,7 +256,8 @@ def draw_task(number: int, *, held_out: bool, rough: float = 0.1, hidden: float 
     )
     offsets = [dice.gauss(0, hidden) for _ in places]
     waves = [
-        (dice.uniform(0, rough), dice.uniform(0, 2 * math.pi), *(dice.gauss(0, 3) for _ in range(6))) for _ in range(_WAVES)
+        (dice.uniform(0, rough), dice.uniform(0, 2 * math.pi), *(dice.gauss(0, 3) for _ in range(6)))
+        for _ in range(_WAVES)
     ]
     terms = Terms(
         places=tuple(place + offset for place, offset in zip(places, offsets, strict=True)),

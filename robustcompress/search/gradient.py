@@ -47,6 +47,8 @@ def loss(policy: Policy, domain: Domain, configs: Sequence[Config], advantages: 
         entropy: Weight of the policy's entropy in nats, summed over the coordinates.
     """
     logs = policy(domain)
-    chosen = torch.stack([torch.stack([log[option] for log, option in zip(logs, c, strict=True)]).sum() for c in configs])
+    chosen = torch.stack(
+        [torch.stack([log[option] for log, option in zip(logs, c, strict=True)]).sum() for c in configs]
+    )
     spread = torch.stack([-(log.exp() * log).sum() for log in logs]).sum()
     return -(advantages * chosen).mean() - entropy * spread

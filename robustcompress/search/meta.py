@@ -66,7 +66,7 @@ def meta_train(
         rewards = [evaluate(name, config) for config in configs]
         advantages = baselines.setdefault(name, Baseline(baseline)).advantages(rewards)
         optimizer.zero_grad()
-        loss(policy, domain, configs, advantages, entropy).backward()
+        torch.autograd.backward(loss(policy, domain, configs, advantages, entropy))
         optimizer.step()
         records.append({"task": name, "reward": sum(rewards) / batch})
     return records

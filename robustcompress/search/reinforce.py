@@ -69,7 +69,9 @@ class Reinforce:
         warm_updates: int = 4,
     ) -> None:
         at_least("Reinforce cannot start", 1, batch=batch)
-        at_least("Reinforce cannot start", 0, lr=lr, entropy=entropy, warm_entropy=warm_entropy, warm_updates=warm_updates)
+        at_least(
+            "Reinforce cannot start", 0, lr=lr, entropy=entropy, warm_entropy=warm_entropy, warm_updates=warm_updates
+        )
         problems = Problems("Reinforce cannot start")
         if stall not in get_args(Stall):
             problems.add(f"stall={stall!r} is unknown{nearest(str(stall), get_args(Stall))}")
@@ -208,7 +210,8 @@ class Reinforce:
         warmth = max(0.0, 1 - self._updates / self.warm_updates) if self.warm_updates else 0.0
         entropy = self.entropy + warmth * (self.warm_entropy - self.entropy)
         self._optimizer.zero_grad()
-        loss(self.policy, self.domain, configs, self._baseline.advantages(rewards), entropy).backward()
+        advantages = self._baseline.advantages(rewards)
+        torch.autograd.backward(loss(self.policy, self.domain, configs, advantages, entropy))
         self._optimizer.step()
         self._updates += 1
         self._logs = None

@@ -8,7 +8,7 @@ from robustcompress.search.choices import checked
 from robustcompress.search.domain import Config, Coordinate, Domain
 
 LAST_STAGE = 0.4
-"""Width of the last stage over that of the others: RobustResNets have 2 : 2.5 : 1 (Huang et al. 2022, arXiv 2212.11005).
+"""Width of the last stage over the others': RobustResNets have 2 : 2.5 : 1 (Huang et al. 2022, arXiv 2212.11005).
 
 Wide residual networks have 1 : 1 : 1 in the same multiples, so that it is the share of the last stage too."""
 
