@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ Panel = Callable[[Any], None]
 def plot_search(results: Mapping[str, CompressResult], path: str | Path) -> Path:
     """Draw the searches of results side by side; a panel for which nothing was recorded is left out.
 
-    Panels over the epochs of the search: distance between the masks of consecutive epochs; largest eigenvalue of the
+    Of a search over architectures (rcnas): what each candidate withstood, and the best so far. Of a search for scores,
+    panels over its epochs: distance between the masks of consecutive epochs; largest eigenvalue of the
     robust loss in the gates, and rise of the loss within the ball of S2AP (both with `diagnose=True`); loss before and
     after the ascents of S2AP; accuracy of the mask on validation images (with `diagnose=True`). Beside them, as bars,
     that accuracy after the cut, before fine-tuning.
@@ -38,7 +40,7 @@ def plot_search(results: Mapping[str, CompressResult], path: str | Path) -> Path
     if not panels:
         raise InputError(
             f"there is no search to draw in {', '.join(results) or 'no results'}: give results of strategies that "
-            "learn scores, such as hydra or s2ap"
+            "learn scores or look at candidates, such as hydra, s2ap or rcnas"
         )
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
@@ -51,7 +53,8 @@ def plot_search(results: Mapping[str, CompressResult], path: str | Path) -> Path
         draw(axes)
     for axes in places[len(panels) :]:
         axes.remove()
-    _legend(figure, [name for name in results if searches[name] or _before_finetuning(results[name])], colours)
+    shown = [name for name, result in results.items() if searches[name] or _shows_more(result)]
+    _legend(figure, shown, colours)
     figure.savefig(path, dpi=130)
     return path
 
@@ -61,11 +64,18 @@ def search_records(result: CompressResult) -> list[Mapping[str, Any]]:
     return [record for record in result.history if "epoch" in record and "hamming" in record]
 
 
+def candidate_records(result: CompressResult) -> list[Mapping[str, Any]]:
+    """The records of the networks that a search over architectures looked at, in their order."""
+    return [record for record in result.history if record.get("event") == "candidate"]
+
+
 def _panels(results: Mapping[str, CompressResult], searches: Searches, colours: Mapping[str, str]) -> list[Panel]:
     def recorded(*keys: str) -> bool:
         return any(key in record for records in searches.values() for record in records for key in keys)
 
     panels: list[Panel] = []
+    if looked := {name: found for name, result in results.items() if (found := candidate_records(result))}:
+        panels.append(lambda axes: _candidates(axes, looked, colours))
     if recorded("hamming"):
         panels.append(lambda axes: _distance(axes, searches, colours))
     if recorded("top_eigenvalue"):
@@ -80,6 +90,24 @@ def _panels(results: Mapping[str, CompressResult], searches: Searches, colours: 
     if cut:
         panels.append(lambda axes: _bars(axes, cut, colours))
     return panels
+
+
+def _candidates(axes: Any, looked: Mapping[str, list[Mapping[str, Any]]], colours: Mapping[str, str]) -> None:
+    """Every candidate as a dot, and a line through what the best by reward had."""
+    from matplotlib.ticker import MaxNLocator
+
+    for name, records in looked.items():
+        numbers = range(1, len(records) + 1)
+        axes.scatter(numbers, [100 * r["val_robust"] for r in records], color=colours[name], s=12, alpha=0.45, lw=0)
+        best = list(accumulate(records, _better))
+        axes.step(numbers, [100 * r["val_robust"] for r in best], where="post", color=colours[name], linewidth=1.8)
+    axes.set(xlabel="networks looked at", ylabel="PGD-10 accuracy after recovery (%)", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("Candidates, and the best so far (validation)", fontsize=11)
+
+
+def _better(a: Mapping[str, Any], b: Mapping[str, Any]) -> Mapping[str, Any]:
+    return b if b["reward"] > a["reward"] else a
 
 
 def _distance(axes: Any, searches: Searches, colours: Mapping[str, str]) -> None:
@@ -198,6 +226,10 @@ def _legend(figure: Any, names: list[str], colours: Mapping[str, str]) -> None:
 
     handles = [Line2D([], [], color=colours[name], linewidth=4, label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
+
+
+def _shows_more(result: CompressResult) -> bool:
+    return bool(candidate_records(result)) or _before_finetuning(result) is not None
 
 
 def _before_finetuning(result: CompressResult) -> Mapping[str, Any] | None:

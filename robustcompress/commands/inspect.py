@@ -15,7 +15,7 @@ from robustcompress.errors import Problems
 from robustcompress.models import build_model, check_image_size
 from robustcompress.plots import check_picture
 from robustcompress.result import RESULT, CompressResult, load
-from robustcompress.search_plot import plot_search, search_records
+from robustcompress.search_plot import candidate_records, plot_search, search_records
 from robustcompress.stability import stability
 from robustcompress.structure import Bypass
 from robustcompress.terminal import Output, table
@@ -129,6 +129,9 @@ def _short(results: Mapping[str, CompressResult]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else {name: name for name in results}
 
 
+BEST = 5
+"""Candidates that are shown."""
+
 MEASURES = {
     "hamming": ("bits changed", ".4f"),
     "top_eigenvalue": ("top eigenvalue", ".4g"),
@@ -150,6 +153,20 @@ def _searches(searches: Mapping[str, list[Mapping[str, Any]]]) -> Any:
     return table("Last epoch of the search", ("result", *(head for head, _ in shown.values())), rows, left=("result",))
 
 
+def _candidates(name: str, records: list[Mapping[str, Any]]) -> Any:
+    """The best networks of a search over architectures."""
+    rows = []
+    for record in sorted(records, key=lambda r: -r["reward"])[:BEST]:
+        gone = ", ".join(record["bypassed"]) or "-"
+        accuracies = (f"{100 * record[key]:.1f}" for key in ("val_clean", "val_robust"))
+        rows.append(
+            (str(records.index(record) + 1), *accuracies, f"{record['reward']:.3f}", human(record["macs"]), gone)
+        )
+    title = f"The best {len(rows)} of {len(records)} networks that {name} looked at, on validation images"
+    columns = ("number", "clean %", "PGD-10 %", "reward", "MACs", "blocks that left")
+    return table(title, columns, rows, left=("blocks that left",))
+
+
 def _one(arguments: argparse.Namespace, name: str, result: CompressResult | None) -> Output:
     model = result.model if result is not None else build_model(name, **dict(arguments.model_arg))[0]
     size = arguments.image_size
@@ -164,6 +181,9 @@ def _one(arguments: argparse.Namespace, name: str, result: CompressResult | None
     if result is not None and (records := search_records(result)):
         document = {**output.document, "search": records}
         output = Output(document=document, parts=(*output.parts, _searches({name: records})))
+    if result is not None and (records := candidate_records(result)):
+        document = {**output.document, "candidates": records}
+        output = Output(document=document, parts=(*output.parts, _candidates(name, records)))
     if arguments.plot is None:
         return output
     title = name

@@ -88,16 +88,9 @@ class Space:
         return tuple(len(coordinate.options) - 1 for coordinate in self.coordinates)
 
     @property
-    def ruled(self) -> Config | None:
-        """The published rule (see `strategies.scaling`): the last stage at 0.4 of the others; None without stages."""
-        last = max((c.stage for c in self.coordinates if c.kind == "width"), default=-1)
-        if all(stage.stride <= 1 for stage in self.stages):
-            return None
-        config = list(self.whole)
-        for number, coordinate in enumerate(self.coordinates):
-            if coordinate.kind == "width" and coordinate.stage == last:
-                config[number] = coordinate.options.index(min(coordinate.options, key=lambda share: abs(share - 0.4)))
-        return tuple(config)
+    def staged(self) -> bool:
+        """Whether its stages are resolutions, of which one is the last."""
+        return any(stage.stride > 1 for stage in self.stages)
 
     def project(self, config: Config) -> Architecture:
         """The network of a configuration's shape that just keeps the budget.

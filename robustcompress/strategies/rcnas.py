@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -13,6 +15,8 @@ from robustcompress.robust.probe import accuracies
 from robustcompress.search.domain import Config, Task
 from robustcompress.search.evaluate import Evaluator, Outcome, Recovery, local_lipschitz
 from robustcompress.search.hunt import Hunt
+from robustcompress.search.policy import Policy
+from robustcompress.search.rule import Rule
 from robustcompress.search.searchers import SEARCHERS, make_searcher
 from robustcompress.search.space import Space
 from robustcompress.search.stages import discover, first_to_leave
@@ -22,6 +26,8 @@ from robustcompress.strategies.base import Direction, Strategy, check_numbers, p
 from robustcompress.structure.magnitudes import group_norms
 
 Feasibility = Literal["project", "penalty"]
+
+PROPOSE = tuple(name for name in SEARCHERS if name != "rule")  # which is always looked at
 
 PROBE = 64
 """Images by which blocks are ranked and the Lipschitz constant is estimated."""
@@ -62,7 +68,7 @@ class RCNAS(Strategy):
             projected.
         alpha: What robust accuracy counts in the reward, against clean accuracy.
         cap: No group becomes wider than this multiple of the reference's width.
-        policy: File of a policy to begin with (see `robustcompress.search`); for "reinforce" alone.
+        policy: File of a policy to begin with, such as a meta-trained one; for "reinforce" alone.
         finetune_lr: Factor on the recipe's learning rate while fine-tuning.
     """
 
@@ -87,7 +93,7 @@ class RCNAS(Strategy):
     def __post_init__(self) -> None:
         problems = Problems("rcnas cannot run")
         for name, choices in (
-            ("searcher", tuple(SEARCHERS)),
+            ("searcher", PROPOSE),
             ("recovery", get_args(Recovery)),
             ("feasibility", get_args(Feasibility)),
         ):
@@ -117,6 +123,10 @@ class RCNAS(Strategy):
             problems.add(f"teacher={self.teacher} and search={self.search} leave no epochs to fine-tune: lower them")
         if self.policy is not None and self.searcher != "reinforce":
             problems.add(f"policy={self.policy!r}: only searcher='reinforce' begins with one")
+        elif self.policy is not None:
+            problems.attempt(partial(Policy.load, self.policy))
+        if self.searcher == "optuna" and find_spec("optuna") is None:
+            problems.add("searcher='optuna' needs Optuna: pip install 'robustcompress[search]', or take 'evolution'")
         problems.raise_if_any()
 
     def largest(self, widths: Widths) -> Widths:
@@ -168,13 +178,14 @@ class RCNAS(Strategy):
         return Task(budget, macs, classes, "pgd", goal.threat.eps, clean, robust, lipschitz), images
 
     def _search(self, session: Session, space: Space, task: Task) -> Config:
-        options = {"policy": self.policy} if self.policy is not None else {}
+        options = {"policy": Policy.load(self.policy)} if self.policy is not None else {}
+        domain = space.domain(task)
         steps = session.steps(self.search) if self.search else 0
         count = min(self.finalists, self.evaluations)
         hunt = Hunt(
             session,
             space,
-            make_searcher(self.searcher, space.domain(task), session.goal.seed, **options),
+            make_searcher(self.searcher, domain, session.goal.seed, **options),
             lambda: Evaluator(
                 session,
                 recovery=self.recovery,
@@ -185,7 +196,7 @@ class RCNAS(Strategy):
             evaluations=self.evaluations,
             batch=self.batch,
             steps=(round(steps / 2 / self.evaluations), round(steps / 2 / count)),
-            first=[config for config in (space.whole, space.ruled) if config is not None],
+            first=[domain.whole, *([Rule(domain, 0).ask()] if space.staged else [])],
             literal=self.feasibility == "penalty",
         )
         hunt.look()
