@@ -15,7 +15,7 @@ from robustcompress.search.searcher import Searcher
 from robustcompress.search.space import Architecture, Space
 from robustcompress.session import Session
 
-TRIES = 50
+TRIES = 20
 """How often a searcher may propose what is known before configurations are drawn at random in its place."""
 
 FIRST_LOOK, SECOND_LOOK = 10, 20
@@ -45,16 +45,25 @@ class Ledger:
 
     Args:
         searcher: Who proposes.
+
+    Attributes:
+        entries: By network, in the order in which they were looked at.
+        exhausted: Whether no other network can be found.
     """
 
     def __init__(self, searcher: Searcher) -> None:
         self.searcher = searcher
         self.entries: dict[str, Entry] = {}
+        self.exhausted = False
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain JSON by name."""
         rows = {key: [list(e.config), e.outcome.to_json(), e.reward] for key, e in self.entries.items()}
-        return {"entries": rows, **{f"searcher/{key}": value for key, value in self.searcher.state_dict().items()}}
+        return {
+            "entries": rows,
+            "exhausted": self.exhausted,
+            **{f"searcher/{key}": value for key, value in self.searcher.state_dict().items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """Go on from a state."""
@@ -62,6 +71,7 @@ class Ledger:
             key: Entry(tuple(config), Outcome(**outcome), reward)
             for key, (config, outcome, reward) in state["entries"].items()
         }
+        self.exhausted = state["exhausted"]
         inner = {k.removeprefix("searcher/"): v for k, v in state.items() if k.startswith("searcher/")}
         self.searcher.load_state_dict(inner)
 
@@ -104,6 +114,7 @@ class Hunt:
         self._evaluations, self._batch, self._steps = evaluations, batch, steps
         self._first, self._make, self._literal = list(first), evaluator, literal
         self._ledger = Ledger(searcher)
+        self._networks: dict[Config, Architecture] = {}  # projecting takes longer than proposing
 
     @cached_property
     def _evaluator(self) -> Evaluator:
@@ -167,6 +178,8 @@ class Hunt:
     def _propose(self, size: int) -> dict[str, tuple[list[Config], Architecture]]:
         """By network, those not looked at yet, with all configurations that came out as it."""
         ledger, asked = self._ledger, dict[str, tuple[list[Config], Architecture]]()
+        if ledger.exhausted:
+            return {}
 
         def take(config: Config) -> bool:
             architecture = self._network(config)
@@ -189,10 +202,13 @@ class Hunt:
             sizes = (len(coordinate.options) for coordinate in self._space.coordinates)
             take(tuple(int(torch.randint(n, (), generator=generator)) for n in sizes))
             tries += 1
+        ledger.exhausted = len(asked) < size
         return asked
 
     def _network(self, config: Config) -> Architecture:
-        return self._space.literal(config) if self._literal else self._space.project(config)
+        if config not in self._networks:
+            self._networks[config] = self._space.literal(config) if self._literal else self._space.project(config)
+        return self._networks[config]
 
     def _seed(self, number: int) -> int:
         return self._session.goal.seed * 10_000_019 + number

@@ -44,17 +44,20 @@ class Space:
     """What a search may make of a reference: for each stage a depth and a width.
 
     A configuration is a *shape*: how many of a stage's blocks stay, and how the stages' widths relate. `project` scales
-    all widths by one ratio so that the network just keeps the budget, whatever the depths; so every configuration
-    stands for a network that may be built, and all are compared at one cost.
+    all widths by one ratio so that the network just keeps the budget, whatever the depths; where it would be below the
+    budget at its widest, blocks come back. So every configuration stands for a network that may be built, and all are
+    compared at one cost.
 
     Args:
         session: The network under compression, with the shape of the reference.
         stages: Its stages.
+        order: The blocks that may leave, the first to leave first: the last to leave is the first to come back.
         cap: No group becomes wider than this multiple of its width.
     """
 
-    def __init__(self, session: Session, stages: Sequence[Stage], *, cap: float = 1.0) -> None:
+    def __init__(self, session: Session, stages: Sequence[Stage], order: Sequence[str], *, cap: float = 1.0) -> None:
         self.stages = tuple(stages)
+        self._order = {name: number for number, name in enumerate(order)}
         self._session = session
         self._cap = cap
         self._full = session.editor.widths
@@ -98,19 +101,33 @@ class Space:
         Args:
             config: One option for each coordinate.
         """
-        gone, factors = self._shape(config)
-        widths = shaped_widths(self._session, factors, cap=self._cap, without=gone)
-        return Architecture(gone, widths)
+        gone, _ = self._shape(config)
+        widest = {group.name: int(self._cap * group.width) for group in self._session.editor.editable}
+        while gone and self._session.fits(widest, without=gone):
+            gone.remove(max(gone, key=self._order.__getitem__))
+        return Architecture(tuple(gone), self.widths(config, gone))
+
+    def widths(self, config: Config, gone: Sequence[str]) -> dict[str, int]:
+        """The widths of a configuration's shape that just keep the budget, whatever its depths say.
+
+        Args:
+            config: One option for each coordinate.
+            gone: The blocks that leave.
+        """
+        _, factors = self._shape(config)
+        factors = {name: factors[name] for name in alive(self._session, factors, gone)}
+        return shaped_widths(self._session, factors, cap=self._cap, without=gone)
 
     def literal(self, config: Config) -> Architecture:
         """The network whose multipliers are a configuration's own, whatever it costs."""
         gone, factors = self._shape(config)
+        factors = {name: factors[name] for name in alive(self._session, factors, gone)}
         editor, round_to = self._session.editor, self._session.goal.round_to
         floor, steps = floor_widths(editor, round_to), steps_of(editor, round_to)
         full = {name: self._full[name] for name in factors}
-        return Architecture(gone, {n: rounded(factors[n] * w, steps[n], floor[n], w) for n, w in full.items()})
+        return Architecture(tuple(gone), {n: rounded(factors[n] * w, steps[n], floor[n], w) for n, w in full.items()})
 
-    def _shape(self, config: Config) -> tuple[tuple[str, ...], dict[str, float]]:
+    def _shape(self, config: Config) -> tuple[list[str], dict[str, float]]:
         gone: list[str] = []
         factors: dict[str, float] = dict.fromkeys((g.name for g in self._session.editor.editable), 1.0)
         for coordinate, option in zip(self.coordinates, config, strict=True):
@@ -120,5 +137,4 @@ class Space:
             else:
                 # Groups of blocks that have left since this space was laid out are there no more.
                 factors |= {name: share for name in stage.groups if name in factors}
-        left = alive(self._session, factors, gone)
-        return tuple(gone), {name: factors[name] for name in left}
+        return gone, factors

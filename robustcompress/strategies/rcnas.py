@@ -49,8 +49,9 @@ class RCNAS(Strategy):
     afresh, and the best of those is cut out of the teacher and fine-tuned. Recovery is paid for out of the epochs.
 
     A configuration is a shape: how many blocks of each stage stay (those that change their input least leave first),
-    and how the stages' widths relate. It is scaled to the budget, so that all candidates cost the same. Two are always
-    among them: uniform widths, and the published scaling rule (see `Scaling`).
+    and how the stages' widths relate. It is scaled to the budget, so that all candidates cost the same (where it would
+    be below the budget at full width, blocks come back). Two are always among them: uniform widths, and the published
+    scaling rule (see `Scaling`).
 
     Attributes:
         searcher: Who proposes: "reinforce", "evolution", "random", or "optuna" (extra `[search]`).
@@ -146,7 +147,8 @@ class RCNAS(Strategy):
             session.train("teacher", share=trained)
             session.settle()
         task, images = self._task(session)
-        space = Space(session, discover(session, first_to_leave(session, images) if self.depth else []), cap=self.cap)
+        order = first_to_leave(session, images) if self.depth else []
+        space = Space(session, discover(session, order), order, cap=self.cap)
         winner = self._search(session, space, task) if space.coordinates else ()
         self._take(session, space, winner)
         session.train("finetune", share=1 - trained - self.search, lr_scale=self.finetune_lr, select=True)
@@ -221,7 +223,7 @@ class RCNAS(Strategy):
         gone = space.project(winner).bypassed
         for block in gone:
             session.editor.bypass(block)
-        widths = session.choose("widths of the winner", lambda: dict(space.project(winner).widths))
+        widths = session.choose("widths of the winner", lambda: space.widths(winner, gone))
         session.record({"phase": "finalists", "event": "winner", "config": list(winner), "bypassed": list(gone)})
         prune_by(session, lambda: (widths, norms))
         session.recalibrate()

@@ -65,7 +65,7 @@ def session() -> Session:
 
 @pytest.fixture(scope="module")
 def space(session: Session) -> Space:
-    return Space(session, discover(session, session.editor.bypassable))
+    return Space(session, discover(session, session.editor.bypassable), session.editor.bypassable)
 
 
 def hunting(session: Session, space: Space, searcher: Scripted, **options: Any) -> tuple[Hunt, Judge]:

@@ -43,7 +43,7 @@ def base(name: str) -> Session:
 
 
 def space_of(session: Session, **options: Any) -> Space:
-    return Space(session, discover(session, session.editor.bypassable), **options)
+    return Space(session, discover(session, session.editor.bypassable), session.editor.bypassable, **options)
 
 
 @functools.cache
@@ -137,15 +137,28 @@ def test_equal_multipliers_are_one_network_whatever_they_are() -> None:
 
 
 def test_blocks_leave_in_the_order_given_and_their_groups_with_them() -> None:
-    session = base("resnet")
-    order = session.editor.bypassable
-    found = Space(session, discover(session, order))
-    none = tuple(0 if c.kind == "depth" else option for c, option in zip(found.coordinates, found.whole, strict=True))
+    session = make_session(network("wrn"), budget=rc.Budget(macs=0.2))
+    order = session.editor.bypassable[::-1]
+    found = Space(session, discover(session, order), order)
+    none = tuple(0 if c.kind == "depth" else len(c.options) - 1 for c in found.coordinates)
     architecture = found.project(none)
-    assert architecture.bypassed == order
+    assert set(architecture.bypassed) == set(order)
     inner = {group.name for group in session.editor.editable} - set(architecture.widths)
     assert inner and all(name.startswith(order) for name in inner)
     assert alive(session, inner, order) == [] and set(alive(session, inner, ())) == inner
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.95, 0), (0.7, 1), (0.2, 3)])
+def test_blocks_come_back_where_the_budget_would_lie_idle(share: float, left: int) -> None:
+    session = make_session(network("wrn"), budget=rc.Budget(macs=share))
+    order = session.editor.bypassable[::-1]
+    found = Space(session, discover(session, order), order)
+    none = tuple(0 if c.kind == "depth" else len(c.options) - 1 for c in found.coordinates)
+    gone = found.project(none).bypassed
+    assert len(gone) == left and sorted(gone) == sorted(order[:left]), "who left last comes back first"
+    full = session.editor.widths
+    assert not session.fits(full, without=gone)
+    assert session.fits(full, without=order[: left + 1]) or left == len(order)
 
 
 def test_multipliers_can_be_taken_as_they_are() -> None:
