@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--seeds", type=positive, default=24, help="seeds of the searchers (default: %(default)s)")
     add("--meta-seeds", type=positive, default=12, help="meta-trained policies (default: %(default)s)")
-    add("--meta-rounds", type=positive, default=1500, help="batches to meta-train on (default: %(default)s)")
+    add("--meta-rounds", type=positive, default=1000, help="batches to meta-train on (default: %(default)s)")
     return parser
 
 

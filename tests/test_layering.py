@@ -21,7 +21,7 @@ LAYERS = [
     {"train"},
     {"checkpoint", "goal"},
     {"session", "terminal", "machine"},
-    {"diagnostics"},
+    {"diagnostics", "search"},
     {"strategies", "result"},
     {"export", "plots", "stability", "widths"},
     {"search_plot", "width_plot"},
@@ -49,10 +49,11 @@ CONFINED = {
     "pyautoattack": {"robust/autoattack.py"},
     "thop": {"budget.py"},
     "timm": {"models/timm_models.py"},
+    "optuna": {"search/optuna_search.py"},
 }
 HEAVY = (
     *("torchvision", "onnx", "onnxscript", "onnxruntime", "matplotlib", "thop", "torch_pruning"),
-    *("pyautoattack", "rich", "sklearn", "scipy", "PIL", "yaml", "timm", "huggingface_hub"),
+    *("pyautoattack", "rich", "sklearn", "scipy", "PIL", "yaml", "timm", "huggingface_hub", "optuna"),
 )
 
 

@@ -23,6 +23,9 @@ ELITE = 5
 _FLATTER = 0.25
 """What a restart leaves of the logits."""
 
+LR = 3e-2
+TUNING_LR = 1e-2
+
 _TRIES = 50
 
 
@@ -45,7 +48,7 @@ class Reinforce:
         seed: Of the first weights and of all draws.
         policy: Weights to start from, such as a meta-trained policy's; copied. By default new ones, uniform.
         batch: Rewards to an update.
-        lr: Of Adam.
+        lr: Of Adam; by default `LR` for new weights and `TUNING_LR` for given ones, which a large step would undo.
         entropy: Weight of the entropy bonus.
         baseline: Weight of the past in the moving average.
         stall: What to do when it stalls.
@@ -61,13 +64,15 @@ class Reinforce:
         *,
         policy: Policy | None = None,
         batch: int = 5,
-        lr: float = 1e-2,
+        lr: float | None = None,
         entropy: float = 0.02,
         baseline: float = 0.9,
         stall: Stall = "mutate",
         warm_entropy: float = 0.1,
         warm_updates: int = 4,
     ) -> None:
+        if lr is None:
+            lr = LR if policy is None else TUNING_LR
         at_least("Reinforce cannot start", 1, batch=batch)
         at_least(
             "Reinforce cannot start", 0, lr=lr, entropy=entropy, warm_entropy=warm_entropy, warm_updates=warm_updates
