@@ -42,7 +42,7 @@ GRIDS: Mapping[str, Sequence[dict[str, Any]]] = {
     ),
     "evolution": tuple({"population": p, "sample": s} for p in (10, 20, 40) for s in (3, 5, 10)),
     "meta-training": ({"entropy": 0.02}, {"entropy": 0.1}, {"entropy": 1.0}, {"lr": 1e-3}, {"lr": 1e-2}),
-    "fine-tuning": ({"warm_entropy": 0.0}, {"warm_entropy": 0.5}, {"lr": 3e-3}, {"lr": 1e-2}),
+    "fine-tuning": ({"warm_entropy": 0.0}, {"warm_entropy": 0.5}, {"lr": 3e-3}, {"lr": 3e-2}),
 }
 _FIRST = 1000
 """Number of the first task: meta-training has the first ones."""
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(MODULE, __doc__, example="python -m benchmarks.search_tuning --only evolution")
     add_out(parser, MODULE)
     add = parser.add_argument
-    add("--seeds", type=positive, default=24, help="tasks, each with a seed of its own (default: %(default)s)")
+    add("--seeds", type=positive, default=16, help="tasks, each with a seed of its own (default: %(default)s)")
     add("--only", nargs="+", choices=list(GRIDS), default=list(GRIDS), help="what to vary (default: all)")
     return parser
 
