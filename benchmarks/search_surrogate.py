@@ -45,12 +45,14 @@ from robustcompress.search.searchers import make_searcher
 MODULE = "search_surrogate"
 SEARCHERS = ("reinforce", "evolution", "random", "optuna", "rule")
 STALLS = ("mutate", "restart", "none")
+"""The first is the default."""
+
 CHECKPOINTS = (10, 20, 50, 100, 200, 400)
 ACCEPTED = (50, 100)
 """Where REINFORCE may not be worse than random."""
 
 META_CURVE = 100
-META_TASKS = 4
+META_TASKS = 3
 _DUAL_FROM = 100
 """Number of the first task of the dual level: no other part of this benchmark has them."""
 
@@ -70,15 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             "published": [published()] * options.seeds,
         }
         optima = {task.name: task.optimum() for tasks in families.values() for task in dict.fromkeys(tasks)}
+        searchers = {
+            family: _compare(tasks, optima, {n: (n, {}) for n in SEARCHERS}, checkpoints)
+            for family, tasks in families.items()
+        }
+        others = {stall: ("reinforce", {"stall": stall}) for stall in STALLS[1:]}
         results = {
             "checkpoints": list(checkpoints),
-            "searchers": {
-                family: _compare(tasks, optima, {n: (n, {}) for n in SEARCHERS}, checkpoints)
-                for family, tasks in families.items()
+            "searchers": searchers,
+            "stalls": {
+                STALLS[0]: searchers["held-out"]["reinforce"],
+                **_compare(families["held-out"], optima, others, checkpoints),
             },
-            "stalls": _compare(
-                families["held-out"], optima, {s: ("reinforce", {"stall": s}) for s in STALLS}, checkpoints
-            ),
             "dual": dual(options.meta_seeds, options.meta_rounds, curve, options.seed),
         }
     value = record(MODULE, options, argv, results)
@@ -272,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--seeds", type=positive, default=20, help="seeds of the searchers (default: %(default)s)")
     add("--meta-seeds", type=positive, default=10, help="meta-trained policies (default: %(default)s)")
-    add("--meta-rounds", type=positive, default=1000, help="batches to meta-train on (default: %(default)s)")
+    add("--meta-rounds", type=positive, default=800, help="batches to meta-train on (default: %(default)s)")
     return parser
 
 

@@ -33,7 +33,7 @@ from robustcompress.search.searchers import make_searcher
 MODULE = "search_tuning"
 CHECKPOINTS = (50, 100, 200)
 CURVE = 100
-META_ROUNDS = 1000
+META_ROUNDS = 800
 GRIDS: Mapping[str, Sequence[dict[str, Any]]] = {
     "reinforce": (
         *({"lr": lr, "entropy": entropy} for lr in (1e-2, 3e-2, 1e-1) for entropy in (0.02, 0.1)),

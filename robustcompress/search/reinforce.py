@@ -39,7 +39,7 @@ class Reinforce:
     A policy that has settled proposes little but what it has proposed already. When that is so for half of the last
     `4 * batch` samples, it has stalled:
       mutate   what it samples and has proposed before teaches it at once by the reward that is known, and in its place
-               one of the `ELITE` best is mutated to something new
+               one of the `ELITE` best is mutated until it is something new
       restart  the logits are made flat again (a quarter of them is left), and Adam forgets
       none     goes on
 
@@ -188,9 +188,14 @@ class Reinforce:
         if config in self._rewards:
             self._asked += 1
             self._learn(self._asked, config, self._rewards[config])
-        best = sorted(self._rewards, key=lambda told: self._rewards[told], reverse=True)[:ELITE]
-        for _ in range(_TRIES if best else 0):
-            config = mutated(self.domain, best[draw(self._generator, len(best))], self._generator)
+        one_each = {
+            reward: told for told, reward in self._rewards.items()
+        }  # equal rewards: as good as the same network
+        best = [one_each[reward] for reward in sorted(one_each, reverse=True)[:ELITE]]
+        if best:
+            config = best[draw(self._generator, len(best))]
+        for _ in range(_TRIES):  # a walk, so that it leaves a neighbourhood that is used up
+            config = mutated(self.domain, config, self._generator)
             if config not in self._proposed and config not in self._rewards:
                 break
         return config
