@@ -123,6 +123,17 @@ def test_a_settled_policy_stalls_and_mutation_goes_on() -> None:
     assert len(set(proposals(restarted))) > 40 and restarted.stalls >= 1
 
 
+def test_mutation_leaves_a_neighbourhood_that_is_used_up() -> None:
+    """81 configurations, of which 34 are near the best two; equal rewards do not fill the elite either."""
+    searcher = Reinforce(staged(1), 0, stall="mutate", lr=0.1)
+    asked = set()
+    for _ in range(250):
+        config = searcher.ask()
+        asked.add(config)
+        searcher.tell(config, float(config[0] == 4))
+    assert len(asked) > 75
+
+
 def test_in_a_space_that_is_used_up_it_still_answers() -> None:
     for stall in get_args(Stall):
         searcher = Reinforce(small(), 0, stall=stall)
