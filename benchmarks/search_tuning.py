@@ -10,6 +10,7 @@ the default was not changed for it.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from benchmarks.common import (
 )
 from benchmarks.search_race import interval, race, shown, trained_policy
 from benchmarks.surrogate import draw_task
+from robustcompress.search.policy import Policy
 from robustcompress.search.searchers import make_searcher
 
 MODULE = "search_tuning"
@@ -90,13 +92,19 @@ def _found(name: str, changed: dict[str, Any], seeds: int, checkpoints: Sequence
 def _tuned(name: str, changed: dict[str, Any], seeds: int, curve: int, rounds: int, first: int) -> list[float]:
     """For each seed, the mean of the best so far of searches that start from one of two meta-trained policies."""
     training, tuning = (changed, {}) if name == "meta-training" else ({}, changed)
-    policies = [trained_policy(number, rounds, **training) for number in range(2)]
+    policies = [_trained(number, rounds, tuple(training.items())) for number in range(2)]
     values = []
     for seed in range(seeds):
         task = draw_task(_FIRST + first + seed, held_out=False)
         searcher = make_searcher("reinforce", task.domain, seed, policy=policies[seed % len(policies)], **tuning)
         values.append(statistics.fmean(race(task, searcher, seed, (curve,)).best))
     return values
+
+
+@functools.cache
+def _trained(seed: int, rounds: int, options: tuple[tuple[str, Any], ...]) -> Policy:
+    """Fine-tuning varies nothing of the training: its policies are those of the defaults."""
+    return trained_policy(seed, rounds, **dict(options))
 
 
 def markdown(value: Mapping[str, Any]) -> str:
@@ -117,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(MODULE, __doc__, example="python -m benchmarks.search_tuning --only evolution")
     add_out(parser, MODULE)
     add = parser.add_argument
-    add("--seeds", type=positive, default=16, help="tasks, each with a seed of its own (default: %(default)s)")
+    add("--seeds", type=positive, default=12, help="tasks, each with a seed of its own (default: %(default)s)")
     add("--only", nargs="+", choices=list(GRIDS), default=list(GRIDS), help="what to vary (default: all)")
     return parser
 
