@@ -20,6 +20,8 @@ from benchmarks import (
     latency,
     latency_budget,
     search_step,
+    search_surrogate,
+    search_tuning,
     structure,
     training_step,
 )
@@ -31,6 +33,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     structure.MODULE: structure.markdown,
     training_step.MODULE: training_step.markdown,
     search_step.MODULE: search_step.markdown,
+    search_surrogate.MODULE: search_surrogate.markdown,
+    search_tuning.MODULE: search_tuning.markdown,
     latency.MODULE: latency.markdown,
     latency_budget.MODULE: latency_budget.markdown,
 }
@@ -56,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     traced = RESULTS / f"{structure.MODULE}.json"
     if traced.exists():
         print(f"{structure.plot(read_json(traced), traced.with_suffix('.png')).relative_to(ROOT)}: drawn")
+    searched = RESULTS / f"{search_surrogate.MODULE}.json"
+    if searched.exists():
+        print(f"{search_surrogate.plot(read_json(searched), searched.with_suffix('.png')).relative_to(ROOT)}: drawn")
     for grid in grids():
         plot = compare_plots.plot_grid(grid, RESULTS / grid.name, RESULTS / grid.name / PLOT)
         if plot is not None:

@@ -23,7 +23,7 @@ TOP = 5
 DRAWS = 4
 """Fresh evaluations of each of these."""
 
-PATIENCE = 2000
+PATIENCE = 500
 """Proposals of nothing new after which a search is over."""
 
 TRAINING_TASKS = 64

@@ -8,10 +8,11 @@ so many, the 5 best by their noisy scores are evaluated 4 times anew (not counte
   searchers   each with the options that `search_tuning` chose on training tasks, here on held-out tasks of the
               family, one for every seed, and on the published task, with other noise for every seed
   stalls      REINFORCE's answers to proposing what it has proposed already
-  dual level  a policy meta-trained on training tasks and fine-tuned on held-out ones, against a fresh one with the
-              same options: the mean over the first 100 unique evaluations of the true value of the best so far by its
-              noisy score. "Blind" was trained alike, but shown one and the same domain for all tasks, so that it can
-              know only what is good on average.
+  dual level  a policy meta-trained on training tasks and fine-tuned on held-out ones, against a fresh one, with
+              steps as large as are best for it, and ("fresh-slow") with the smaller ones of fine-tuning: the mean
+              over the first 100 unique evaluations of the true value of the best so far by its noisy score. "Blind"
+              was trained alike, but shown one and the same domain for all tasks, so that it can know only what is
+              good on average.
 Intervals are of the bootstrap over seeds (95 %); differences are paired: same task, same noise.
 """
 
@@ -38,17 +39,20 @@ from benchmarks.common import (
 from benchmarks.search_race import Run, interval, race, shown, trained_policy, unseen
 from benchmarks.surrogate import SurrogateTask, draw_task, published
 from robustcompress.search.domain import Domain
+from robustcompress.search.reinforce import TUNING_LR
 from robustcompress.search.searchers import make_searcher
 
 MODULE = "search_surrogate"
 SEARCHERS = ("reinforce", "evolution", "random", "optuna", "rule")
 STALLS = ("mutate", "restart", "none")
+"""The first is the default."""
+
 CHECKPOINTS = (10, 20, 50, 100, 200, 400)
 ACCEPTED = (50, 100)
 """Where REINFORCE may not be worse than random."""
 
 META_CURVE = 100
-META_TASKS = 4
+META_TASKS = 3
 _DUAL_FROM = 100
 """Number of the first task of the dual level: no other part of this benchmark has them."""
 
@@ -68,15 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             "published": [published()] * options.seeds,
         }
         optima = {task.name: task.optimum() for tasks in families.values() for task in dict.fromkeys(tasks)}
+        searchers = {
+            family: _compare(tasks, optima, {n: (n, {}) for n in SEARCHERS}, checkpoints)
+            for family, tasks in families.items()
+        }
+        others = {stall: ("reinforce", {"stall": stall}) for stall in STALLS[1:]}
         results = {
             "checkpoints": list(checkpoints),
-            "searchers": {
-                family: _compare(tasks, optima, {n: (n, {}) for n in SEARCHERS}, checkpoints)
-                for family, tasks in families.items()
+            "searchers": searchers,
+            "stalls": {
+                STALLS[0]: searchers["held-out"]["reinforce"],
+                **_compare(families["held-out"], optima, others, checkpoints),
             },
-            "stalls": _compare(
-                families["held-out"], optima, {s: ("reinforce", {"stall": s}) for s in STALLS}, checkpoints
-            ),
             "dual": dual(options.meta_seeds, options.meta_rounds, curve, options.seed),
         }
     value = record(MODULE, options, argv, results)
@@ -128,18 +135,22 @@ def dual(seeds: int, rounds: int, curve: int, first: int) -> dict[str, Any]:
         }
         tasks = [draw_task(first + _DUAL_FROM + META_TASKS * seed + i, held_out=True) for i in range(META_TASKS)]
         optima = [task.optimum() for task in tasks]
-        for arm in ("meta", "blind", "fresh", "evolution", "random", "rule"):
+        for arm in ("meta", "blind", "fresh", "fresh-slow", "evolution", "random", "rule"):
             below = []
             for number, task in enumerate(tasks):
                 domain: Domain = unseen(task.domain) if arm == "blind" else task.domain
                 name = arm if arm in SEARCHERS else "reinforce"
-                options = {"policy": policies[arm]} if arm in policies else {}
+                options: dict[str, Any] = {"policy": policies[arm]} if arm in policies else {}
+                options |= {"lr": TUNING_LR} if arm == "fresh-slow" else {}
                 run = race(task, make_searcher(name, domain, seed, **options), seed, (curve,))
                 below.append([optima[number] - value for value in run.best])
             arms.setdefault(arm, []).append(below)
         print(f"dual level, seed {seed}", file=sys.stderr, flush=True)
     area = {arm: [statistics.fmean(map(statistics.fmean, below)) for below in found] for arm, found in arms.items()}
-    over = {arm: [f - a for a, f in zip(values, area["fresh"], strict=True)] for arm, values in area.items()}
+    over = {
+        fresh: {arm: [f - a for a, f in zip(values, area[fresh], strict=True)] for arm, values in area.items()}
+        for fresh in ("fresh", "fresh-slow")
+    }
     first_tries = {
         arm: interval([statistics.fmean(b[0] for b in below) for below in found]) for arm, found in arms.items()
     }
@@ -151,7 +162,8 @@ def dual(seeds: int, rounds: int, curve: int, first: int) -> dict[str, Any]:
         "arms": {
             arm: {
                 "area": interval(area[arm]),
-                "over_fresh": interval(over[arm]),
+                "over_fresh": interval(over["fresh"][arm]),
+                "over_slow": interval(over["fresh-slow"][arm]),
                 "first": first_tries[arm],
                 "last": last[arm],
                 "by_seed": [round(value, 4) for value in area[arm]],
@@ -189,12 +201,14 @@ def markdown(value: Mapping[str, Any]) -> str:
     parts += ["**Stalls of REINFORCE, held-out tasks**: points below the optimum"]
     parts += [table(("stall", *checkpoints, "unique", "asked"), rows)]
     dual_level = results["dual"]
-    head = ("start", f"mean of the first {dual_level['curve']}", "better than fresh", "first proposal", "last")
+    area = f"mean of the first {dual_level['curve']}"
+    head = ("start", area, "better than fresh", "than fresh-slow", "first proposal", "last")
     rows = [
         (
             name,
             shown(row["area"]),
             "" if name == "fresh" else shown(row["over_fresh"], signed=True),
+            "" if name == "fresh-slow" else shown(row["over_slow"], signed=True),
             shown(row["first"]),
             shown(row["last"]),
         )
@@ -213,7 +227,7 @@ def plot(value: Mapping[str, Any], path: Path) -> Path:
     """Three panels: searchers, stalls, and the dual level; points below the optimum against unique evaluations."""
     from matplotlib.figure import Figure
 
-    from robustcompress.plots import COLOURS
+    from robustcompress.plots import COLOURS, GREY
 
     results = value["results"]
     figure = Figure(figsize=(14, 4.6), layout="constrained")
@@ -241,7 +255,7 @@ def plot(value: Mapping[str, Any], path: Path) -> Path:
         axes.minorticks_off()
         axes.set_title(title, fontsize=11)
     arms = results["dual"]["arms"]
-    starts = {"meta": COLOURS[5], "blind": COLOURS[6], "fresh": COLOURS[0]}
+    starts = {"meta": COLOURS[5], "blind": COLOURS[6], "fresh": COLOURS[0], "fresh-slow": GREY}
     for name, row in arms.items():
         colour = starts[name] if name in starts else colours[name]
         right.plot(range(1, len(row["mean"]) + 1), row["mean"], color=colour, label=name)
@@ -261,9 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(MODULE, __doc__, example="python -m benchmarks.search_surrogate --seeds 8")
     add_out(parser, MODULE)
     add = parser.add_argument
-    add("--seeds", type=positive, default=24, help="seeds of the searchers (default: %(default)s)")
-    add("--meta-seeds", type=positive, default=12, help="meta-trained policies (default: %(default)s)")
-    add("--meta-rounds", type=positive, default=1500, help="batches to meta-train on (default: %(default)s)")
+    add("--seeds", type=positive, default=20, help="seeds of the searchers (default: %(default)s)")
+    add("--meta-seeds", type=positive, default=10, help="meta-trained policies (default: %(default)s)")
+    add("--meta-rounds", type=positive, default=800, help="batches to meta-train on (default: %(default)s)")
     return parser
 
 

@@ -44,6 +44,7 @@ DEPTHS = (4, 5, 7, 9, 11)
 WIDTHS = (8, 10, 12, 14, 16)
 _WAVES = 6
 _QUARTERS = 4
+_HALVINGS = 14
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -113,7 +114,7 @@ class SurrogateTask:
         low, high = np.zeros(len(chosen)), (teacher / shape).max(1)
         widths = _whole(high[:, None] * shape, teacher)
         over = macs(depths, widths, self.task.classes) > self.max_macs
-        for _ in range(24):
+        for _ in range(_HALVINGS):
             middle = np.where(over, (low + high) / 2, high)
             fits = macs(depths, _whole(middle[:, None] * shape, teacher), self.task.classes) <= self.max_macs
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
@@ -121,6 +122,29 @@ class SurrogateTask:
         found = np.concatenate([depths, widths], 1)
         found[macs(depths, widths, self.task.classes) > self.max_macs] = np.nan
         return found
+
+    def project_one(self, config: Config) -> tuple[float, ...] | None:
+        """As `project`, of one configuration, without arrays: an order of magnitude faster for it; None for NaN."""
+        depths = [1 + round(DEPTH_SHARES[o] * (d - 1)) for o, d in zip(config[0::2], self.depths, strict=True)]
+        shape = [WIDTH_SHARES[o] * w for o, w in zip(config[1::2], self.widths, strict=True)]
+        limit, classes = self.max_macs, self.task.classes
+
+        def widths(factor: float) -> list[float]:
+            floors = (math.floor(factor * s * _QUARTERS + 1e-9) / _QUARTERS for s in shape)
+            return [min(max(f, 1 / _QUARTERS), float(w)) for f, w in zip(floors, self.widths, strict=True)]
+
+        low, high = 0.0, max(w / s for w, s in zip(self.widths, shape, strict=True))
+        if macs_one(depths, widths(high), classes) <= limit:
+            low = high
+        else:
+            for _ in range(_HALVINGS):
+                middle = (low + high) / 2
+                if macs_one(depths, widths(middle), classes) <= limit:
+                    low = middle
+                else:
+                    high = middle
+        found = widths(low)
+        return (*map(float, depths), *found) if macs_one(depths, found, classes) <= limit else None
 
     def worth(self, networks: Numbers) -> Numbers:
         """True values of networks `[N, 6]`, in points, `[N]`."""
@@ -180,8 +204,8 @@ class Evaluator:
     def network(self, config: Config) -> tuple[tuple[float, ...], float]:
         """The network that a configuration stands for, and its true value in points."""
         if config not in self._known:
-            networks = self.task.project([config])
-            self._known[config] = tuple(networks[0].tolist()), float(self.task.worth(networks)[0])
+            network = self.task.project_one(config)
+            self._known[config] = ((), math.nan) if network is None else (network, self.value(network))
         return self._known[config]
 
     def again(self, network: tuple[float, ...], draws: int) -> float:
@@ -214,6 +238,17 @@ def macs(depths: Numbers, widths: Numbers, classes: int = 10) -> Numbers:
         total = total + pixels * 9 * channels**2 * (2 * depths[:, stage] - 1)
         before = channels
     return np.asarray(total + before * classes)
+
+
+def macs_one(depths: Sequence[float], widths: Sequence[float], classes: int = 10) -> float:
+    """As `macs`, of one network."""
+    total, before = 3 * 16 * 9 * 1024.0, 16.0
+    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        channels, pixels = width * (16 << stage), 1024 >> 2 * stage
+        shortcut = stage > 0 or channels != before
+        total += pixels * channels * (before * (9 + shortcut) + 9 * channels * (2 * depth - 1))
+        before = channels
+    return total + before * classes
 
 
 def published(budget_gmacs: float = 5.3, depth: int = 18, width: int = 16) -> SurrogateTask:

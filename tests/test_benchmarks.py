@@ -16,11 +16,22 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import any_model, common, latency, latency_budget, report, search_step, structure, training_step
+from benchmarks import (
+    any_model,
+    common,
+    latency,
+    latency_budget,
+    report,
+    search_step,
+    search_surrogate,
+    search_tuning,
+    structure,
+    training_step,
+)
 from robustcompress import StructuralEditor, build_model, measure
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = (structure, training_step, search_step, latency, latency_budget, any_model)
+SCRIPTS = (structure, training_step, search_step, search_surrogate, search_tuning, latency, latency_budget, any_model)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -165,6 +176,34 @@ def test_search_step(tmp_path: Path) -> None:
         assert row["s2ap_over_hydra"] == pytest.approx(times["s2ap"] / times["hydra"], rel=1e-2)
         assert all(value > 0 for value in times.values())
     assert "s2ap / hydra" in search_step.markdown(value)
+
+
+def test_search_surrogate(tmp_path: Path) -> None:
+    out = tmp_path / "search_surrogate.json"
+    assert search_surrogate.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "search_surrogate")
+    results = value["results"]
+    assert set(results["searchers"]) == {"held-out", "published"} and set(results["stalls"]) == {
+        "mutate",
+        "restart",
+        "none",
+    }
+    for family in results["searchers"].values():
+        for row in family.values():
+            assert min(cell["mean"] for cell in row["below"].values()) >= 0
+    assert results["dual"]["arms"]["fresh"]["over_fresh"]["mean"] == 0
+    assert "Dual level" in search_surrogate.markdown(value)
+    assert search_surrogate.plot(value, tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_search_tuning(tmp_path: Path) -> None:
+    out = tmp_path / "search_tuning.json"
+    assert search_tuning.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "search_tuning")
+    assert len(value["results"]) == 2 * len(search_tuning.GRIDS)
+    assert "above the default" in search_tuning.markdown(value)
 
 
 def test_training_step(tmp_path: Path) -> None:

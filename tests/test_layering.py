@@ -52,10 +52,11 @@ CONFINED = {
     "pyautoattack": {"robust/autoattack.py"},
     "thop": {"budget.py"},
     "timm": {"models/timm_models.py"},
+    "optuna": {"search/optuna_search.py"},
 }
 HEAVY = (
     *("torchvision", "onnx", "onnxscript", "onnxruntime", "matplotlib", "thop", "torch_pruning"),
-    *("pyautoattack", "rich", "sklearn", "scipy", "PIL", "yaml", "timm", "huggingface_hub"),
+    *("pyautoattack", "rich", "sklearn", "scipy", "PIL", "yaml", "timm", "huggingface_hub", "optuna"),
 )
 
 

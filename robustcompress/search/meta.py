@@ -31,7 +31,7 @@ def meta_train(
     *,
     batch: int = 5,
     lr: float = 3e-3,
-    entropy: float = 0.02,
+    entropy: float = 0.3,
     baseline: float = 0.9,
     seed: int = 0,
 ) -> list[dict[str, Any]]:

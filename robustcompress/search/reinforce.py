@@ -23,6 +23,9 @@ ELITE = 5
 _FLATTER = 0.25
 """What a restart leaves of the logits."""
 
+LR = 3e-2
+TUNING_LR = 1e-2
+
 _TRIES = 50
 
 
@@ -36,7 +39,7 @@ class Reinforce:
     A policy that has settled proposes little but what it has proposed already. When that is so for half of the last
     `4 * batch` samples, it has stalled:
       mutate   what it samples and has proposed before teaches it at once by the reward that is known, and in its place
-               one of the `ELITE` best is mutated to something new
+               one of the `ELITE` best is mutated until it is something new
       restart  the logits are made flat again (a quarter of them is left), and Adam forgets
       none     goes on
 
@@ -45,7 +48,7 @@ class Reinforce:
         seed: Of the first weights and of all draws.
         policy: Weights to start from, such as a meta-trained policy's; copied. By default new ones, uniform.
         batch: Rewards to an update.
-        lr: Of Adam.
+        lr: Of Adam; by default `LR` for new weights and `TUNING_LR` for given ones, which a large step would undo.
         entropy: Weight of the entropy bonus.
         baseline: Weight of the past in the moving average.
         stall: What to do when it stalls.
@@ -61,13 +64,15 @@ class Reinforce:
         *,
         policy: Policy | None = None,
         batch: int = 5,
-        lr: float = 1e-2,
+        lr: float | None = None,
         entropy: float = 0.02,
         baseline: float = 0.9,
         stall: Stall = "mutate",
         warm_entropy: float = 0.1,
         warm_updates: int = 4,
     ) -> None:
+        if lr is None:
+            lr = LR if policy is None else TUNING_LR
         at_least("Reinforce cannot start", 1, batch=batch)
         at_least(
             "Reinforce cannot start", 0, lr=lr, entropy=entropy, warm_entropy=warm_entropy, warm_updates=warm_updates
@@ -183,9 +188,14 @@ class Reinforce:
         if config in self._rewards:
             self._asked += 1
             self._learn(self._asked, config, self._rewards[config])
-        best = sorted(self._rewards, key=lambda told: self._rewards[told], reverse=True)[:ELITE]
-        for _ in range(_TRIES if best else 0):
-            config = mutated(self.domain, best[draw(self._generator, len(best))], self._generator)
+        one_each = {
+            reward: told for told, reward in self._rewards.items()
+        }  # equal rewards: as good as the same network
+        best = [one_each[reward] for reward in sorted(one_each, reverse=True)[:ELITE]]
+        if best:
+            config = best[draw(self._generator, len(best))]
+        for _ in range(_TRIES):  # a walk, so that it leaves a neighbourhood that is used up
+            config = mutated(self.domain, config, self._generator)
             if config not in self._proposed and config not in self._rewards:
                 break
         return config

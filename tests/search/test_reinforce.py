@@ -83,7 +83,7 @@ def test_it_updates_by_its_own_proposals_alone_and_by_whole_batches() -> None:
     assert not torch.equal(searcher.policy.depth.bias, first)
 
 
-@pytest.mark.parametrize("stall", ["mutate", "restart", "none"])
+@pytest.mark.parametrize("stall", get_args(Stall))
 def test_an_easy_bandit_is_learned(stall: Stall) -> None:
     searcher = Reinforce(staged(), 0, stall=stall)
     rewards = []
@@ -93,7 +93,8 @@ def test_an_easy_bandit_is_learned(stall: Stall) -> None:
         searcher.tell(config, rewards[-1])
     dice = random.Random(0)
     chance = [closeness(tuple(dice.randrange(9) for _ in GOAL)) for _ in range(300)]
-    assert max(rewards) >= max(chance) and statistics.fmean(rewards[150:]) > 0.6 * statistics.fmean(chance)
+    assert statistics.fmean(rewards[150:]) > 0.6 * statistics.fmean(chance)
+    assert stall != "mutate" or max(rewards) > max(chance)
 
 
 def settled(stall: Stall) -> Reinforce:
@@ -122,6 +123,17 @@ def test_a_settled_policy_stalls_and_mutation_goes_on() -> None:
     assert len(set(proposals(restarted))) > 40 and restarted.stalls >= 1
 
 
+def test_mutation_leaves_a_neighbourhood_that_is_used_up() -> None:
+    """81 configurations, of which 34 are near the best two; equal rewards do not fill the elite either."""
+    searcher = Reinforce(staged(1), 0, stall="mutate", lr=0.1)
+    asked = set()
+    for _ in range(250):
+        config = searcher.ask()
+        asked.add(config)
+        searcher.tell(config, float(config[0] == 4))
+    assert len(asked) > 75
+
+
 def test_in_a_space_that_is_used_up_it_still_answers() -> None:
     for stall in get_args(Stall):
         searcher = Reinforce(small(), 0, stall=stall)
@@ -145,5 +157,6 @@ def test_it_starts_from_a_copy_of_a_policy_and_doubts_it_briefly() -> None:
     with torch.no_grad():
         first = float(sum(-(log.exp() * log).sum() for log in policy(staged())))
     assert entropy_after(lr=0.0) == pytest.approx(first)
-    assert entropy_after(entropy=0.0, warm_entropy=1.0) > entropy_after(entropy=0.0, warm_entropy=0.0) + 0.1
+    assert entropy_after(lr=1e-3, entropy=0.0, warm_entropy=1.0) > first + 0.1
+    assert entropy_after(lr=1e-3, entropy=0.0, warm_entropy=0.0) == pytest.approx(first)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
