@@ -126,10 +126,11 @@ class Session:
 
     def fits(self, widths: Mapping[str, int]) -> bool:
         """Whether the network with these widths keeps the budget."""
+        return self._affords(widths) and (self.latency is None or self.latency.predict(widths) <= self.latency.limit)
+
+    def _affords(self, widths: Mapping[str, int]) -> bool:
         macs, params = self.cost_model.predict(widths)
-        if macs > self.limits[0] or params > self.limits[1]:
-            return False
-        return self.latency is None or self.latency.predict(widths) <= self.latency.limit
+        return macs <= self.limits[0] and params <= self.limits[1]
 
     def choose(self, name: str, pick: Callable[[], dict[str, int]]) -> dict[str, int]:
         """Choose widths that `fits` accepts; where latency is limited, until the network that they make is measured so.
@@ -140,7 +141,9 @@ class Session:
             name: What they are for, for messages.
             pick: Chooses; asked again after `fits` was corrected by a measurement. Draws nothing.
         """
-        return pick() if self.latency is None else self.latency.settle(name, pick, decide=self.decide, say=self.say)
+        if self.latency is None:
+            return pick()
+        return self.latency.settle(name, pick, decide=self.decide, say=self.say, allows=self._affords)
 
     def steps(self, share: float) -> int:
         """How many training steps a phase of this share of the epochs has."""
