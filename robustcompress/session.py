@@ -112,10 +112,13 @@ class Session(Run):
 
     def fits(self, widths: Mapping[str, int], *, without: Sequence[str] = ()) -> bool:
         """Whether the network with these widths, and without these blocks, keeps the budget."""
-        macs, params = self.cost_model.predict(widths, without=without)
-        if macs > self.limits[0] or params > self.limits[1]:
+        if not self._affords(widths, without):
             return False
         return self.latency is None or self.latency.predict(widths, without=without) <= self.latency.limit
+
+    def _affords(self, widths: Mapping[str, int], without: Sequence[str] = ()) -> bool:
+        macs, params = self.cost_model.predict(widths, without=without)
+        return macs <= self.limits[0] and params <= self.limits[1]
 
     def choose(self, name: str, pick: Callable[[], dict[str, int]]) -> dict[str, int]:
         """Choose widths that `fits` accepts; where latency is limited, until the network that they make is measured so.
@@ -126,7 +129,9 @@ class Session(Run):
             name: What they are for, for messages.
             pick: Chooses; asked again after `fits` was corrected by a measurement. Draws nothing.
         """
-        return pick() if self.latency is None else self.latency.settle(name, pick, decide=self.decide, say=self.say)
+        if self.latency is None:
+            return pick()
+        return self.latency.settle(name, pick, decide=self.decide, say=self.say, allows=self._affords)
 
     def steps(self, share: float) -> int:
         """How many training steps a phase of this share of the epochs has."""

@@ -19,6 +19,9 @@ NEAR = 0.99
 PROBE = 0.01
 """How much further each look beyond the first network that is too slow goes."""
 
+FILLS = 5
+"""How many more are measured between two of them."""
+
 AIM = 1.003
 """A correction aims this much below the limit, so that noise does not decide."""
 
@@ -56,6 +59,10 @@ class Choice:
     ms: float
     factor: float
     rounds: int
+
+
+Widths = tuple[tuple[str, int], ...]
+"""By group, sorted."""
 
 
 class LatencyLimit:
@@ -114,6 +121,7 @@ class LatencyLimit:
         *,
         decide: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]],
         say: Callable[[str], None],
+        allows: Callable[[Mapping[str, int]], bool] = lambda widths: True,
     ) -> dict[str, int]:
         """Choose widths once in a run, and go on from there: they count as measured, and as within the limit.
 
@@ -122,8 +130,9 @@ class LatencyLimit:
             pick: As for `choose`.
             decide: `Session.decide`.
             say: Told what came of it.
+            allows: As for `choose`.
         """
-        choice = Choice(**decide(f"{name}, measured", lambda: asdict(self.choose(pick))))
+        choice = Choice(**decide(f"{name}, measured", lambda: asdict(self.choose(pick, allows))))
         self.measured, self._settled, self._settled_without = choice.ms, choice, self._without()
         self.factor = min(choice.factor, self.limit / self._uncorrected(choice.widths))
         say(
@@ -132,16 +141,19 @@ class LatencyLimit:
         )
         return choice.widths
 
-    def choose(self, pick: Callable[[], dict[str, int]]) -> Choice:
+    def choose(
+        self, pick: Callable[[], dict[str, int]], allows: Callable[[Mapping[str, int]], bool] = lambda widths: True
+    ) -> Choice:
         """Have widths chosen until the network that they make keeps the limit, and comes as near as channels permit.
 
         Args:
             pick: Chooses the largest widths that `predict` allows; asked again after every correction.
+            allows: Whether all other limits are kept.
 
         Returns:
             Of all networks measured the slowest within the limit; the fastest where none is.
         """
-        tried: dict[tuple[tuple[str, int], ...], Choice] = {}
+        tried: dict[Widths, Choice] = {}
         before, over, under, probes = self.factor, 0.0, math.inf, 0
         for _ in range(4 * ROUNDS):
             widths = pick()
@@ -179,8 +191,36 @@ class LatencyLimit:
                     wanted = over * (1 - PROBE * probes)
             self.factor = wanted
         self.factor = before
+        self._fill(tried, allows)
         best = self._confirmed(list(tried.values()))
         return Choice(best.widths, best.ms, best.factor, len(tried))
+
+    def _fill(self, tried: dict[Widths, Choice], allows: Callable[[Mapping[str, int]], bool]) -> None:
+        """Where no widths that were picked come near the limit from below, look between two networks.
+
+        Time is a staircase of widths, and those that are picked climb many steps at once: all groups together. Of the
+        fastest network beyond the limit as many groups are taken, in the model's order, as leave the slowest within it
+        there.
+        """
+        within = [choice for choice in tried.values() if choice.ms <= self.limit]
+        beyond = [choice for choice in tried.values() if choice.ms > self.limit]
+        if not within or not beyond:
+            return
+        low, high = max(within, key=lambda choice: choice.ms), min(beyond, key=lambda choice: choice.ms)
+        wider = [name for name, width in high.widths.items() if width > low.widths[name]]
+        nearest, taken, left = low.ms, 0, len(wider)
+        for _ in range(FILLS):
+            if nearest >= NEAR * self.limit or left - taken < 2:
+                return
+            count = (taken + left) // 2
+            widths = low.widths | {name: high.widths[name] for name in wider[:count]}
+            if not allows(widths):
+                left = count
+                continue
+            ms = self._measure(widths).ratio * self.model.reference_ms
+            tried[tuple(sorted(widths.items()))] = Choice(widths, ms, ms / self._uncorrected(widths), len(tried) + 1)
+            taken, left = (count, left) if ms <= self.limit else (taken, count)
+            nearest = max(nearest, ms) if ms <= self.limit else nearest
 
     def _confirmed(self, measured: list[Choice]) -> Choice:
         """The slowest within the limit that is so when it is measured again: of many, one is within it by luck."""

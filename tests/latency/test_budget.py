@@ -201,6 +201,27 @@ def test_widths_are_chosen_again_until_the_measurement_keeps_the_limit(error: fl
     assert bound.predict(widths) <= limit * (1 + 1e-12), "what was measured within the limit fits"
 
 
+def test_between_two_steps_of_all_groups_single_groups_find_a_place() -> None:
+    groups = [f"g{number}" for number in range(8)]
+    sides = tuple(Term(0.9 / 8, (Side(((name, 1),), 0, 100),)) for name in groups)
+    model = dataclasses.replace(line(), terms=sides, widths=dict.fromkeys(groups, 100))
+
+    def measure(widths: Any) -> Timing:  # blocks of 50 channels
+        return Timing(model.predict({name: 50 * -(-width // 50) for name, width in widths.items()}), 1.0)
+
+    bound = LatencyLimit(model, 0.8, measure)
+
+    def pick() -> dict[str, int]:
+        best = max([1, *(w for w in range(1, 101) if bound.predict(dict.fromkeys(groups, w)) <= 0.8)])
+        return dict.fromkeys(groups, best)
+
+    assert measure(dict.fromkeys(groups, 50)).ms == pytest.approx(0.55)
+    assert measure(dict.fromkeys(groups, 51)).ms == pytest.approx(1.0)
+    assert bound.choose(pick).ms == pytest.approx(0.55 + 4 * 0.45 / 8), "four groups of eight are wide"
+    poor = bound.choose(pick, lambda widths: sum(width > 50 for width in widths.values()) < 3)
+    assert poor.ms == pytest.approx(0.55 + 2 * 0.45 / 8), "what else is limited is not to be exceeded on the way"
+
+
 def test_where_nothing_keeps_the_limit_the_fastest_network_is_taken() -> None:
     bound = LatencyLimit(line(), 0.4, lambda widths: Timing(0.5 + widths["a"] / 1e6, 1.0))
     choice = bound.choose(lambda: {"a": 300 if bound.factor < 1.2 else 100})
