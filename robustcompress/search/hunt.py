@@ -21,6 +21,9 @@ TRIES = 20
 FIRST_LOOK, SECOND_LOOK = 10, 20
 """PGD steps of the two rungs."""
 
+LONGER = 4
+"""How many times as long finalists recover."""
+
 Reward = Callable[[Outcome, float], float]
 """What an outcome is worth, given how far the search has come, in [0, 1]."""
 
@@ -91,7 +94,7 @@ class Hunt:
         reward: What an outcome is worth.
         evaluations: How many networks are looked at; a network that was looked at is not looked at again.
         batch: How many are proposed before any is known.
-        steps: Of recovery, on the first look and on that at finalists.
+        steps: Of recovery on the first look; on that at finalists, `LONGER` times as many.
         first: Configurations to look at before any other.
         literal: Take multipliers as they are, whatever the network costs.
     """
@@ -106,7 +109,7 @@ class Hunt:
         *,
         evaluations: int,
         batch: int,
-        steps: tuple[int, int],
+        steps: int,
         first: Sequence[Config] = (),
         literal: bool = False,
     ) -> None:
@@ -143,15 +146,19 @@ class Hunt:
         self._session.keep("finalists", kept)
 
         def again(number: int) -> dict[str, float]:
-            config = tuple(finalists[number])
-            job = Job(self._space.project(config), self._steps[1], SECOND_LOOK, self._seed(1_000_000 + number))
-            (outcome,) = self._evaluator.run([job])
-            reward = self._reward(outcome, 1.0)
-            found["rows"].append([number, reward])
-            self._record("finalist", config, job.architecture, outcome, reward)
+            numbers = range(len(finalists))[number * self._batch : (number + 1) * self._batch]
+            configs = [tuple(finalists[place]) for place in numbers]
+            jobs = [
+                Job(self._space.project(config), LONGER * self._steps, SECOND_LOOK, self._seed(1_000_000 + place))
+                for place, config in zip(numbers, configs, strict=True)
+            ]
+            for place, config, job, outcome in zip(numbers, configs, jobs, self._evaluator.run(jobs), strict=True):
+                reward = self._reward(outcome, 1.0)
+                found["rows"].append([place, reward])
+                self._record("finalist", config, job.architecture, outcome, reward)
             return {"robust": outcome.robust, "clean": outcome.clean}
 
-        self._session.repeat("finalists", len(finalists), again)
+        self._session.repeat("finalists", -(-len(finalists) // self._batch), again)
         self._session.forget("finalists")
         winner = self._session.decide("winner", lambda: max(found["rows"], key=lambda row: row[1])[0])
         return tuple(finalists[winner])
@@ -161,7 +168,7 @@ class Hunt:
         left = self._evaluations - len(ledger.entries)
         asked = self._propose(min(self._batch, left))
         jobs = {
-            key: Job(architecture, self._steps[0], FIRST_LOOK, self._seed(len(ledger.entries) + index))
+            key: Job(architecture, self._steps, FIRST_LOOK, self._seed(len(ledger.entries) + index))
             for index, (key, (_, architecture)) in enumerate(asked.items())
         }
         outcomes = dict(zip(jobs, self._evaluator.run(list(jobs.values())), strict=True))
@@ -188,8 +195,8 @@ class Hunt:
             asked.setdefault(architecture.key, ([], architecture))[0].append(config)
             return True
 
-        if not ledger.entries:
-            for config in self._first[:size]:
+        for config in self._first:
+            if len(asked) < size:
                 take(config)
         tries = 0
         while len(asked) < size and tries < TRIES * size:

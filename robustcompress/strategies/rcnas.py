@@ -46,7 +46,7 @@ class RCNAS(Strategy):
     The reference is trained robustly, unless it is robust already: the teacher. Candidates inherit its weights,
     re-estimate batch-norm statistics, recover for a few steps of FGSM-RS towards the outputs of the teacher, and are
     attacked by PGD-10 on the validation split, which no test image is in. The best few recover longer and are looked at
-    afresh, and the best of those is cut out of the teacher and fine-tuned. Recovery is paid for out of the epochs.
+    afresh, and the best of those is cut out of the teacher and fine-tuned.
 
     A configuration is a shape: how many blocks of each stage stay (those that change their input least leave first),
     and how the stages' widths relate. It is scaled to the budget, so that all candidates cost the same (where it would
@@ -57,8 +57,9 @@ class RCNAS(Strategy):
         searcher: Who proposes: "reinforce", "evolution", "random", or "optuna" (extra `[search]`).
         evaluations: Networks that are looked at.
         finalists: How many of them are looked at again.
-        teacher: Share of the epochs that trains the reference; skipped for a pretrained model.
-        search: Share of the epochs that candidates recover for, half of it the finalists; the rest fine-tunes.
+        teacher: Share of the epochs that trains the reference, the rest fine-tunes; skipped for a pretrained model.
+        recovery_steps: Steps that each candidate recovers for, finalists four times as many; they come on top of the
+            epochs.
         batch: Candidates proposed at a time.
         workers: Candidates evaluated at a time, in threads.
         depth: Whether blocks may leave.
@@ -78,8 +79,8 @@ class RCNAS(Strategy):
     searcher: str = "reinforce"
     evaluations: int = 50
     finalists: int = 3
-    teacher: float = 0.4
-    search: float = 0.2
+    teacher: float = 0.5
+    recovery_steps: int = 20
     batch: int = 5
     workers: int = 1
     depth: bool = True
@@ -107,8 +108,8 @@ class RCNAS(Strategy):
             {
                 "evaluations": (1, 100_000),
                 "finalists": (1, 1000),
-                "teacher": (0.0, 0.98),
-                "search": (0.0, 0.98),
+                "teacher": (0.0, 0.99),
+                "recovery_steps": (0, 1_000_000),
                 "batch": (1, 1000),
                 "workers": (1, 1000),
                 "recovery_lr": (1e-9, 10.0),
@@ -119,9 +120,6 @@ class RCNAS(Strategy):
         )
         if not isinstance(self.depth, bool):
             problems.add(f"depth={self.depth!r}: must be true or false")
-        shares = (self.teacher, self.search)
-        if all(isinstance(share, int | float) for share in shares) and sum(shares) >= 1:
-            problems.add(f"teacher={self.teacher} and search={self.search} leave no epochs to fine-tune: lower them")
         if self.policy is not None and self.searcher != "reinforce":
             problems.add(f"policy={self.policy!r}: only searcher='reinforce' begins with one")
         elif self.policy is not None:
@@ -151,7 +149,7 @@ class RCNAS(Strategy):
         space = Space(session, discover(session, order), order, cap=self.cap)
         winner = self._search(session, space, task) if space.coordinates else ()
         self._take(session, space, winner)
-        session.train("finetune", share=1 - trained - self.search, lr_scale=self.finetune_lr, select=True)
+        session.train("finetune", share=1 - trained, lr_scale=self.finetune_lr, select=True)
 
     def _task(self, session: Session) -> tuple[Task, torch.Tensor]:
         """What is known before the search, and the images that it is known from."""
@@ -182,8 +180,6 @@ class RCNAS(Strategy):
     def _search(self, session: Session, space: Space, task: Task) -> Config:
         options = {"policy": Policy.load(self.policy)} if self.policy is not None else {}
         domain = space.domain(task)
-        steps = session.steps(self.search) if self.search else 0
-        count = min(self.finalists, self.evaluations)
         hunt = Hunt(
             session,
             space,
@@ -197,12 +193,12 @@ class RCNAS(Strategy):
             lambda outcome, progress: self._reward(session, outcome, task, progress),
             evaluations=self.evaluations,
             batch=self.batch,
-            steps=(round(steps / 2 / self.evaluations), round(steps / 2 / count)),
+            steps=self.recovery_steps,
             first=[domain.whole, *([Rule(domain, 0).ask()] if space.staged else [])],
             literal=self.feasibility == "penalty",
         )
         hunt.look()
-        return hunt.settle(count)
+        return hunt.settle(min(self.finalists, self.evaluations))
 
     def _reward(self, session: Session, outcome: Outcome, task: Task, progress: float) -> float:
         floor = 0.01  # a teacher that is not robust at all

@@ -70,7 +70,7 @@ def space(session: Session) -> Space:
 
 def hunting(session: Session, space: Space, searcher: Scripted, **options: Any) -> tuple[Hunt, Judge]:
     judge = Judge()
-    settings: dict[str, Any] = {"evaluations": 6, "batch": 2, "steps": (3, 11)} | options
+    settings: dict[str, Any] = {"evaluations": 6, "batch": 2, "steps": 3} | options
     made = Hunt(session, space, searcher, lambda: judge, lambda outcome, _: outcome.robust, **settings)  # type: ignore[arg-type,return-value]
     session.history.clear()
     return made, judge
@@ -133,7 +133,7 @@ def test_the_best_few_are_looked_at_again_and_the_second_look_decides(session: S
     winner = made.settle(3)
     again = judge.jobs[6:]
     assert [job.architecture.key for job in again] == [space.project(x).key for x in ranked[:3]]
-    assert {job.steps for job in again} == {11} and {job.attack_steps for job in again} == {20}
+    assert {job.steps for job in again} == {12} and {job.attack_steps for job in again} == {20}
     assert not {job.seed for job in again} & {job.seed for job in judge.jobs[:6]}, "fresh noise"
     assert winner == ranked[2], "the judge changed its mind"
 

@@ -15,7 +15,7 @@ from robustcompress.search.hunt import Hunt
 from robustcompress.structure import Bypass
 from tests.strategies.nets import build, make_session, small_data, state
 
-FEW: dict[str, Any] = {"evaluations": 6, "batch": 3, "finalists": 2}
+FEW: dict[str, Any] = {"evaluations": 6, "batch": 3, "finalists": 2, "recovery_steps": 1}
 
 
 def wide() -> nn.Module:
@@ -33,15 +33,15 @@ def of(session: Any, event: str) -> list[dict[str, Any]]:
     return [record for record in session.history if record.get("event") == event]
 
 
-def test_the_phases_share_the_epochs_and_recovery_is_paid_for() -> None:
-    session = ran(build("residual"), teacher=0.5, search=0.25, epochs=8.0)
+def test_teacher_and_winner_share_the_epochs_and_candidates_recover() -> None:
+    session = ran(build("residual"), teacher=0.25, recovery_steps=3, epochs=8.0)
     steps: dict[str, int] = {}
     for record in session.history:
         if "epoch" in record:
             steps[record["phase"]] = record["steps"]
-    assert steps == {"teacher": 12, "finetune": 6}
-    assert [r["recovery_steps"] for r in of(session, "candidate")] == [round(3 / 6)] * 6
-    assert [r["recovery_steps"] for r in of(session, "finalist")] == [round(3 / 2)] * 2
+    assert steps == {"teacher": 6, "finetune": 18}
+    assert [r["recovery_steps"] for r in of(session, "candidate")] == [3] * 6
+    assert [r["recovery_steps"] for r in of(session, "finalist")] == [12] * 2
 
 
 def test_the_winner_is_what_is_cut_and_trained() -> None:
@@ -65,6 +65,12 @@ def test_uniform_and_the_rule_are_always_looked_at() -> None:
     uniform = make_session(wide(), epochs=0.1)
     rc.Uniform().run(uniform)
     assert first["widths"] == {group.name: group.width for group in uniform.editor.editable}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_whatever_the_batch_the_first_two_are_first(batch: int) -> None:
+    looked = of(ran(wide(), batch=batch), "candidate")
+    assert [record["config"] for record in looked[:2]] == [[1, 8, 1, 8, 1, 8], [1, 8, 1, 8, 1, 2]]
 
 
 def test_depth_is_searched_unless_it_may_not_be() -> None:
@@ -96,10 +102,10 @@ def test_a_shorter_network_is_saved_and_loaded(tmp_path: Any, monkeypatch: pytes
 
 
 def test_a_robust_reference_is_its_own_teacher() -> None:
-    session = ran(build("residual"), pretrained=True, teacher=0.5, search=0.25, epochs=8.0)
+    session = ran(build("residual"), pretrained=True, epochs=8.0)
     phases = {record["phase"] for record in session.history if "epoch" in record}
     assert phases == {"finetune"}
-    assert session.history[-1]["steps"] == 18, "the epochs that the teacher would have had go to the winner"
+    assert session.history[-1]["steps"] == 24, "the epochs that the teacher would have had go to the winner"
 
 
 def test_penalised_candidates_may_be_over_the_budget_and_the_winner_is_not() -> None:
@@ -151,7 +157,7 @@ def test_a_teacher_that_only_guesses_is_warned_of(trained: bool, capfd: pytest.C
     [
         ({"searcher": "reinforced"}, r"searcher='reinforced' does not exist; did you mean 'reinforce'"),
         ({"evaluations": 0}, "evaluations=0: must be a whole number"),
-        ({"teacher": 0.6, "search": 0.4}, "leave no epochs to fine-tune"),
+        ({"teacher": 1.0}, "teacher=1.0: must be a number in"),
         ({"recovery": "none"}, "recovery='none' does not exist"),
         ({"feasibility": "hope"}, "feasibility='hope' does not exist"),
         ({"alpha": 1.5}, r"alpha=1.5: must be a number in \[0, 1\]"),
