@@ -201,6 +201,8 @@ def markdown(value: Mapping[str, Any]) -> str:
     parts += ["**Stalls of REINFORCE, held-out tasks**: points below the optimum"]
     parts += [table(("stall", *checkpoints, "unique", "asked"), rows)]
     dual_level = results["dual"]
+    seen, blind = (dual_level["arms"][arm]["by_seed"] for arm in ("meta", "blind"))
+    knowing = interval([theirs - ours for ours, theirs in zip(seen, blind, strict=True)])
     area = f"mean of the first {dual_level['curve']}"
     head = ("start", area, "better than fresh", "than fresh-slow", "first proposal", "last")
     rows = [
@@ -219,6 +221,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         f"tasks, {dual_level['rounds']} rounds of meta-training: points below the optimum, of the best so far by its "
         "noisy score",
         table(head, rows),
+        f"Knowing the task (meta) over knowing what is good on average (blind): {shown(knowing, signed=True)}",
     ]
     return "\n\n".join([*parts, provenance(value)])
 
