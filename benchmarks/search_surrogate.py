@@ -269,6 +269,7 @@ def plot(value: Mapping[str, Any], path: Path) -> Path:
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
+    right.set_ylim(0, 2)  # what comes of chance alone begins far above
     left.set_ylabel("points below the optimum")
     figure.savefig(path, dpi=110)
     return path
