@@ -201,6 +201,8 @@ def markdown(value: Mapping[str, Any]) -> str:
     parts += ["**Stalls of REINFORCE, held-out tasks**: points below the optimum"]
     parts += [table(("stall", *checkpoints, "unique", "asked"), rows)]
     dual_level = results["dual"]
+    seen, blind = (dual_level["arms"][arm]["by_seed"] for arm in ("meta", "blind"))
+    knowing = interval([theirs - ours for ours, theirs in zip(seen, blind, strict=True)])
     area = f"mean of the first {dual_level['curve']}"
     head = ("start", area, "better than fresh", "than fresh-slow", "first proposal", "last")
     rows = [
@@ -219,6 +221,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         f"tasks, {dual_level['rounds']} rounds of meta-training: points below the optimum, of the best so far by its "
         "noisy score",
         table(head, rows),
+        f"Knowing the task (meta) over knowing what is good on average (blind): {shown(knowing, signed=True)}",
     ]
     return "\n\n".join([*parts, provenance(value)])
 
@@ -266,6 +269,7 @@ def plot(value: Mapping[str, Any], path: Path) -> Path:
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
+    right.set_ylim(0, 2)  # what comes of chance alone begins far above
     left.set_ylabel("points below the optimum")
     figure.savefig(path, dpi=110)
     return path
