@@ -121,7 +121,7 @@ class StructuralEditor:
         """
         if self._bypassable is None:
             with torch.inference_mode(False):
-                self._bypassable = BypassProof(self.model, self._image_shape).innermost()
+                self._bypassable = BypassProof(self.model, self._image_shape, self.layout.auxiliary).innermost()
         left = {name for name, _ in self.model.named_modules()}
         gone = self.bypassed
         return tuple(name for name in self._bypassable if name in left and name not in gone)
@@ -168,12 +168,22 @@ class StructuralEditor:
         return self.resize(group, [*range(width), *[NEW] * extra], init=init)
 
     def resize_output(self, num_classes: int) -> Edit:
-        """Replace the classifier by a fresh one with `num_classes` outputs; recorded and replayed like any edit."""
+        """Replace the classifier by a fresh one with `num_classes` outputs; recorded and replayed like any edit.
+
+        Classifiers that only training uses are replaced as well, each by an edit of its own.
+
+        Returns:
+            The edit of the classifier.
+        """
         if num_classes < 2:
             raise InputError(f"num_classes={num_classes}: must be at least 2")
         if not self.layout.output:
             raise InputError("the model's output is not written by one convolution or linear layer: replace it by hand")
-        return self._carry_out(Edit(self.layout.output, (NEW,) * num_classes, "kaiming"))
+        main, *others = (self.layout.output, *(name for name in self.layout.outputs if name != self.layout.output))
+        edit = self._carry_out(Edit(main, (NEW,) * num_classes, "kaiming"))
+        for name in others:
+            self._carry_out(Edit(name, edit.sources, edit.init))
+        return edit
 
     def bypass(self, module: str) -> Bypass:
         """Replace a residual block by the identity: what it is given goes out unchanged.
@@ -193,7 +203,7 @@ class StructuralEditor:
                 Nothing has changed then.
         """
         with torch.inference_mode(False):
-            if complaint := BypassProof(self.model, self._image_shape).complaint(module):
+            if complaint := BypassProof(self.model, self._image_shape, self.layout.auxiliary).complaint(module):
                 raise InputError(f"the bypass was refused: {complaint}")
             return self._carry_out_bypass(Bypass(module))
 
@@ -250,7 +260,7 @@ class StructuralEditor:
             if isinstance(edit, Bypass):
                 editor.bypass(edit.module)
                 continue
-            if edit.group != editor.layout.output:
+            if edit.group not in editor.layout.outputs:
                 # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
                 editor._validate(edit.group, edit.sources, None)
             editor._carry_out(edit)

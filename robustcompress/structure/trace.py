@@ -13,13 +13,14 @@ from torch import nn
 
 from robustcompress.errors import UnsupportedModelError
 from robustcompress.structure.attention import Heads, find_heads
+from robustcompress.structure.auxiliary import expose, tensors_of
 from robustcompress.structure.copies import sketches
 from robustcompress.structure.couplings import Couplings, Graph, Layer, Place, find_couplings
 from robustcompress.structure.groups import Axis, ChannelGroup, Kind, Segment
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.labels import distinct
 from robustcompress.structure.layout import Layout, runs
-from robustcompress.structure.support import check_calls, check_supported, on
+from robustcompress.structure.support import check_calls, check_exposed, check_supported, on
 
 
 def trace(model: nn.Module, example: torch.Tensor) -> Layout:
@@ -41,7 +42,8 @@ def trace(model: nn.Module, example: torch.Tensor) -> Layout:
     """
     check_supported(model)
     heads = tuple(find_heads(model))
-    return _layout(find_couplings(_graph(model, example), heads), model, heads)
+    graph = _graph(model, example)
+    return replace(_layout(find_couplings(graph, heads), model, heads), auxiliary=graph.auxiliary)
 
 
 def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
@@ -53,7 +55,9 @@ def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
             twin, images = next(twins)
             graph = _record(twin, images)
             mode = "in training mode "
-            check_calls(twin, images, graph.calls)
+            if auxiliary := check_calls(twin, images, graph.calls):
+                calls, graph = graph.calls, _record(twin, images, auxiliary)
+                check_exposed(twin, calls, auxiliary, graph.calls)
         except StopIteration:
             raise UnsupportedModelError(f"{type(model).__name__} cannot be edited: it does not run {failure}") from None
         except UnsupportedModelError:
@@ -64,7 +68,7 @@ def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
             return graph
 
 
-def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
+def _record(twin: nn.Module, example: torch.Tensor, auxiliary: Sequence[str] = ()) -> Graph:
     import torch_pruning
 
     given: dict[nn.Module, Place | None] = {}
@@ -85,16 +89,18 @@ def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
             taught[output.grad_fn] = (module, output.output_nr)
         return output
 
-    def forward(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        out = network(images)
-        if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != len(images):
+    def forward(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = expose(network, auxiliary)(images)
+        tensors = tensors_of(out) if auxiliary or isinstance(out, torch.Tensor) else ()
+        if not tensors or any(tensor.dim() != 2 or len(tensor) != len(images) for tensor in tensors):
             shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            mode, several = ("in training mode ", ", or a tuple of these") if auxiliary else ("", "")
             raise UnsupportedModelError(
-                f"{type(twin).__name__} cannot be edited: it returns {shape}; it must return logits of shape "
-                "[batch, classes]"
+                f"{type(twin).__name__} cannot be edited: {mode}it returns {shape}; it must return logits of shape "
+                f"[batch, classes]{several}"
             )
-        returned.append((out.grad_fn, out.output_nr))
-        return out
+        returned.extend((tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None)
+        return tensors
 
     names = {module: name for name, module in twin.named_modules() if kind_of(module) is not None}
     handles = [module.register_forward_pre_hook(before) for module in names]
@@ -117,7 +123,7 @@ def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
     } | {function: module for function, (module, _) in taught.items()}
     inside = {id(p) for module in names for p in module.parameters(recurse=False)}
     return Graph(
-        returned[-1],
+        tuple(returned),
         {
             function: Layer(names[module], module, function, taught[function][1], given[module])
             for function, module in layers.items()
@@ -125,6 +131,7 @@ def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
         },
         {id(p): name for name, p in twin.named_parameters() if id(p) not in inside},
         calls,
+        tuple(auxiliary),
     )
 
 
@@ -248,7 +255,7 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
         group = _describe(name, family, segments, model, is_output=is_output, unclear=unclear)
         told = name in attention and group.editable  # and so one head is as plain as many
         groups[name] = replace(group, kind="heads", min_width=1) if told else group
-        outputs += [name] if is_output else []
+        outputs += [name] if not couplings.logits.isdisjoint(members) else []
     param_dims = dict(couplings.param_dims)
     for found in heads:
         param_dims |= found.param_dims

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustcompress.structure.auxiliary import expose, tensors_of
 from robustcompress.structure.copies import sketches
 from robustcompress.structure.groups import NEW, Axis, ChannelGroup, Edit
 from robustcompress.structure.kinds import slots_of
@@ -71,6 +72,8 @@ class _Proof:
         generator = torch.Generator().manual_seed(0)
         self._images = torch.rand((2, *example.shape[1:]), generator=generator, dtype=torch.float64)
         self._batch = 1
+        # What training calls as well is looked at beside evaluation, and may return more than the logits.
+        self._modes: tuple[Sequence[str], ...] = ((), layout.auxiliary) if layout.auxiliary else ((),)
         self._changes = {name: _change(g, number) for number, (name, g) in enumerate(layout.groups.items())}
 
     def _noise(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -83,7 +86,7 @@ class _Proof:
         if not layout.norm_dims:
             return {}
         dtype = next(self._model.parameters()).dtype
-        net = random_twin(self._model, dtype)
+        net = expose(random_twin(self._model, dtype), self._modes[-1])
 
         def look(axis: Axis) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -104,17 +107,19 @@ class _Proof:
             if axis in odd and group.editable
         }
 
-    def _settle(self, net: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    def _settle(self, net: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """What the network gives; a batch of two where it cannot do with one image."""
-        like = next(net.parameters())
         try:
-            out: torch.Tensor = net(self._noise(like, dtype))
+            return self._run(net, dtype)
         except Exception:  # such as a batch norm over a single vector
             if self._batch == 2:
                 raise
             self._batch = 2
-            out = net(self._noise(like, dtype))
-        return out
+            return self._run(net, dtype)
+
+    def _run(self, net: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)  # of a dropout that its module calls as a function, where only training calls that module
+        return tensors_of(net(self._noise(next(net.parameters()), dtype)))
 
     def sift(self, names: Sequence[str]) -> dict[str, str]:
         """Which of these groups cannot be resized: halves are tried, and halves of halves."""
@@ -133,15 +138,16 @@ class _Proof:
         """What is wrong with resizing these groups together; empty when nothing is."""
         precise = next(self._model.parameters()).dtype == torch.float64
         for dtype in (torch.float64,) if precise else (torch.float32, torch.float64):
-            complaint = self._tried(names, dtype) or self._misread(names, dtype)
+            tried = (self._tried(names, dtype, auxiliary) for auxiliary in self._modes)
+            complaint = next(filter(None, tried), "") or self._misread(names, dtype)
             if not complaint:
                 return self._misfit(names)
         return complaint
 
     @torch.no_grad()
-    def _tried(self, names: Sequence[str], dtype: torch.dtype) -> str:
+    def _tried(self, names: Sequence[str], dtype: torch.dtype, auxiliary: Sequence[str]) -> str:
         layout, widths = self._layout, self._layout.widths()
-        net = random_twin(self._model, dtype)
+        net = expose(random_twin(self._model, dtype), auxiliary)
         changes = {name: self._changes[name] for name in names}
         for name, sources in changes.items():
             silence_readers(net, layout, name, _kept(sources), widths)
@@ -160,12 +166,16 @@ class _Proof:
                     target.index_fill_(tensor.dim, fresh.to(target.device), LOUD)
             leave_out(net, layout, name, [i for i, source in enumerate(sources) if source != NEW], widths)
         try:
-            found = watch.compare(lambda: net(self._noise(next(net.parameters()), dtype)))
+            found = watch.compare(lambda: self._run(net, dtype))
         except Exception as error:  # the model's own code may raise anything where a width is not what it was
             return assumes(error)
-        if found.shape != wanted.shape:
-            return f"resizing it changes the output's shape from {tuple(wanted.shape)} to {tuple(found.shape)}"
-        worst, where = max(watch.worst, (difference(found, wanted), "the output"))
+        if len(found) != len(wanted):
+            return f"resizing it changes how many outputs there are, from {len(wanted)} to {len(found)}"
+        pairs = list(zip(found, wanted, strict=True))
+        for ours, theirs in pairs:
+            if ours.shape != theirs.shape:
+                return f"resizing it changes the output's shape from {tuple(theirs.shape)} to {tuple(ours.shape)}"
+        worst, where = max(watch.worst, *((difference(ours, theirs), "the output") for ours, theirs in pairs))
         if not worst <= TOLERANCE[dtype]:
             return f"forward() mixes its channels (relative difference {worst:.1g} at {where} when it is resized)"
         return ""
@@ -175,7 +185,7 @@ class _Proof:
         foreign = foreign_readers(self._model, self._layout, names)
         if not foreign:
             return ""
-        net = random_twin(self._model, dtype)
+        net = expose(random_twin(self._model, dtype), self._modes[-1])
         image = self._noise(next(net.parameters()), dtype)
         kept, widths = {name: _kept(self._changes[name]) for name in foreign}, self._layout.widths()
 
