@@ -135,3 +135,9 @@ def test_a_small_googlenet_from_end_to_end(tmp_path: Any) -> None:
     assert [tuple(logits.shape) for logits in loaded.model.train()(x)] == [(2, 10)] * 3
     report = rc.export_onnx(loaded.model.eval(), tmp_path / "model.onnx", image_shape=(3, 32, 32))
     assert report.bytes < 4 * sum(p.numel() for n, p in loaded.model.named_parameters() if "aux" not in n) * 1.1 + 3e5
+
+
+@pytest.mark.parametrize("strategy", [rc.AWT(), rc.Hydra(diagnose=True)])
+def test_attacks_in_training_mode_see_the_logits_alone(strategy: rc.Strategy) -> None:
+    session = make_session(network(), objective=PGDAT(steps=1, attack_mode="train"), epochs=0.5)
+    strategy.run(session)
