@@ -1,9 +1,9 @@
 """Which positions of which layers are one channel.
 
-The graph is torch-pruning's: it says which layers there are and what autograd recorded between them. What it says of
-*where* a channel lies is not used: its index mapping infers sizes from neighbouring layers, gets a concat in front of a
-flatten wrong, and does not come to an end on windows. Here every layer's output is labelled with the units it writes,
-and the labels go forward through each recorded operation (see `flow`), once, in the network's order.
+The graph is autograd's, of a pass that torch-pruning runs. What torch-pruning's own graph says of *where* a channel
+lies is not used: its index mapping infers sizes from neighbouring layers, gets a concat in front of a flatten wrong,
+and does not come to an end on windows. Here every layer's output is labelled with the units it writes, and the labels
+go forward through each recorded operation (see `flow`), once, in the network's order.
 """
 
 from __future__ import annotations
