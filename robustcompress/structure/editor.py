@@ -29,7 +29,7 @@ from robustcompress.structure.surgery import (
     remove_module,
 )
 from robustcompress.structure.trace import trace
-from robustcompress.structure.verify import find_broken
+from robustcompress.structure.verify import find_broken, find_least
 
 Twin = nn.Module | torch.optim.Optimizer
 
@@ -76,6 +76,8 @@ class StructuralEditor:
             self.layout: Layout = trace(model, example)
             self._widths = self.layout.widths()
             self._broken = find_broken(model, self.layout, example)
+            sound = [g.name for g in self.layout.groups.values() if g.editable and g.name not in self._broken]
+            self.layout = self.layout.at_least(find_least(model, self.layout, example, sound))
         self._generator = torch.Generator().manual_seed(seed)
         self._edits: list[AnyEdit] = []
         self._image_shape = example.shape[1:]

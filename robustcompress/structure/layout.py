@@ -91,6 +91,11 @@ class Layout:
                 pieces.append(torch.full((segment.positions(width),), -1, dtype=torch.long))
         return torch.cat(pieces)
 
+    def at_least(self, widths: Mapping[str, int]) -> Layout:
+        """The same structure, with these groups at least so wide."""
+        groups = {name: replace(g, min_width=widths.get(name, g.min_width)) for name, g in self.groups.items()}
+        return replace(self, groups=groups)
+
     def without(self, module: str, widths: Mapping[str, int]) -> Layout:
         """The structure that is left when a module is replaced by the identity.
 

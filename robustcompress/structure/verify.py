@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -64,6 +64,29 @@ def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict
     if sound and (complaint := proof.complaint(sound)):
         broken.update(dict.fromkeys(sound, f"together with other groups: {complaint}"))
     return broken
+
+
+def find_least(model: nn.Module, layout: Layout, example: torch.Tensor, names: Iterable[str]) -> dict[str, int]:
+    """Find the groups that cannot become as narrow as their layers would allow, as where a forward squeezes.
+
+    Args:
+        model: The network; not touched.
+        layout: Its traced structure.
+        example: One input batch, `[N, 3, H, W]`.
+        names: Groups that can be resized.
+
+    Returns:
+        For each such group the least width of those tried (1, 2, 4, ...) at which the network runs.
+    """
+    proof = _Proof(model, layout, example)
+    least = {name: layout.groups[name].min_width for name in names}
+    found: dict[str, int] = {}
+    for name in proof.too_narrow(least):
+        width, most = 2 * least[name], layout.groups[name].width // 2
+        while width < most and proof.too_narrow({name: width}):
+            width *= 2
+        found[name] = width
+    return found
 
 
 class _Proof:
@@ -197,26 +220,41 @@ class _Proof:
         readers = dict.fromkeys(reader for readers in foreign.values() for reader in readers)
         return f"{', '.join(readers)}: {complaint}" if complaint else ""
 
-    @torch.no_grad()
     def _misfit(self, names: Sequence[str]) -> str:
-        """What is wrong with shapes, in evaluation and in training, where groups that became narrower are wider."""
+        """What is wrong with shapes where groups that became narrower are wider."""
+        others: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            sources, before = self._changes[name], self._layout.groups[name].width
+            fewer = len(sources) < before
+            others[name] = (*range(before), *[NEW] * sources.count(NEW)) if fewer else tuple(_kept(sources))
+        return self._misshapen(others)
+
+    def too_narrow(self, widths: Mapping[str, int]) -> list[str]:
+        """The groups at whose widths here the network does not run: all are tried together, then halves, and so on."""
+        if not self._misshapen({name: tuple(range(width)) for name, width in widths.items()}, (True,)):
+            return []
+        names = list(widths)
+        halves = (names[: len(names) // 2], names[len(names) // 2 :]) if len(names) > 1 else ()
+        found = [name for half in halves for name in self.too_narrow({name: widths[name] for name in half})]
+        return found or names  # halves may run each by itself
+
+    @torch.no_grad()
+    def _misshapen(self, changes: Mapping[str, tuple[int, ...]], modes: Sequence[bool] = (False, True)) -> str:
+        """What is wrong with shapes after these changes, in evaluation, and in training; empty when nothing is."""
         layout = self._layout
         images = self._images.to(next(self._model.parameters()))
         for number, (net, x) in enumerate(sketches(self._model, images)):
             widths = layout.widths()
-            for name in names:
-                sources, before = self._changes[name], widths[name]
-                fewer = len(sources) < before
-                other = (*range(before), *[NEW] * sources.count(NEW)) if fewer else _kept(sources)
-                apply_gathers(net, layout, widths, Edit(name, tuple(other), "zero_out"))
-                widths[name] = len(other)
+            for name, sources in changes.items():
+                apply_gathers(net, layout, widths, Edit(name, sources, "zero_out"))
+                widths[name] = len(sources)
             try:
-                for training in (False, True):
+                for training in modes:
                     net.train(training)(x)
             except Exception as error:  # of the widths, or of a forward that looks at values where there are none
                 whole, _ = next(islice(sketches(self._model, images), number, None))
                 with contextlib.suppress(Exception):
-                    for training in (False, True):
+                    for training in modes:
                         whole.train(training)(x)
                     return assumes(error)
                 continue
