@@ -31,7 +31,7 @@ GROWTH = (3, 4, 5, 6, 7)
 """How many channels a group may gain."""
 
 LOUD = 0.7
-"""What new channels weigh, are scaled and shifted by."""
+"""What new channels are scaled and shifted by, and what they weigh in all."""
 
 
 def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict[str, str]:
@@ -186,7 +186,9 @@ class _Proof:
                 if tensor.side != "in":  # new channels are loud, so that whoever reads them is noticed
                     fresh = (tensor.index < 0).nonzero().flatten()
                     target = getattr(net.get_submodule(tensor.owner), tensor.tensor)
-                    target.index_fill_(tensor.dim, fresh.to(target.device), LOUD)
+                    # The mean of what is read, not its sum: new channels read new ones, and single precision ends.
+                    fan = target.select(tensor.dim, 0).numel() if tensor.first == "random" else 1
+                    target.index_fill_(tensor.dim, fresh.to(target.device), LOUD / fan)
             leave_out(net, layout, name, [i for i, source in enumerate(sources) if source != NEW], widths)
         try:
             found = watch.compare(lambda: self._run(net, dtype))
