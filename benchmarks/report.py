@@ -21,6 +21,7 @@ from benchmarks import (
     latency_budget,
     search_step,
     structure,
+    trace_memory,
     training_step,
 )
 from benchmarks.common import RESULTS, ROOT, read_json, write_text
@@ -29,6 +30,7 @@ from benchmarks.grid import Grid, read_grid
 README = ROOT / "benchmarks" / "README.md"
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     structure.MODULE: structure.markdown,
+    trace_memory.MODULE: trace_memory.markdown,
     training_step.MODULE: training_step.markdown,
     search_step.MODULE: search_step.markdown,
     latency.MODULE: latency.markdown,
