@@ -182,6 +182,8 @@ class StructuralEditor:
         if not self.layout.output:
             raise InputError("the model's output is not written by one convolution or linear layer: replace it by hand")
         main, *others = (self.layout.output, *(name for name in self.layout.outputs if name != self.layout.output))
+        if parts := [name for name in others if self._widths[name] != self._widths[main]]:
+            raise InputError(f"{', '.join(parts)}: part of a classifier that only training uses; replace it by hand")
         edit = self._carry_out(Edit(main, (NEW,) * num_classes, "kaiming"))
         for name in others:
             self._carry_out(Edit(name, edit.sources, edit.init))
@@ -262,7 +264,7 @@ class StructuralEditor:
             if isinstance(edit, Bypass):
                 editor.bypass(edit.module)
                 continue
-            if edit.group not in editor.layout.outputs:
+            if not editor.layout.output or edit.group not in editor.layout.outputs:
                 # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
                 editor._validate(edit.group, edit.sources, None)
             editor._carry_out(edit)

@@ -105,6 +105,11 @@ def _record(twin: nn.Module, example: torch.Tensor, auxiliary: Sequence[str] = (
                 f"{type(twin).__name__} cannot be edited: {mode}it returns {shape}; it must return logits of shape "
                 f"[batch, classes]{several}"
             )
+        if tensors[0].grad_fn is None:
+            raise UnsupportedModelError(
+                f"{type(twin).__name__} cannot be edited: autograd sees no way from its parameters to what it returns; "
+                "leave out no_grad() and detach() in forward()"
+            )
         returned.extend((tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None)
         return tensors
 

@@ -277,3 +277,20 @@ class Often(TwoHeads):
 def test_what_cannot_be_followed_is_refused(net: type[nn.Module], said: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"(?s){said}"):
         StructuralEditor(net(), EXAMPLE)
+
+
+def test_a_classifier_in_parts_is_not_replaced() -> None:
+    torch.manual_seed(0)
+
+    class Parts(TwoHeads):
+        def forward(self, x: torch.Tensor) -> Any:
+            x = self.block(F.relu(self.norm(self.stem(x))))
+            out = self.fc(F.relu(self.last(x)).mean((2, 3)))
+            return (out, torch.cat([self.aux(x), self.side(x.mean((2, 3)))], 1)) if self.training else out
+
+    net = Parts()
+    net.side = nn.Linear(8, 3)
+    editor = StructuralEditor(net, EXAMPLE)
+    with pytest.raises(InputError, match=r"side: part of a classifier that only training uses; replace it by hand"):
+        editor.resize_output(4)
+    assert editor.edits == ()
