@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.common import write_json
-from robustcompress import StructuralEditor, build_model, measure
+from benchmarks.model_names import build_named
+from robustcompress import StructuralEditor, measure
 from robustcompress.budget import CostModel
 from robustcompress.errors import UnsupportedModelError
 from robustcompress.export import export_onnx
 from robustcompress.models import image_size
+from robustcompress.structure.auxiliary import expose, tensors_of
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.verify import silence_readers
 
@@ -129,6 +131,8 @@ class _Examination:
             row |= {"groups": len(groups), "editable": len(self.editor.editable)}
             row["kinds"] = dict(Counter(g.kind for g in groups if g.editable))
             row["reasons"] = dict(Counter(g.reason for g in groups if not g.editable))
+            if self.editor.layout.auxiliary:
+                row["auxiliary"] = len(self.editor.layout.auxiliary)
         self.edits: list[float] = []
         if self.editor.editable:
             self.cut()
@@ -224,8 +228,9 @@ class _Examination:
         """One step of SGD on four random labels."""
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        logits = model(self.images)
-        loss = F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
+        outputs = tensors_of(model(self.images))  # those of auxiliary classifiers, too
+        labels = torch.arange(len(self.images)) % outputs[0].shape[1]
+        loss = torch.stack([F.cross_entropy(logits, labels) for logits in outputs]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss = loss.detach()
@@ -241,7 +246,9 @@ class _Examination:
         StructuralEditor.replay(twin, self.images[:2], self.editor.edits)
         twin.load_state_dict(self.model.state_dict(), strict=True)
         with torch.no_grad():
-            if not _identical(twin(self.images), self.model(self.images)):
+            auxiliary = self.editor.layout.auxiliary
+            pairs = zip(*(outputs_of(net, self.images, auxiliary) for net in (twin, self.model)), strict=True)
+            if not all(_identical(a, b) for a, b in pairs):
                 self.fail("replay", "other logits than the network that was edited")
 
     def export(self) -> None:
@@ -259,9 +266,10 @@ class _Examination:
 
     def same(self, name: str, found: nn.Module, wanted: nn.Module, otherwise: str) -> float:
         """The relative difference of two networks' logits in float32; a failure where float64 does not clear it."""
-        value, largest = difference(found, wanted, self.images)
+        auxiliary = self.editor.layout.auxiliary
+        value, largest = difference(found, wanted, self.images, auxiliary)
         if not value <= TOLERANCE[torch.float32]:
-            precise, _ = difference(_doubled(found), _doubled(wanted), self.images.double())
+            precise, _ = difference(_doubled(found), _doubled(wanted), self.images.double(), auxiliary)
             self.row[f"{name}, float64"] = precise
             if not precise <= TOLERANCE[torch.float64]:
                 self.fail(name, f"{otherwise}: logits differ by {value:.1e} of {largest:.1e}, {precise:.1e} in float64")
@@ -269,11 +277,32 @@ class _Examination:
 
 
 @torch.no_grad()
-def difference(found: nn.Module, wanted: nn.Module, images: torch.Tensor) -> tuple[float, float]:
-    """Largest difference of two networks' logits as a share of the largest of `wanted`, and the latter."""
-    wanted_logits = wanted.eval()(images[:2])
-    largest = float(wanted_logits.abs().max())
-    return float((found.eval()(images[:2]) - wanted_logits).abs().max()) / (largest + 1e-30), largest
+def difference(
+    found: nn.Module, wanted: nn.Module, images: torch.Tensor, auxiliary: Sequence[str] = ()
+) -> tuple[float, float]:
+    """Largest difference of two networks' logits as a share of the largest of `wanted`, and the latter.
+
+    Args:
+        found: One network.
+        wanted: The other.
+        images: Of which the first two are looked at.
+        auxiliary: Layers that only training calls; then what comes of them is compared as well.
+    """
+    worst, scale = 0.0, 0.0
+    for ours, theirs in zip(*(outputs_of(model, images[:2], auxiliary) for model in (found, wanted)), strict=True):
+        largest = float(theirs.abs().max())
+        worst, scale = max((worst, scale), (float((ours - theirs).abs().max()) / (largest + 1e-30), largest))
+    return worst, scale
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, images: torch.Tensor, auxiliary: Sequence[str] = ()) -> list[torch.Tensor]:
+    """The logits in evaluation mode; and those that training has as well."""
+    outputs = [model.eval()(images)]
+    if auxiliary:
+        outputs.extend(tensors_of(expose(model, auxiliary)(images)))
+        model.eval()
+    return outputs
 
 
 @torch.no_grad()
@@ -315,7 +344,7 @@ def choose_size(model: nn.Module) -> tuple[int, int]:
         return made_for.height, made_for.width
     try:
         with torch.no_grad():
-            logits = copy.deepcopy(model).train()(torch.rand(2, 3, SMALL, SMALL))
+            logits = tensors_of(copy.deepcopy(model).train()(torch.rand(2, 3, SMALL, SMALL)))[0]
     except Exception:  # whatever a network raises that was made for another size
         return made_for.height, made_for.width
     return (SMALL, SMALL) if logits.dim() == 2 else (made_for.height, made_for.width)
@@ -362,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # What the first trace of a process imports is no part of tracing this network.
     StructuralEditor(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)), torch.zeros(2, 3, 8, 8))
-    row = examine(lambda: build_model(name)[0], seed=int(seed), save=save)
+    row = examine(lambda: build_named(name), seed=int(seed), save=save)
     save(row)
     return 0
 

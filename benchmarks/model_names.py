@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from robustcompress import build_model
 from robustcompress.models import list_models, list_torchvision_models
@@ -45,6 +47,9 @@ TIMM = (
 )
 """At least one of every family whose smallest network takes seconds, not minutes, on one core."""
 
+AUXILIARY = ("torchvision:googlenet aux_logits=True", "torchvision:inception_v3 aux_logits=True")
+"""Beside torchvision's names: networks with classifiers that only training uses, which build_model leaves out."""
+
 WORDS = ("built-in", "torchvision", "timm")
 
 
@@ -52,18 +57,26 @@ def names_of(words: Sequence[str]) -> list[str]:
     """Model names, each once: the words "built-in", "torchvision" and "timm" stand for all of theirs."""
     lists = {
         "built-in": lambda: [f"robustcompress:{name}" for name in list_models()],
-        "torchvision": lambda: [f"torchvision:{name}" for name in list_torchvision_models()],
+        "torchvision": lambda: [*(f"torchvision:{name}" for name in list_torchvision_models()), *AUXILIARY],
         "timm": lambda: [f"timm:{name}" for name in TIMM],
     }
     named = [name for word in words for name in (lists[word]() if word in lists else [word])]
     return list(dict.fromkeys(named))
 
 
+def build_named(name: str) -> nn.Module:
+    """Build a network by a name of this list, behind which arguments of its factory may stand."""
+    bare, *arguments = name.split()
+    pairs = (argument.partition("=") for argument in arguments)
+    model, _ = build_model(bare, **{key: ast.literal_eval(value) for key, _, value in pairs})
+    return model
+
+
 def parameters_of(name: str) -> int:
     """How many parameters a network has, without making their values where its constructor permits that."""
     try:
         with torch.device("meta"):
-            model, _ = build_model(name)
+            model = build_named(name)
     except Exception:  # whatever a constructor raises that looks at values
         return _parameters_told(name)
     return sum(p.numel() for p in model.parameters())
@@ -75,5 +88,5 @@ def _parameters_told(name: str) -> int:
         return 0
     import torchvision
 
-    weights = torchvision.models.get_model_weights(name.partition(":")[2])
+    weights = torchvision.models.get_model_weights(name.split()[0].partition(":")[2])
     return int(next(iter(weights)).meta["num_params"])

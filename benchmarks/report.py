@@ -23,6 +23,7 @@ from benchmarks import (
     search_surrogate,
     search_tuning,
     structure,
+    trace_memory,
     training_step,
 )
 from benchmarks.common import RESULTS, ROOT, read_json, write_text
@@ -31,6 +32,7 @@ from benchmarks.grid import Grid, read_grid
 README = ROOT / "benchmarks" / "README.md"
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     structure.MODULE: structure.markdown,
+    trace_memory.MODULE: trace_memory.markdown,
     training_step.MODULE: training_step.markdown,
     search_step.MODULE: search_step.markdown,
     search_surrogate.MODULE: search_surrogate.markdown,

@@ -38,6 +38,7 @@ from robustcompress.train import (
     set_memory_format,
     train,
     weight_ascent,
+    with_auxiliary,
 )
 
 __all__ = ["Goal", "Session"]
@@ -253,7 +254,7 @@ class Session(Run):
         train(
             CompiledNetwork(self.model) if compiles else self.model,
             self._batches,
-            objective or self.goal.objective,
+            with_auxiliary(objective or self.goal.objective, self.editor),
             self.goal.threat,
             self.goal.recipe,
             epochs=share * self.goal.epochs,

@@ -26,12 +26,16 @@ from benchmarks import (
     search_surrogate,
     search_tuning,
     structure,
+    trace_memory,
     training_step,
 )
 from robustcompress import StructuralEditor, build_model, measure
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = (structure, training_step, search_step, search_surrogate, search_tuning, latency, latency_budget, any_model)
+SCRIPTS = (
+    *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
+    *(latency, latency_budget, any_model),
+)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -78,6 +82,18 @@ def test_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row["editable"] == row["groups"] - 1 and row["prune"]["n"] == row["grow"]["n"] == row["editable"]
     assert row["trace"]["median"] > row["graph"]["median"] > 0 and row["forward"]["median"] > 0
     assert structure.markdown(value) in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_trace_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "trace_memory.json"
+    assert trace_memory.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "trace_memory")
+    check_anonymous(out, str(tmp_path))
+    (row,) = value["results"]
+    assert row["params"] * 4 < row["bytes"] < row["trace"] < 200 * row["bytes"] and row["forward"] >= 0
+    assert trace_memory.markdown(value) in capsys.readouterr().out
 
 
 def test_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

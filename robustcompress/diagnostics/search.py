@@ -16,7 +16,7 @@ from robustcompress.diagnostics.sharpness import sharpness
 from robustcompress.robust.attacks import kept_buffers, kept_modes
 from robustcompress.session import Session
 from robustcompress.structure.masks import ScoreMasks
-from robustcompress.train import augmentation, estimate_statistics
+from robustcompress.train import augmentation, estimate_statistics, with_auxiliary
 
 IMAGES = 128
 """Training images that curvature and sharpness are measured on: the same in every run over the same data."""
@@ -60,7 +60,8 @@ def look_at_search(session: Session, gates: ScoreMasks) -> dict[str, float]:
     # What draws from torch's own generators (dropout in train mode) must not move them.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), kept_buffers(model):
         estimate_statistics(model, batches)
-        loss = attacked_loss(model, x, y, goal.objective, goal.threat, generator=noise)
+        objective = with_auxiliary(goal.objective, session.editor)
+        loss = attacked_loss(model, x, y, objective, goal.threat, generator=noise)
         with _batch_statistics(model):
             top = top_eigenvalue(gates, loss, generator=torch.Generator().manual_seed(0))
             ball = sharpness(gates, loss, flips=FLIPS)

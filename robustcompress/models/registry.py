@@ -40,7 +40,7 @@ BUILT_IN: dict[str, Factory] = {
     "vit_micro": vit.vit_micro,
 }
 
-# These two return a tuple in training mode unless told not to, and warn unless told how to initialise.
+# These two have classifiers that only training uses unless told not to, and warn unless told how to initialise.
 TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},

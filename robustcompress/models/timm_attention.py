@@ -16,7 +16,30 @@ from torch import Tensor, nn
 from robustcompress.models.windows import TakenOver, cosine_logits, mix, network_bias, split_heads, table_bias
 
 
-class CosineAttention(TakenOver):
+class HeadsOfTimm(TakenOver):
+    """What timm's attention modules share.
+
+    Args:
+        original: One of them.
+    """
+
+    proj: nn.Linear
+    attn_drop: nn.Dropout
+    proj_drop: nn.Dropout
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.head_dim = _head_dim(original)
+        if "k_bias" in self._buffers:  # zeros that are in no state dict, and would not follow the heads
+            del self.k_bias
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an attention weight is dropped now."""
+        return self.attn_drop.p if self.training else 0.0
+
+
+class CosineAttention(HeadsOfTimm):
     """Stands in for the window attention of Swin V2 (Liu et al. 2022).
 
     Its window stays: set the network's input size before it is opened.
@@ -26,30 +49,22 @@ class CosineAttention(TakenOver):
     """
 
     qkv: nn.Linear
-    proj: nn.Linear
-    attn_drop: nn.Dropout
-    proj_drop: nn.Dropout
     logit_scale: nn.Parameter
     cpb_mlp: nn.Sequential
     relative_coords_table: Tensor
     relative_position_index: Tensor
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original)
-        self.head_dim = _head_dim(original)
-        _without_key_bias(self)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map tokens of windows `[N * windows, T, dim]`, with a mask `[windows, T, T]`, to the same shape."""
         q, k, v = _biased(*split_heads(self.qkv(x), self.head_dim), self)
         bias = network_bias(self.cpb_mlp, self.relative_coords_table, self.relative_position_index)
         logits = cosine_logits(q, k, self.logit_scale) + bias
-        mixed = mix(logits, v, mask, self.attn_drop.p if self.training else 0.0)
+        mixed = mix(logits, v, mask, self.dropout)
         out: Tensor = self.proj_drop(self.proj(mixed))
         return out
 
 
-class BiasedAttention(TakenOver):
+class BiasedAttention(HeadsOfTimm):
     """Stands in for the attention of BEiT (Bao et al. 2022): biases of relative positions, none on keys.
 
     Args:
@@ -57,14 +72,6 @@ class BiasedAttention(TakenOver):
     """
 
     qkv: nn.Linear
-    proj: nn.Linear
-    attn_drop: nn.Dropout
-    proj_drop: nn.Dropout
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original)
-        self.head_dim = _head_dim(original)
-        _without_key_bias(self)
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Map tokens `[N, T, dim]`, with a bias `[1, heads, T, T]` that layers share, to the same shape."""
@@ -73,32 +80,26 @@ class BiasedAttention(TakenOver):
         if table is not None:
             own = table_bias(table, self.get_buffer("relative_position_index"))[None]
             bias = own if bias is None else own + bias
-        dropout = self.attn_drop.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout)
         out: Tensor = self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
         return out
 
 
-class RotaryAttention(TakenOver):
+class RotaryAttention(HeadsOfTimm):
     """Stands in for the attention of EVA-02 (Fang et al. 2023): rotary positions, queries and keys fused or apart.
 
     Args:
         original: timm's `eva.EvaAttention`.
     """
 
-    proj: nn.Linear
-    attn_drop: nn.Dropout
-    proj_drop: nn.Dropout
     q_norm: nn.Module
     k_norm: nn.Module
     norm: nn.Module
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
-        self.head_dim = int(original.head_dim)  # type: ignore[arg-type]
         self.num_prefix_tokens = int(original.num_prefix_tokens)  # type: ignore[arg-type]
         self.rotate_half = bool(getattr(original, "rotate_half", False))
-        _without_key_bias(self)
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -112,8 +113,9 @@ class RotaryAttention(TakenOver):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = self._turned(q, rope).type_as(v), self._turned(k, rope).type_as(v)
-        dropout = self.attn_drop.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, dropout_p=self.dropout, is_causal=is_causal
+        )
         heard = self.norm(mixed.transpose(1, 2).flatten(2))
         if getattr(self, "gate", None) is not None:
             heard = heard * self.get_submodule("gate")(x).sigmoid()
@@ -142,13 +144,9 @@ OPENED: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def _head_dim(original: nn.Module) -> int:
+    if hasattr(original, "head_dim"):
+        return int(original.head_dim)  # type: ignore[arg-type]
     return int(original.qkv.out_features) // (3 * int(original.num_heads))  # type: ignore[union-attr, arg-type]
-
-
-def _without_key_bias(module: nn.Module) -> None:
-    """Drop the zeros that are timm's bias of keys: a buffer that is in no state dict and would not follow the heads."""
-    if "k_bias" in module._buffers:
-        del module.k_bias
 
 
 def _biased(q: Tensor, k: Tensor, v: Tensor, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

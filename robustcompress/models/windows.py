@@ -8,6 +8,7 @@ saved from torchvision's network is loaded into the opened one.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -35,16 +36,15 @@ class TakenOver(nn.Module):
         self.training = original.training
 
 
-class WindowAttention(TakenOver):
-    """Self-attention within shifted windows, with a learned bias for each relative position (Liu et al. 2021, eq. 4).
+class ShiftedWindows(TakenOver):
+    """Self-attention within shifted windows. Abstract: what queries and keys make of each other is left open.
 
     Args:
-        original: torchvision's `ShiftedWindowAttention`.
+        original: One of torchvision's shifted window attentions.
     """
 
     qkv: nn.Linear
     proj: nn.Linear
-    relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
 
     def __init__(self, original: nn.Module) -> None:
@@ -52,15 +52,17 @@ class WindowAttention(TakenOver):
         self.window, self.shift, self.head_dim = _sizes(original)
         self.attention_dropout, self.dropout = _dropouts(original)
 
+    @abstractmethod
+    def attend(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Map tokens of windows `[N, tokens, dim]` to logits `[N, heads, tokens, tokens]` and values, one a token."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Map `[N, H, W, dim]` to `[N, H, W, dim]`."""
-        return over_windows(x, self.window, self.shift, self._attend)
+        return over_windows(x, self.window, self.shift, self._within)
 
-    def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = split_heads(self.qkv(tokens), self.head_dim)
-        bias = table_bias(self.relative_position_bias_table, self.relative_position_index)
-        logits = (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + bias
-        mixed = mix(logits, v, mask, self.attention_dropout if self.training else 0.0)
+    def _within(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        logits, values = self.attend(tokens)
+        mixed = mix(logits, values, mask, self.attention_dropout if self.training else 0.0)
         return F.dropout(self.proj(mixed), self.dropout, self.training)
 
     def extra_repr(self) -> str:
@@ -68,7 +70,23 @@ class WindowAttention(TakenOver):
         return f"head_dim={self.head_dim}, window={self.window}, shift={self.shift}"
 
 
-class CosineWindowAttention(TakenOver):
+class WindowAttention(ShiftedWindows):
+    """Self-attention within shifted windows, with a learned bias for each relative position (Liu et al. 2021, eq. 4).
+
+    Args:
+        original: torchvision's `ShiftedWindowAttention`.
+    """
+
+    relative_position_bias_table: nn.Parameter
+
+    def attend(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ShiftedWindows.attend`."""
+        q, k, v = split_heads(self.qkv(tokens), self.head_dim)
+        bias = table_bias(self.relative_position_bias_table, self.relative_position_index)
+        return (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + bias, v
+
+
+class CosineWindowAttention(ShiftedWindows):
     """Self-attention within shifted windows by the cosine of queries and keys (Liu et al. 2022, section 3.2 and 3.3).
 
     The bias of a relative position comes from a small network. Keys have no bias: that of `qkv` has entries for them,
@@ -78,38 +96,24 @@ class CosineWindowAttention(TakenOver):
         original: torchvision's `ShiftedWindowAttentionV2`.
     """
 
-    qkv: nn.Linear
-    proj: nn.Linear
     logit_scale: nn.Parameter
     cpb_mlp: nn.Sequential
     relative_coords_table: Tensor
-    relative_position_index: Tensor
     keys: Tensor
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
-        self.window, self.shift, self.head_dim = _sizes(original)
-        self.attention_dropout, self.dropout = _dropouts(original)
         self.register_buffer("keys", self.qkv.weight.new_tensor([[0], [1], [0]]), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[N, H, W, dim]` to `[N, H, W, dim]`."""
-        return over_windows(x, self.window, self.shift, self._attend)
-
-    def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ShiftedWindows.attend`."""
         qkv = self.qkv(tokens)
         if self.qkv.bias is not None:
             # Taken from all at once, so that its gradient is the sum that it is within `qkv`, and cancels to the bit.
             qkv = qkv - (torch.unflatten(self.qkv.bias, 0, (3, -1)) * self.keys).flatten()
         q, k, v = split_heads(qkv, self.head_dim)
         bias = network_bias(self.cpb_mlp, self.relative_coords_table, self.relative_position_index)
-        logits = cosine_logits(q, k, self.logit_scale) + bias
-        mixed = mix(logits, v, mask, self.attention_dropout if self.training else 0.0)
-        return F.dropout(self.proj(mixed), self.dropout, self.training)
-
-    def extra_repr(self) -> str:
-        """Show what the layers inside do not say."""
-        return f"head_dim={self.head_dim}, window={self.window}, shift={self.shift}"
+        return cosine_logits(q, k, self.logit_scale) + bias, v
 
 
 class PartitionAttention(TakenOver):

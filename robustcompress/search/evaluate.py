@@ -30,6 +30,7 @@ from robustcompress.train import (
     safe_memory_format,
     set_memory_format,
     train,
+    with_auxiliary,
 )
 
 Recovery = Literal["distill", "fgsm-rs"]
@@ -96,7 +97,8 @@ class Evaluator:
         self._session, self._lr, self._workers = session, lr, workers
         self._device = next(session.model.parameters()).device
         self._teacher = copy.deepcopy(session.model).eval().requires_grad_(False)
-        self._objective = Distilled(self._teacher) if recovery == "distill" else FGSMRS()
+        objective = Distilled(self._teacher) if recovery == "distill" else FGSMRS()
+        self._objective = with_auxiliary(objective, session.editor)
         self._norms = group_norms(session.editor)
         self._train = goal.data.train.to(self._device)
         self._held_out = goal.data.val.first(goal.recipe.val_images).to(self._device)

@@ -17,7 +17,7 @@ from robustcompress.strategies.scores import MakeAscent, ScoreBased, norm_parame
 from robustcompress.strategies.tickets import TangentDistance, compare_tickets, tell
 from robustcompress.strategies.units import Channels, Choice, Scores, Weights
 from robustcompress.structure.masks import ScoreMasks
-from robustcompress.train import frozen
+from robustcompress.train import frozen, with_auxiliary
 
 Estimator = Literal["kernel", "ntk-sap"]
 
@@ -128,7 +128,8 @@ class AWT(ScoreBased):
         moving = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
         dense = copy.deepcopy(session.model).requires_grad_(False)
         session.keep("dense network", dense)
-        objective = TangentDistance(dense, session.goal.objective, moving, samples=self.samples, weight=self.weight)
+        attack = with_auxiliary(session.goal.objective, session.editor)
+        objective = TangentDistance(dense, attack, moving, samples=self.samples, weight=self.weight)
 
         def watch(gates: ScoreMasks, record: dict[str, Any]) -> None:
             del record["robust"]  # its images are clean ones

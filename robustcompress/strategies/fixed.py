@@ -91,7 +91,7 @@ class Fixed(Strategy):
         widths = {group.name: group.width for group in editor.editable}
         for edit in result.edits:
             # A group of a block that left is not there to be given a width, though it may have had one.
-            if isinstance(edit, Edit) and edit.group != editor.layout.output and not inside(edit.group, bypassed):
+            if isinstance(edit, Edit) and edit.group not in editor.layout.outputs and not inside(edit.group, bypassed):
                 widths[edit.group] = len(edit.sources)
         return cls(widths=widths, bypassed=bypassed)
 

@@ -84,7 +84,9 @@ class Grape(Strategy):
         """Seed, then train and grow by turns, then train on without growth."""
         reference = session.editor.widths
         target = uniform_widths(session)
-        hidden = [g.name for g in session.editor.editable if g.kind in ("hidden", "heads")] or list(target)
+        layout = session.editor.layout
+        heard = [group for group in session.editor.editable if not layout.heard_in_training_only(group.name)]
+        hidden = [group.name for group in heard if group.kind in ("hidden", "heads")] or [g.name for g in heard]
         caps = {name: max(target[name], int(self.cap * reference[name])) for name in hidden}
         self._plant(session, target, hidden)
         share = self.grow_until / self.events

@@ -17,6 +17,7 @@ from robustcompress.session import Session
 from robustcompress.strategies.tickets import calibrated
 from robustcompress.strategies.units import Channels, Scores, Weights
 from robustcompress.structure.masks import ScoreMasks, largest_entries
+from robustcompress.train import with_auxiliary
 
 NOISE = 0.02
 """Length of the noise on the weights, as a share of their own: small enough that outputs are linear in it."""
@@ -47,14 +48,14 @@ def prune_in_rounds(session: Session, units: Channels | Weights, *, rounds: int)
         goal.data.train, size, device=device, generator=torch.Generator().manual_seed(seed), channels_last=False
     )
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
-    scores = units.first_scores(units.magnitudes())
+    scores, objective = units.first_scores(units.magnitudes()), with_auxiliary(goal.objective, session.editor)
     bits = {name: torch.ones_like(values, dtype=torch.bool) for name, values in scores.items()}
     with calibrated(session):
         dense.load_state_dict(model.state_dict())
     dense.requires_grad_(False)
     for done in range(1, rounds + 1):
         x, y = next(stream)
-        x_adv = goal.objective.attack(dense, x, y, goal.threat, generator=attacker)
+        x_adv = objective.attack(dense, x, y, goal.threat, generator=attacker)
         with units.gates({name: b.float() for name, b in bits.items()}, dict) as gates, calibrated(session):
             found = trace_saliency(model, gates, x, x_adv, generator=session.generator)
         scores = below({name: s.to(bits[name].device) for name, s in found.items()}, scores, bits)

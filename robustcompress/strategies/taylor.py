@@ -55,6 +55,8 @@ def taylor_scores(session: Session, units: Channels | Weights, *, batches: int) 
     with units.gates(ones, lambda scores: scores) as gates:
         for x_adv, y in session.attacked(batches):
             loss = F.cross_entropy(model(x_adv), y)
-            for name, slope in zip(squares, torch.autograd.grad(loss, gates.parameters()), strict=True):
+            # Of what only training calls, the loss feels nothing.
+            slopes = torch.autograd.grad(loss, gates.parameters(), materialize_grads=True)
+            for name, slope in zip(squares, slopes, strict=True):
                 squares[name] += slope.square().to(squares[name].device)
     return {name: (total / batches).sqrt() for name, total in squares.items()}

@@ -18,7 +18,7 @@ from robustcompress.robust.threat import ThreatModel
 from robustcompress.session import Session
 from robustcompress.strategies.units import Channels, Scores, Weights
 from robustcompress.structure.masks import largest_entries
-from robustcompress.train import STATISTICS_BATCHES, estimate_statistics
+from robustcompress.train import STATISTICS_BATCHES, estimate_statistics, with_auxiliary
 
 PROBES = 16
 """Kernels, each of other images and another output, that a record is of."""
@@ -158,7 +158,8 @@ def compare_tickets(
 
     with _masked(session, units, {name: all_open(name) for name in found}):
         noise = torch.Generator(device).manual_seed(seed)
-        probes = [(x, goal.objective.attack(model, x, y, goal.threat, generator=noise)) for x, y in batches]
+        objective = with_auxiliary(goal.objective, session.editor)
+        probes = [(x, objective.attack(model, x, y, goal.threat, generator=noise)) for x, y in batches]
         dense = _look(model, probes, seed)
     result = {}
     for ticket, values in scores.items():

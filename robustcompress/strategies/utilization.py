@@ -52,7 +52,7 @@ def measure_utilization(session: Session, groups: Sequence[str], *, batches: int
 
     Args:
         session: The network under compression.
-        groups: Which groups.
+        groups: Which groups; each is read in evaluation mode, too.
         batches: How many attacked batches to look at.
     """
     net = session.averaged
@@ -78,7 +78,10 @@ class _Taps:
         self.seen: dict[str, torch.Tensor] = {}
         self._net, self._handles = net, list[torch.utils.hooks.RemovableHandle]()
         layout, widths = session.editor.layout, session.editor.widths
-        self._axes = {name: layout.groups[name].readers[0] for name in groups}
+        self._axes = {
+            name: next(axis for axis in layout.groups[name].readers if axis.module not in layout.auxiliary)
+            for name in groups
+        }
         # Sorted by channel: behind a flatten each channel has several positions, which are samples of one activation.
         self._positions = {
             name: torch.argsort(owners, stable=True)[int((owners < 0).sum()) :].view(widths[name], -1)

@@ -1,9 +1,9 @@
 """Which positions of which layers are one channel.
 
-The graph is torch-pruning's: it says which layers there are and what autograd recorded between them. What it says of
-*where* a channel lies is not used: its index mapping infers sizes from neighbouring layers, gets a concat in front of a
-flatten wrong, and does not come to an end on windows. Here every layer's output is labelled with the units it writes,
-and the labels go forward through each recorded operation (see `flow`), once, in the network's order.
+The graph is autograd's, of a pass that torch-pruning runs. What torch-pruning's own graph says of *where* a channel
+lies is not used: its index mapping infers sizes from neighbouring layers, gets a concat in front of a flatten wrong,
+and does not come to an end on windows. Here every layer's output is labelled with the units it writes, and the labels
+go forward through each recorded operation (see `flow`), once, in the network's order.
 """
 
 from __future__ import annotations
@@ -54,16 +54,18 @@ class Graph:
     """What autograd recorded of one forward pass.
 
     Attributes:
-        output: The value the network returned.
+        outputs: The values the network returned; the first holds the logits.
         layers: Each layer by the node that is its last.
         parameters: The qualified names of plain parameters, by identity.
         calls: How often each layer was called.
+        auxiliary: The layers among them that only training calls.
     """
 
-    output: Place
+    outputs: tuple[Place, ...]
     layers: Mapping[Any, Layer]
     parameters: Mapping[int, str]
     calls: Mapping[str, int]
+    auxiliary: tuple[str, ...] = ()
 
 
 @dataclass
@@ -72,7 +74,8 @@ class Couplings:
 
     Attributes:
         positions: Per axis, int64 `[positions]`: the unit at each, or -1.
-        outputs: Units that reach the network's output.
+        logits: Units that reach the network's logits.
+        outputs: Units that reach these or other outputs, which only training has.
         parted: Units that pass through a chunk, a split or a slice.
         opaque: Units that went where they cannot be followed.
         param_dims: Per plain parameter that holds channels, the dimension they lie along.
@@ -82,6 +85,7 @@ class Couplings:
     """
 
     positions: dict[Axis, torch.Tensor] = field(default_factory=dict)
+    logits: set[int] = field(default_factory=set)
     outputs: set[int] = field(default_factory=set)
     parted: set[int] = field(default_factory=set)
     opaque: set[int] = field(default_factory=set)
@@ -132,8 +136,8 @@ class _Walk:
     def hide(self, units: torch.Tensor) -> None:
         self._hidden.append(units)
 
-    def run(self) -> Labels:
-        """Label every value in the network's order, and return the labels of the output."""
+    def run(self) -> list[Labels]:
+        """Label every value in the network's order, and return the labels of each output."""
         known: dict[Place, Labels] = {}
         shapes_of: dict[Any, tuple[Shape, ...]] = {}  # autograd lists them anew at every access
         for function in _in_order(self._graph):
@@ -150,18 +154,19 @@ class _Walk:
                 )
                 for number in range(len(shapes)):
                     known[(function, number)] = carry(Step(function, operands, shapes, number, self))
-        return known.get(self._graph.output, ())
+        return [known.get(output, ()) for output in self._graph.outputs]
 
-    def settled(self, outputs: Labels) -> Couplings:
+    def settled(self, outputs: Sequence[Labels]) -> Couplings:
         """Join what is coupled, and say where each unit lies."""
         roots = _components(self._count, self._pairs)
+
+        def joined(units: torch.Tensor) -> torch.Tensor:
+            return torch.where(units == NONE, NONE, roots[units.clamp_min(0)])
+
         found = Couplings(channel_dims=self._dims)
         for axis, units in (self._axes | self._heads).items():
-            found.positions[axis] = torch.where(units == NONE, NONE, roots[units.clamp_min(0)])
-        found.across = {
-            name: tuple(torch.where(units == NONE, NONE, roots[units.clamp_min(0)]) for units in several)
-            for name, several in self._across.items()
-        }
+            found.positions[axis] = joined(units)
+        found.across = {name: tuple(map(joined, several)) for name, several in self._across.items()}
         in_layers = torch.zeros(self._count, dtype=torch.bool)
         for units in found.positions.values():
             in_layers[units[units != NONE]] = True
@@ -177,9 +182,10 @@ class _Walk:
             else:
                 found.param_dims[name] = dim
                 found.positions[Axis(name, "param")] = units.movedim(dim, -1).reshape(-1, units.shape[dim])[0]
-        found.outputs, found.parted, found.opaque = (
+        ends = [[label.units() for label in labels] for labels in outputs]
+        found.logits, found.outputs, found.parted, found.opaque = (
             set(roots[torch.cat(units)].tolist()) if units else set[int]()
-            for units in ([label.units() for label in outputs], self._parted, hidden)
+            for units in (ends[0], [units for end in ends for units in end], self._parted, hidden)
         )
         return found
 
@@ -289,9 +295,9 @@ def _shapes(function: Any) -> tuple[Shape, ...]:
 
 
 def _in_order(graph: Graph) -> Iterator[Any]:
-    """Autograd's nodes from the input to the output; of a layer's own nodes only the last."""
+    """Autograd's nodes from the input to the outputs; of a layer's own nodes only the last."""
     done: set[Any] = set()
-    stack: list[tuple[Any, bool]] = [(graph.output[0], False)]
+    stack: list[tuple[Any, bool]] = [(function, False) for function, _ in reversed(graph.outputs)]
     while stack:
         function, ready = stack.pop()
         if ready:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.errors import first_line, nearest
+from robustcompress.structure.auxiliary import expose, tensors_of
 from robustcompress.structure.branch import find_branch, silent
 from robustcompress.structure.groups import inside
 from robustcompress.structure.identity import Candidate, draw_anew, equal, identities
@@ -46,10 +47,11 @@ class BypassProof:
     Args:
         model: The network; not touched.
         image_shape: (C, H, W).
+        auxiliary: Layers that only training calls; they must compute what they computed, too.
     """
 
-    def __init__(self, model: nn.Module, image_shape: Sequence[int]) -> None:
-        self._quiet = copy.deepcopy(model).double().eval()
+    def __init__(self, model: nn.Module, image_shape: Sequence[int], auxiliary: Sequence[str] = ()) -> None:
+        self._quiet = expose(copy.deepcopy(model).double(), auxiliary)
         for parameter in self._quiet.parameters():
             parameter.grad = None
             parameter.requires_grad_(True)  # the record of what is frozen ends at it
@@ -149,8 +151,8 @@ class BypassProof:
     @torch.no_grad()
     def _run(self) -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            output: Tensor = self._quiet(self._images)
-        return output
+            torch.manual_seed(0)
+            return torch.cat([output.flatten() for output in tensors_of(self._quiet(self._images))])
 
     def _observe(self) -> tuple[dict[str, Call], Counter[str]]:
         calls: dict[str, Call] = {}

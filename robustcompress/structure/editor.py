@@ -30,7 +30,7 @@ from robustcompress.structure.surgery import (
     remove_module,
 )
 from robustcompress.structure.trace import trace
-from robustcompress.structure.verify import find_broken
+from robustcompress.structure.verify import find_broken, find_least
 
 Twin = nn.Module | torch.optim.Optimizer
 
@@ -77,6 +77,8 @@ class StructuralEditor:
             self.layout: Layout = trace(model, example)
             self._widths = self.layout.widths()
             self._broken = find_broken(model, self.layout, example)
+            sound = [g.name for g in self.layout.groups.values() if g.editable and g.name not in self._broken]
+            self.layout = self.layout.at_least(find_least(model, self.layout, example, sound))
         self._generator = torch.Generator().manual_seed(seed)
         self._edits: list[AnyEdit] = []
         self._image_shape = example.shape[1:]
@@ -122,7 +124,7 @@ class StructuralEditor:
         """
         if self._bypassable is None:
             with torch.inference_mode(False):
-                self._bypassable = BypassProof(self.model, self._image_shape).innermost()
+                self._bypassable = BypassProof(self.model, self._image_shape, self.layout.auxiliary).innermost()
         left = {name for name, _ in self.model.named_modules()}
         gone = self.bypassed
         return tuple(name for name in self._bypassable if name in left and name not in gone)
@@ -169,12 +171,24 @@ class StructuralEditor:
         return self.resize(group, [*range(width), *[NEW] * extra], init=init)
 
     def resize_output(self, num_classes: int) -> Edit:
-        """Replace the classifier by a fresh one with `num_classes` outputs; recorded and replayed like any edit."""
+        """Replace the classifier by a fresh one with `num_classes` outputs; recorded and replayed like any edit.
+
+        Classifiers that only training uses are replaced as well, each by an edit of its own.
+
+        Returns:
+            The edit of the classifier.
+        """
         if num_classes < 2:
             raise InputError(f"num_classes={num_classes}: must be at least 2")
         if not self.layout.output:
             raise InputError("the model's output is not written by one convolution or linear layer: replace it by hand")
-        return self._carry_out(Edit(self.layout.output, (NEW,) * num_classes, "kaiming"))
+        main, *others = (self.layout.output, *(name for name in self.layout.outputs if name != self.layout.output))
+        if parts := [name for name in others if self._widths[name] != self._widths[main]]:
+            raise InputError(f"{', '.join(parts)}: part of a classifier that only training uses; replace it by hand")
+        edit = self._carry_out(Edit(main, (NEW,) * num_classes, "kaiming"))
+        for name in others:
+            self._carry_out(Edit(name, edit.sources, edit.init))
+        return edit
 
     def bypass(self, module: str) -> Bypass:
         """Replace a residual block by the identity: what it is given goes out unchanged.
@@ -196,8 +210,10 @@ class StructuralEditor:
         with torch.inference_mode(False):
             # What was proven stays so: with a block gone that is as if its branch were silent, for which it was proven.
             proven = self._bypassable is not None and module in self.bypassable
-            if not proven and (complaint := BypassProof(self.model, self._image_shape).complaint(module)):
-                raise InputError(f"the bypass was refused: {complaint}")
+            if not proven:
+                proof = BypassProof(self.model, self._image_shape, self.layout.auxiliary)
+                if complaint := proof.complaint(module):
+                    raise InputError(f"the bypass was refused: {complaint}")
             return self._carry_out_bypass(Bypass(module))
 
     def gates(self, scores: Mapping[str, torch.Tensor], rule: MaskRule | None = None) -> Gates:
@@ -265,7 +281,7 @@ class StructuralEditor:
             if isinstance(edit, Bypass):
                 editor.bypass(edit.module)
                 continue
-            if edit.group != editor.layout.output:
+            if not editor.layout.output or edit.group not in editor.layout.outputs:
                 # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
                 editor._validate(edit.group, edit.sources, None)
             editor._carry_out(edit)

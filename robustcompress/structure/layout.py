@@ -24,6 +24,7 @@ class Layout:
         norm_dims: For each norm that takes its statistics over channels, the dimension of its input that holds them.
         counts: For each group that modules other than layers count, those modules and their attributes.
         across: For each layer that is applied once for each position along another dimension, the runs along that one.
+        auxiliary: The layers that are called in training mode only.
     """
 
     groups: Mapping[str, ChannelGroup]
@@ -34,6 +35,17 @@ class Layout:
     norm_dims: Mapping[Axis, int] = field(default_factory=dict)
     counts: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     across: Mapping[str, tuple[tuple[Segment, ...], ...]] = field(default_factory=dict)
+    auxiliary: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The groups that hold logits: those of the network, and those that only training asks for."""
+        return tuple(name for name, group in self.groups.items() if group.kind == "output")
+
+    def heard_in_training_only(self, group: str) -> bool:
+        """Whether all that read a group are called in training mode only."""
+        readers = self.groups[group].readers
+        return bool(self.auxiliary and readers) and all(axis.module in self.auxiliary for axis in readers)
 
     def widths(self) -> dict[str, int]:
         """The traced width of every group."""
@@ -79,6 +91,11 @@ class Layout:
                 pieces.append(torch.full((segment.positions(width),), -1, dtype=torch.long))
         return torch.cat(pieces)
 
+    def at_least(self, widths: Mapping[str, int]) -> Layout:
+        """The same structure, with these groups at least so wide."""
+        groups = {name: replace(g, min_width=widths.get(name, g.min_width)) for name, g in self.groups.items()}
+        return replace(self, groups=groups)
+
     def without(self, module: str, widths: Mapping[str, int]) -> Layout:
         """The structure that is left when a module is replaced by the identity.
 
@@ -105,6 +122,7 @@ class Layout:
                 for name, several in self.across.items()
                 if not inside(name, [module])
             },
+            tuple(name for name in self.auxiliary if not inside(name, [module])),
         )
 
 

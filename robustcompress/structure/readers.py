@@ -79,17 +79,14 @@ def assumes(error: Exception) -> str:
     return f"forward() assumes its width ({first_line(error, 120)})"
 
 
-def _under_gates(
-    net: nn.Module, layout: Layout, kept: Mapping[str, Sequence[int]], image: torch.Tensor
-) -> torch.Tensor:
+def _under_gates(net: nn.Module, layout: Layout, kept: Mapping[str, Sequence[int]], image: torch.Tensor) -> object:
     widths, scores = layout.widths(), {}
     for name, keep in kept.items():
         bits = image.new_zeros(widths[name])
         bits[list(keep)] = 1
         scores[name] = nn.Parameter(bits)
     with Gates(net, layout, widths, scores):
-        out: torch.Tensor = net(image)
-    return out
+        return net(image)
 
 
 def _add_newcomers(net: nn.Module, layout: Layout, names: Iterable[str], watch: Watch) -> None:

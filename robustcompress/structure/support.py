@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ def _check_wrapping(model: nn.Module, problems: Problems) -> None:
         problems.add("it is wrapped for parallel training; pass model.module")
 
 
-def check_calls(twin: nn.Module, example: torch.Tensor, calls: Mapping[str, int]) -> None:
+def check_calls(twin: nn.Module, example: torch.Tensor, calls: Mapping[str, int]) -> tuple[str, ...]:
     """Raise one error about how often the network calls its layers.
 
     Args:
@@ -79,8 +79,11 @@ def check_calls(twin: nn.Module, example: torch.Tensor, calls: Mapping[str, int]
         example: One input batch.
         calls: How often each layer was called in eval mode.
 
+    Returns:
+        The layers that are called in training mode only.
+
     Raises:
-        UnsupportedModelError: A layer is called more than once, or in training mode only.
+        UnsupportedModelError: A layer is called more than once.
         Exception: Whatever the forward raises in training mode.
     """
     problems = Problems(f"{type(twin).__name__} cannot be edited")
@@ -88,11 +91,41 @@ def check_calls(twin: nn.Module, example: torch.Tensor, calls: Mapping[str, int]
         if count > 1:
             problems.add(f"{name}: the layer is called {count} times in one forward pass; give each call its own layer")
     problems.raise_if_any(UnsupportedModelError)
-    for name, count in _called_in_training(twin, example).items():
-        if name not in calls:
-            problems.add(f"{name}: the layer is used in training mode only; switch its branch off (aux_logits=False)")
-        elif count > 1:
+    trained = _called_in_training(twin, example)
+    for name, count in trained.items():
+        if count > 1:
             problems.add(f"{name}: the layer is called {count} times in training mode; give each call its own layer")
+    problems.raise_if_any(UnsupportedModelError)
+    return tuple(name for name in trained if name not in calls)
+
+
+def check_exposed(
+    twin: nn.Module, calls: Collection[str], auxiliary: Collection[str], exposed: Collection[str]
+) -> None:
+    """Raise one error about layers that are never called together.
+
+    Args:
+        twin: A copy of the network.
+        calls: The layers that are called in eval mode.
+        auxiliary: Those that are called in training mode only.
+        exposed: Those that were called with only what holds auxiliary layers in training mode.
+
+    Raises:
+        UnsupportedModelError: Some of the others were not.
+    """
+    problems = Problems(f"{type(twin).__name__} cannot be edited")
+    for name in auxiliary:
+        if name not in exposed:
+            problems.add(
+                f"{name}: the layer is used in training mode only, and what switches it on is not among the modules "
+                "that hold it; switch its branch off, or have the module that holds it decide by self.training"
+            )
+    for name in calls:
+        if name not in exposed:
+            problems.add(
+                f"{name}: the layer is used in evaluation mode only, and others ({', '.join([*auxiliary][:2])}) in "
+                "training mode only; have both modes call one of the two"
+            )
     problems.raise_if_any(UnsupportedModelError)
 
 

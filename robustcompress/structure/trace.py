@@ -1,4 +1,10 @@
-"""Model to groups. The only file that imports torch_pruning, and only its dependency graph is used."""
+"""Model to groups. The only file that imports torch_pruning.
+
+torch-pruning's `DependencyGraph` runs the pass that is recorded: in evaluation mode, with gradients, once. The graph
+that it then builds is not read. Which layers were called, what they were given and what they returned is noted by hooks
+here, also of layers that it does not know; how channels get from one to the other is read off what autograd recorded
+(see `couplings`, which says why). A network on which torch-pruning's own graph fails is none the worse for it.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +19,15 @@ from torch import nn
 
 from robustcompress.errors import UnsupportedModelError
 from robustcompress.structure.attention import Heads, find_heads
+from robustcompress.structure.auxiliary import expose, tensors_of
 from robustcompress.structure.copies import sketches
 from robustcompress.structure.couplings import Couplings, Graph, Layer, Place, find_couplings
 from robustcompress.structure.groups import Axis, ChannelGroup, Kind, Segment
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.labels import distinct
+from robustcompress.structure.layer_kind import LayerKind
 from robustcompress.structure.layout import Layout, runs
-from robustcompress.structure.support import check_calls, check_supported, on
+from robustcompress.structure.support import check_calls, check_exposed, check_supported, on
 
 
 def trace(model: nn.Module, example: torch.Tensor) -> Layout:
@@ -41,11 +49,12 @@ def trace(model: nn.Module, example: torch.Tensor) -> Layout:
     """
     check_supported(model)
     heads = tuple(find_heads(model))
-    return _layout(find_couplings(_graph(model, example), heads), model, heads)
+    graph = _graph(model, example)
+    return replace(_layout(find_couplings(graph, heads), model, heads), auxiliary=graph.auxiliary)
 
 
 def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
-    """The graph of a copy: torch-pruning leaves what it traces in eval mode, and sees only what has gradients."""
+    """What was recorded on a copy: torch-pruning leaves what it runs in eval mode, and autograd sees only gradients."""
     twins, failure = sketches(model, example), ""
     while True:
         mode = ""
@@ -53,7 +62,9 @@ def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
             twin, images = next(twins)
             graph = _record(twin, images)
             mode = "in training mode "
-            check_calls(twin, images, graph.calls)
+            if auxiliary := check_calls(twin, images, graph.calls):
+                calls, graph = graph.calls, _record(twin, images, auxiliary)
+                check_exposed(twin, calls, auxiliary, graph.calls)
         except StopIteration:
             raise UnsupportedModelError(f"{type(model).__name__} cannot be edited: it does not run {failure}") from None
         except UnsupportedModelError:
@@ -64,13 +75,12 @@ def _graph(model: nn.Module, example: torch.Tensor) -> Graph:
             return graph
 
 
-def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
+def _record(twin: nn.Module, example: torch.Tensor, auxiliary: Sequence[str] = ()) -> Graph:
     import torch_pruning
 
     given: dict[nn.Module, Place | None] = {}
     returned: list[Place] = []
-    taught: dict[Any, tuple[nn.Module, int]] = {}
-
+    written: dict[Any, tuple[nn.Module, int]] = {}
     calls: Counter[str] = Counter()
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -82,19 +92,26 @@ def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
         if isinstance(output, torch.Tensor) and output.grad_fn is not None:
             if given[module] == (output.grad_fn, output.output_nr):  # it returned what it was given
                 output = output.view_as(output)
-            taught[output.grad_fn] = (module, output.output_nr)
+            written[output.grad_fn] = (module, output.output_nr)
         return output
 
-    def forward(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        out = network(images)
-        if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != len(images):
+    def forward(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = expose(network, auxiliary)(images)
+        tensors = tensors_of(out) if auxiliary or isinstance(out, torch.Tensor) else ()
+        if not tensors or any(tensor.dim() != 2 or len(tensor) != len(images) for tensor in tensors):
             shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            mode, several = ("in training mode ", ", or a tuple of these") if auxiliary else ("", "")
             raise UnsupportedModelError(
-                f"{type(twin).__name__} cannot be edited: it returns {shape}; it must return logits of shape "
-                "[batch, classes]"
+                f"{type(twin).__name__} cannot be edited: {mode}it returns {shape}; it must return logits of shape "
+                f"[batch, classes]{several}"
             )
-        returned.append((out.grad_fn, out.output_nr))
-        return out
+        if tensors[0].grad_fn is None:
+            raise UnsupportedModelError(
+                f"{type(twin).__name__} cannot be edited: autograd sees no way from its parameters to what it returns; "
+                "leave out no_grad() and detach() in forward()"
+            )
+        returned.extend((tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None)
+        return tensors
 
     names = {module: name for name, module in twin.named_modules() if kind_of(module) is not None}
     handles = [module.register_forward_pre_hook(before) for module in names]
@@ -107,24 +124,21 @@ def _record(twin: nn.Module, example: torch.Tensor) -> Graph:
         try:
             graph.build_dependency(twin, example_inputs=example, forward_fn=forward, verbose=False)
         except Exception:
-            # Its index mapping comes last, is not used here, and fails for a channel shuffle and some concatenations.
-            if not getattr(graph, "module2node", None):
+            # After the pass comes torch-pruning's own graph, which fails for a channel shuffle and some concatenations.
+            if not returned:
                 raise
     for handle in handles:
         handle.remove()
-    layers = {
-        node.grad_fn: node.module for node in graph.module2node.values() if isinstance(node.module, nn.Module)
-    } | {function: module for function, (module, _) in taught.items()}
     inside = {id(p) for module in names for p in module.parameters(recurse=False)}
     return Graph(
-        returned[-1],
+        tuple(returned),
         {
-            function: Layer(names[module], module, function, taught[function][1], given[module])
-            for function, module in layers.items()
-            if module in names and function in taught
+            function: Layer(names[module], module, function, number, given[module])
+            for function, (module, number) in written.items()
         },
         {id(p): name for name, p in twin.named_parameters() if id(p) not in inside},
         calls,
+        tuple(auxiliary),
     )
 
 
@@ -146,33 +160,33 @@ def _families(couplings: Couplings, order: Mapping[str, int]) -> list[_Family]:
     axes = list(couplings.positions)
     count = 1 + max((int(units.max()) for units in couplings.positions.values() if len(units)), default=0)
     present = torch.zeros(count, dtype=torch.bool)
-    kind = torch.zeros(count, dtype=torch.long)
+    pattern = torch.zeros(count, dtype=torch.long)
     where: list[set[Axis]] = [set()]
     for axis in axes:
         units = couplings.positions[axis]
         seen, _, copies = distinct(units[units >= 0])
         present[seen] = True
-        # Kinds met so far are divided by how many positions they have here.
-        pairs, inverse, _ = distinct(kind[seen] * (1 + int(copies.max())) + copies if len(seen) else seen)
+        # Patterns met so far are divided by how many positions their units have here.
+        pairs, inverse, _ = distinct(pattern[seen] * (1 + int(copies.max())) + copies if len(seen) else seen)
         fresh = len(where)
         where.extend(where[old // (1 + int(copies.max()))] | {axis} for old in pairs.tolist())
-        kind[seen] = fresh + inverse
+        pattern[seen] = fresh + inverse
     if couplings.outputs:
         out = torch.tensor(sorted(couplings.outputs))
         out = out[present[out]]
-        kinds, inverse, _ = distinct(kind[out])
+        patterns, inverse, _ = distinct(pattern[out])
         fresh = len(where)
-        where.extend(where[old] for old in kinds.tolist())
-        kind[out] = fresh + inverse
+        where.extend(where[old] for old in patterns.tolist())
+        pattern[out] = fresh + inverse
     alive = present.nonzero().flatten()
-    by_kind: dict[int, list[int]] = {}
-    for unit, number in zip(alive.tolist(), kind[alive].tolist(), strict=True):
-        by_kind.setdefault(number, []).append(unit)
+    alike: dict[int, list[int]] = {}
+    for unit, number in zip(alive.tolist(), pattern[alive].tolist(), strict=True):
+        alike.setdefault(number, []).append(unit)
     found = [
         _Family(
             torch.tensor(units)[:, None], tuple(sorted(where[number], key=lambda a: (order.get(a.module, -1), a.side)))
         )
-        for number, units in by_kind.items()
+        for number, units in alike.items()
     ]
     return _tie_parts(found, couplings.parted)
 
@@ -237,7 +251,7 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
             attention[names[number]] = found.module
             # With a single head its runs cannot be told apart by looking.
             segments |= {
-                axis: tuple(replace(s, group=names[number]) for s in runs) for axis, runs in found.axes.items()
+                axis: tuple(replace(s, group=names[number]) for s in spans) for axis, spans in found.axes.items()
             }
     groups: dict[str, ChannelGroup] = {}
     outputs: list[str] = []
@@ -248,7 +262,7 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
         group = _describe(name, family, segments, model, is_output=is_output, unclear=unclear)
         told = name in attention and group.editable  # and so one head is as plain as many
         groups[name] = replace(group, kind="heads", min_width=1) if told else group
-        outputs += [name] if is_output else []
+        outputs += [name] if not couplings.logits.isdisjoint(members) else []
     param_dims = dict(couplings.param_dims)
     for found in heads:
         param_dims |= found.param_dims
@@ -309,23 +323,23 @@ def _describe(
     return ChannelGroup(name, len(family.units), kind, writers, readers, passers, min_width, reason, exact)
 
 
+def _kind_at(axis: Axis, model: nn.Module) -> LayerKind | None:
+    """The kind of the layer that an axis belongs to; None for a plain parameter."""
+    return None if axis.side == "param" else kind_of(model.get_submodule(axis.module))
+
+
 def _is_grouped(axis: Axis, model: nn.Module) -> bool:
-    if axis.side == "param":
-        return False
-    kind = kind_of(model.get_submodule(axis.module))
+    kind = _kind_at(axis, model)
     return kind is not None and kind.role == "grouped"
 
 
 def _mixes(axis: Axis, model: nn.Module) -> bool:
-    if axis.side != "both":
-        return False
-    module = model.get_submodule(axis.module)
-    kind = kind_of(module)
-    return kind is not None and kind.mixes(module)
+    kind = _kind_at(axis, model) if axis.side == "both" else None
+    return kind is not None and kind.mixes(model.get_submodule(axis.module))
 
 
 def _is_per_channel(axis: Axis, model: nn.Module) -> bool:
-    if axis.side == "param":
-        return True
-    kind = kind_of(model.get_submodule(axis.module))
-    return kind is not None and (kind.role in ("depthwise", "prelu") or kind.parts is not None)
+    kind = _kind_at(axis, model)
+    return axis.side == "param" or (
+        kind is not None and (kind.role in ("depthwise", "prelu") or kind.parts is not None)
+    )

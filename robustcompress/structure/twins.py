@@ -16,7 +16,7 @@ def random_twin(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modu
     A zero-initialised layer, a dead unit or a fresh batch norm would hide what an edit does wrong until it is trained.
     """
     twin = copied(model, lambda t: torch.empty_like(t, dtype=dtype) if isinstance(t, nn.Parameter) else _as(t, dtype))
-    draw = _Noise(dtype)
+    draw = _Noise(dtype, sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())))
     for name, parameter in twin.eval().named_parameters():
         if parameter.dim() > 1 and not name.endswith("bias"):
             bound = (6 / max(1, parameter[0].numel())) ** 0.5
@@ -40,23 +40,27 @@ class _Noise:
 
     PERIOD = 999_983
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._values = torch.rand(self.PERIOD, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    def __init__(self, dtype: torch.dtype, most: int) -> None:
+        self._period = min(self.PERIOD, most)  # no more memory for the noise of a small network than for itself
+        self._values = torch.rand(self._period, generator=torch.Generator().manual_seed(1), dtype=dtype)
         self._next = 0
 
     def fill(self, tensor: torch.Tensor, low: float, high: float) -> None:
-        count, flat = tensor.numel(), torch.empty(tensor.numel(), dtype=self._values.dtype)
-        done = 0
+        tensor = tensor.detach()
+        here = tensor.is_contiguous() and tensor.device == self._values.device and tensor.dtype == self._values.dtype
+        flat = tensor.view(-1) if here else torch.empty(tensor.numel(), dtype=self._values.dtype)
+        count, done = tensor.numel(), 0
         while done < count:
-            size = min(count - done, self.PERIOD - self._next)
+            size = min(count - done, self._period - self._next)
             torch.add(
                 self._values.new_full((), low),
                 self._values[self._next : self._next + size],
                 alpha=high - low,
                 out=flat[done : done + size],
             )
-            done, self._next = done + size, (self._next + size) % self.PERIOD
-        tensor.copy_(flat.view(tensor.shape))
+            done, self._next = done + size, (self._next + size) % self._period
+        if not here:
+            tensor.copy_(flat.view(tensor.shape))
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

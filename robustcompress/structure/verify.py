@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
+from robustcompress.structure.auxiliary import expose, tensors_of
 from robustcompress.structure.copies import sketches
 from robustcompress.structure.groups import NEW, Axis, ChannelGroup, Edit
 from robustcompress.structure.kinds import slots_of
@@ -30,7 +31,7 @@ GROWTH = (3, 4, 5, 6, 7)
 """How many channels a group may gain."""
 
 LOUD = 0.7
-"""What new channels weigh, are scaled and shifted by."""
+"""What new channels are scaled and shifted by, and what they weigh in all."""
 
 
 def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict[str, str]:
@@ -65,12 +66,37 @@ def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict
     return broken
 
 
+def find_least(model: nn.Module, layout: Layout, example: torch.Tensor, names: Iterable[str]) -> dict[str, int]:
+    """Find the groups that cannot become as narrow as their layers would allow, as where a forward squeezes.
+
+    Args:
+        model: The network; not touched.
+        layout: Its traced structure.
+        example: One input batch, `[N, 3, H, W]`.
+        names: Groups that can be resized.
+
+    Returns:
+        For each such group the least width of those tried (1, 2, 4, ...) at which the network runs.
+    """
+    proof = _Proof(model, layout, example)
+    least = {name: layout.groups[name].min_width for name in names}
+    found: dict[str, int] = {}
+    for name in proof.too_narrow(least):
+        width, most = 2 * least[name], layout.groups[name].width // 2
+        while width < most and proof.too_narrow({name: width}):
+            width *= 2
+        found[name] = width
+    return found
+
+
 class _Proof:
     def __init__(self, model: nn.Module, layout: Layout, example: torch.Tensor) -> None:
         self._model, self._layout = model, layout
         generator = torch.Generator().manual_seed(0)
         self._images = torch.rand((2, *example.shape[1:]), generator=generator, dtype=torch.float64)
         self._batch = 1
+        # What training calls as well is looked at beside evaluation, and may return more than the logits.
+        self._modes: tuple[Sequence[str], ...] = ((), layout.auxiliary) if layout.auxiliary else ((),)
         self._changes = {name: _change(g, number) for number, (name, g) in enumerate(layout.groups.items())}
 
     def _noise(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -83,7 +109,7 @@ class _Proof:
         if not layout.norm_dims:
             return {}
         dtype = next(self._model.parameters()).dtype
-        net = random_twin(self._model, dtype)
+        net = expose(random_twin(self._model, dtype), self._modes[-1])
 
         def look(axis: Axis) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -104,17 +130,19 @@ class _Proof:
             if axis in odd and group.editable
         }
 
-    def _settle(self, net: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    def _settle(self, net: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """What the network gives; a batch of two where it cannot do with one image."""
-        like = next(net.parameters())
         try:
-            out: torch.Tensor = net(self._noise(like, dtype))
+            return self._run(net, dtype)
         except Exception:  # such as a batch norm over a single vector
             if self._batch == 2:
                 raise
             self._batch = 2
-            out = net(self._noise(like, dtype))
-        return out
+            return self._run(net, dtype)
+
+    def _run(self, net: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)  # of a dropout that its module calls as a function, where only training calls that module
+        return tensors_of(net(self._noise(next(net.parameters()), dtype)))
 
     def sift(self, names: Sequence[str]) -> dict[str, str]:
         """Which of these groups cannot be resized: halves are tried, and halves of halves."""
@@ -133,15 +161,16 @@ class _Proof:
         """What is wrong with resizing these groups together; empty when nothing is."""
         precise = next(self._model.parameters()).dtype == torch.float64
         for dtype in (torch.float64,) if precise else (torch.float32, torch.float64):
-            complaint = self._tried(names, dtype) or self._misread(names, dtype)
+            tried = (self._tried(names, dtype, auxiliary) for auxiliary in self._modes)
+            complaint = next(filter(None, tried), "") or self._misread(names, dtype)
             if not complaint:
                 return self._misfit(names)
         return complaint
 
     @torch.no_grad()
-    def _tried(self, names: Sequence[str], dtype: torch.dtype) -> str:
+    def _tried(self, names: Sequence[str], dtype: torch.dtype, auxiliary: Sequence[str]) -> str:
         layout, widths = self._layout, self._layout.widths()
-        net = random_twin(self._model, dtype)
+        net = expose(random_twin(self._model, dtype), auxiliary)
         changes = {name: self._changes[name] for name in names}
         for name, sources in changes.items():
             silence_readers(net, layout, name, _kept(sources), widths)
@@ -157,15 +186,21 @@ class _Proof:
                 if tensor.side != "in":  # new channels are loud, so that whoever reads them is noticed
                     fresh = (tensor.index < 0).nonzero().flatten()
                     target = getattr(net.get_submodule(tensor.owner), tensor.tensor)
-                    target.index_fill_(tensor.dim, fresh.to(target.device), LOUD)
+                    # The mean of what is read, not its sum: new channels read new ones, and single precision ends.
+                    fan = target.select(tensor.dim, 0).numel() if tensor.first == "random" else 1
+                    target.index_fill_(tensor.dim, fresh.to(target.device), LOUD / fan)
             leave_out(net, layout, name, [i for i, source in enumerate(sources) if source != NEW], widths)
         try:
-            found = watch.compare(lambda: net(self._noise(next(net.parameters()), dtype)))
+            found = watch.compare(lambda: self._run(net, dtype))
         except Exception as error:  # the model's own code may raise anything where a width is not what it was
             return assumes(error)
-        if found.shape != wanted.shape:
-            return f"resizing it changes the output's shape from {tuple(wanted.shape)} to {tuple(found.shape)}"
-        worst, where = max(watch.worst, (difference(found, wanted), "the output"))
+        if len(found) != len(wanted):
+            return f"resizing it changes how many outputs there are, from {len(wanted)} to {len(found)}"
+        pairs = list(zip(found, wanted, strict=True))
+        for ours, theirs in pairs:
+            if ours.shape != theirs.shape:
+                return f"resizing it changes the output's shape from {tuple(theirs.shape)} to {tuple(ours.shape)}"
+        worst, where = max(watch.worst, *((difference(ours, theirs), "the output") for ours, theirs in pairs))
         if not worst <= TOLERANCE[dtype]:
             return f"forward() mixes its channels (relative difference {worst:.1g} at {where} when it is resized)"
         return ""
@@ -175,7 +210,7 @@ class _Proof:
         foreign = foreign_readers(self._model, self._layout, names)
         if not foreign:
             return ""
-        net = random_twin(self._model, dtype)
+        net = expose(random_twin(self._model, dtype), self._modes[-1])
         image = self._noise(next(net.parameters()), dtype)
         kept, widths = {name: _kept(self._changes[name]) for name in foreign}, self._layout.widths()
 
@@ -187,26 +222,41 @@ class _Proof:
         readers = dict.fromkeys(reader for readers in foreign.values() for reader in readers)
         return f"{', '.join(readers)}: {complaint}" if complaint else ""
 
-    @torch.no_grad()
     def _misfit(self, names: Sequence[str]) -> str:
-        """What is wrong with shapes, in evaluation and in training, where groups that became narrower are wider."""
+        """What is wrong with shapes where groups that became narrower are wider."""
+        others: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            sources, before = self._changes[name], self._layout.groups[name].width
+            fewer = len(sources) < before
+            others[name] = (*range(before), *[NEW] * sources.count(NEW)) if fewer else tuple(_kept(sources))
+        return self._misshapen(others)
+
+    def too_narrow(self, widths: Mapping[str, int]) -> list[str]:
+        """The groups at whose widths here the network does not run: all are tried together, then halves, and so on."""
+        if not self._misshapen({name: tuple(range(width)) for name, width in widths.items()}, (True,)):
+            return []
+        names = list(widths)
+        halves = (names[: len(names) // 2], names[len(names) // 2 :]) if len(names) > 1 else ()
+        found = [name for half in halves for name in self.too_narrow({name: widths[name] for name in half})]
+        return found or names  # halves may run each by itself
+
+    @torch.no_grad()
+    def _misshapen(self, changes: Mapping[str, tuple[int, ...]], modes: Sequence[bool] = (False, True)) -> str:
+        """What is wrong with shapes after these changes, in evaluation, and in training; empty when nothing is."""
         layout = self._layout
         images = self._images.to(next(self._model.parameters()))
         for number, (net, x) in enumerate(sketches(self._model, images)):
             widths = layout.widths()
-            for name in names:
-                sources, before = self._changes[name], widths[name]
-                fewer = len(sources) < before
-                other = (*range(before), *[NEW] * sources.count(NEW)) if fewer else _kept(sources)
-                apply_gathers(net, layout, widths, Edit(name, tuple(other), "zero_out"))
-                widths[name] = len(other)
+            for name, sources in changes.items():
+                apply_gathers(net, layout, widths, Edit(name, sources, "zero_out"))
+                widths[name] = len(sources)
             try:
-                for training in (False, True):
+                for training in modes:
                     net.train(training)(x)
             except Exception as error:  # of the widths, or of a forward that looks at values where there are none
                 whole, _ = next(islice(sketches(self._model, images), number, None))
                 with contextlib.suppress(Exception):
-                    for training in (False, True):
+                    for training in modes:
                         whole.train(training)(x)
                     return assumes(error)
                 continue

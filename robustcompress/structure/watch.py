@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from torch import nn
 from robustcompress.structure.kinds import gather, kind_of, width_of
 from robustcompress.structure.layer_kind import LayerKind
 from robustcompress.structure.layout import Layout
+
+T = TypeVar("T")
 
 PLACES = 8
 """Places along a dimension without channels at which outputs are compared."""
@@ -46,7 +48,7 @@ class Watch:
         self._shapes: dict[str, torch.Size] = {}
         self.worst: tuple[float, str] = (0.0, "")
 
-    def note(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def note(self, run: Callable[[], T]) -> T:
         """Run the network as it is to be, and remember."""
         return self._hooked(run, self._remember)
 
@@ -57,7 +59,7 @@ class Watch:
                 index = self._layout.index(axis, group, sources, widths)
                 self._old[axis.module] = gather(self._old[axis.module] + 1, 0, index) - 1
 
-    def compare(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def compare(self, run: Callable[[], T]) -> T:
         """Run the edited network, and note in `worst` the largest relative difference and the layer that shows it."""
         return self._hooked(run, self._look)
 
@@ -87,7 +89,7 @@ class Watch:
         steps = [1 if d == dim else max(1, size // PLACES) for d, size in enumerate(output.shape)]
         return output[tuple(slice(None, None, step) for step in steps)]
 
-    def _hooked(self, run: Callable[[], torch.Tensor], see: Callable[[str, torch.Tensor], None]) -> torch.Tensor:
+    def _hooked(self, run: Callable[[], T], see: Callable[[str, torch.Tensor], None]) -> T:
         def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
             return lambda module, args, output: see(name, output)
 

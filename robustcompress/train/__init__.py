@@ -1,6 +1,7 @@
 """One training loop for every strategy."""
 
 from robustcompress.train.ascent import Ascent, weight_ascent
+from robustcompress.train.auxiliary import with_auxiliary
 from robustcompress.train.compiled import CompiledNetwork
 from robustcompress.train.device import (
     computes_in_bf16,
@@ -47,4 +48,5 @@ __all__ = [
     "set_memory_format",
     "train",
     "weight_ascent",
+    "with_auxiliary",
 ]

@@ -46,25 +46,13 @@ def epochs(**values: list[float]) -> list[dict[str, Any]]:
     return [{**EPOCH, "epoch": i + 1, **dict(zip(values, row, strict=True))} for i, row in enumerate(rows)]
 
 
-def drawn(monkeypatch: pytest.MonkeyPatch, results: dict[str, rc.CompressResult], path: Path) -> list[Any]:
+def drawn(figures: list[Any], results: dict[str, rc.CompressResult], path: Path) -> list[Any]:
     """The panels of the picture, as matplotlib's own objects."""
-    from matplotlib.figure import Figure
-
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(self: Figure, *args: Any, **options: Any) -> None:
-        figures.append(self)
-        save(self, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
     assert plot_search(results, path) == path and path.is_file()
-    return list(figures[0].axes)
+    return list(figures[-1].axes)
 
 
-def test_panels_without_data_are_left_out(
-    plain: rc.CompressResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_panels_without_data_are_left_out(plain: rc.CompressResult, tmp_path: Path, figures: list[Any]) -> None:
     losses = {"loss_before": [1.0, 0.9], "loss_after": [1.2, 1.1]}
     cases = [
         ([*epochs(hamming=[0.3, 0.1])], 1),
@@ -78,18 +66,15 @@ def test_panels_without_data_are_left_out(
                   **losses), MASK], 6),
     ]  # fmt: skip
     for records, count in cases:
-        assert len(drawn(monkeypatch, {"a": with_history(plain, *records), "b": plain}, tmp_path / "x.svg")) == count
-        monkeypatch.undo()
+        assert len(drawn(figures, {"a": with_history(plain, *records), "b": plain}, tmp_path / "x.svg")) == count
 
 
-def test_lines_and_bars_hold_what_was_recorded(
-    plain: rc.CompressResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_and_bars_hold_what_was_recorded(plain: rc.CompressResult, tmp_path: Path, figures: list[Any]) -> None:
     results = {
         "a": with_history(plain, *epochs(hamming=[0.3, 0.1, 0.05], top_eigenvalue=[5.0, 40.0, 4.0]), MASK),
         "b": with_history(plain, *epochs(hamming=[0.2, 0.2], top_eigenvalue=[7.0, 3.0]), {**MASK, "val_robust": 0.3}),
     }
-    distance, curvature, bars = drawn(monkeypatch, results, tmp_path / "x.png")
+    distance, curvature, bars = drawn(figures, results, tmp_path / "x.png")
     assert [list(line.get_xdata()) for line in distance.lines] == [[1, 2, 3], [1, 2]]
     assert [list(line.get_ydata()) for line in distance.lines] == [[30, 10, 5], [20, 20]]
     assert [list(line.get_ydata()) for line in curvature.lines] == [[5, 40, 4], [7, 3]]
@@ -102,10 +87,10 @@ def test_lines_and_bars_hold_what_was_recorded(
 
 @pytest.mark.parametrize("values", [[-1.0, 5.0], [-1.0, -2.0], [0.0, 0.0]])
 def test_curvature_that_no_logarithm_can_show_is_shown(
-    plain: rc.CompressResult, values: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: rc.CompressResult, values: list[float], tmp_path: Path, figures: list[Any]
 ) -> None:
     results = {"a": with_history(plain, *epochs(top_eigenvalue=values))}
-    _, curvature = drawn(monkeypatch, results, tmp_path / "x.png")
+    _, curvature = drawn(figures, results, tmp_path / "x.png")
     assert curvature.get_yscale() == "symlog" and list(curvature.lines[0].get_ydata()) == values
 
 

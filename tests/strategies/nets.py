@@ -107,12 +107,43 @@ class Transformer(nn.Module):
         return self.fc(self.norm(self.blocks(x)).mean(1))
 
 
+class Auxiliary(nn.Module):
+    """Two classifiers on the way that only training asks for what they think, as GoogLeNet has."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16)
+        self.heads: nn.ModuleList | None = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, 8, 1),
+                nn.BatchNorm2d(8),
+                nn.Conv2d(8, 8, 4, stride=4),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(8, num_classes),
+            )
+            for width in (12, 16)
+        )
+        self.conv3, self.bn3 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        one = F.relu(self.bn1(self.conv1(x)))
+        two = F.relu(self.bn2(self.conv2(one)))
+        logits = self.fc(F.relu(self.bn3(self.conv3(two))).mean((2, 3)))
+        if self.training and self.heads is not None:
+            return logits, self.heads[1](two), self.heads[0](one)
+        return logits
+
+
 NETS: dict[str, type[nn.Module]] = {
     "chain": Chain,
     "residual": Residual,
     "joined": Joined,
     "imported": Imported,
     "transformer": Transformer,
+    "auxiliary": Auxiliary,
 }
 
 

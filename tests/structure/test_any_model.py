@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import conformance
 from benchmarks.conformance import Row, choose_size, examine, shake
-from benchmarks.model_names import names_of, parameters_of
+from benchmarks.model_names import AUXILIARY, build_named, names_of, parameters_of
 from robustcompress import StructuralEditor, build_model
 from robustcompress.budget import CostModel
 from robustcompress.models import open_attention
@@ -68,6 +68,7 @@ FEW: dict[str, tuple[Build, int, int]] = {
     "mobilenet": (named("torchvision:mobilenet_v3_small"), 64, 27),
     "efficientnet": (named("torchvision:efficientnet_b0"), 64, 40),
     "googlenet": (named("torchvision:googlenet"), 64, 57),
+    "googlenet-aux": (named("torchvision:googlenet", aux_logits=True, dropout=0.0, dropout_aux=0.0), 64, 61),
     "densenet": (named("torchvision:densenet121"), 64, 120),
     "convnext": (convnext, 64, 4),
     "swin": (swin(1), 32, 8),
@@ -79,7 +80,7 @@ FEW: dict[str, tuple[Build, int, int]] = {
     "timm-vit": (named("timm:vit_tiny_patch16_224", img_size=64, depth=3), 64, 6),
     "timm-mixer": (named("timm:mixer_s32_224", img_size=64), 64, 16),
 }
-EXPORTED = ("regnet", "swin")
+EXPORTED = ("regnet", "swin", "googlenet-aux")
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -103,7 +104,7 @@ def test_every_network_passes_every_step_or_is_refused(name: str) -> None:
         pytest.importorskip("timm")
     if parameters_of(name) > 120e6:
         pytest.skip("too large for one machine's tests")
-    row = examine(lambda: build_model(name)[0], export=False)
+    row = examine(lambda: build_named(name), export=False)
     assert row["failures"] == []
     assert "refused" in row or row["macs"] < 1 or not row["editable"]
 
@@ -113,6 +114,7 @@ def test_the_lists_name_networks_that_exist() -> None:
     timm = pytest.importorskip("timm")
     known = set(timm.list_models())
     assert [name for name in EVERY if name.startswith("timm:") and name[5:] not in known] == []
+    assert set(AUXILIARY) < set(EVERY) and build_named(AUXILIARY[0]).aux1 is not None
     assert names_of(["timm:resnet26", "timm:resnet26"]) == ["timm:resnet26"]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from robustcompress.errors import UnsupportedModelError
+from robustcompress.errors import InputError, UnsupportedModelError
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.verify import leave_out, silence_readers
 from tests.structure.networks import EXAMPLE, images
@@ -358,3 +358,26 @@ def test_traps(name: str) -> None:
     torch.manual_seed(0)
     with contextlib.suppress(UnsupportedModelError):  # to refuse is as honest as to handle
         assert_honest(TRAPS[name]())
+
+
+class Squeezed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(8, 6), conv(6, 7, 1)
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.b(F.relu(self.a(x)))).mean((2, 3), keepdim=True)
+        return self.fc(F.relu(self.c(x).squeeze()))
+
+
+def test_a_bare_squeeze_sets_the_least_width() -> None:
+    """At one channel it takes the channels' own dimension, too."""
+    net = Squeezed()
+    editor = StructuralEditor(net, EXAMPLE)
+    assert {group.name: group.min_width for group in editor.editable} == {"a": 1, "b": 1, "c": 2}
+    with pytest.raises(InputError, match="group 'c' would have 1 channels left; keep at least 2"):
+        editor.prune("c", [3])
+    for group in editor.editable:
+        editor.prune(group.name, range(group.min_width))
+    assert net(EXAMPLE).shape == (2, 5)

@@ -385,3 +385,12 @@ def test_gates_of_the_wrong_length() -> None:
         r"(?s)'stem' needs 8 scores; these have shape \(7,\).*'layers.0' needs 8 scores; these have shape \(8, 1\)",
         lambda: editor.gates({"stem": torch.ones(7), "layers.0": torch.ones(8, 1)}),
     )
+
+
+def test_an_output_that_autograd_does_not_know() -> None:
+    class Detached(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).detach()
+
+    with pytest.raises(UnsupportedModelError, match=r"autograd sees no way .* leave out no_grad\(\) and detach\(\)"):
+        StructuralEditor(Detached(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)), EXAMPLE)
