@@ -3,8 +3,8 @@
 The defaults of robustcompress's searchers, and of meta-training, come from here; `search_surrogate` reports them on
 other tasks. One entry varies one or two options and leaves the others at their defaults. "Above the default" is in
 points, the mean over the checkpoints of the true value found (for meta-training: over the first 100 unique evaluations
-of the best so far), paired by task, with the 95 % interval of the bootstrap over seeds. Where the interval holds zero,
-the default was not changed for it.
+of the best so far), paired by task, with the 95 % interval of the bootstrap over seeds. A default is not changed for
+what is within its interval or at its edge: with so many entries one of them is there by chance.
 """
 
 from __future__ import annotations
