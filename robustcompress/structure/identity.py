@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.structure.branch import silent
+from robustcompress.structure.copies import copied
 
 TOLERANCE = 1e-9
 """Relative difference allowed in double precision; a sum with zero is exact, so this is for rounding elsewhere."""
@@ -49,7 +49,7 @@ def identities(network: nn.Module, images: Tensor, candidates: Mapping[str, Cand
         images: What it is given.
         candidates: By the module's name; each is called once in a pass, with one tensor.
     """
-    network = copy.deepcopy(network)
+    network = copied(network, lambda tensor: tensor.detach().clone())  # also of what a forward left behind
     left = dict(candidates)
     asking = False
 

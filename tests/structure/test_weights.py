@@ -85,7 +85,7 @@ def test_under_the_gates_it_runs_as_with_zeros_in_the_weights(net: str) -> None:
     before = state(model)
     with WeightGates(model, scores, TopK(lambda s: counts)) as gates:
         masked, kept = model(images()), gates.kept()
-        slopes = torch.autograd.grad(masked.square().sum(), gates.parameters())
+        slopes = torch.autograd.grad(masked.square().sum(), gates.parameters(), materialize_grads=True)
     assert {name: int(bits.sum()) for name, bits in kept.items()} == counts
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_under_the_gates_it_runs_as_with_zeros_in_the_weights(net: str) -> None:
             weight.mul_(kept[name])
     zeroed = twin(images())
     assert torch.allclose(masked, zeroed, atol=1e-6)
-    inner = torch.autograd.grad(zeroed.square().sum(), list(maskable_weights(twin).values()))
+    inner = torch.autograd.grad(zeroed.square().sum(), list(maskable_weights(twin).values()), materialize_grads=True)
     for name, slope, gradient in zip(scores, slopes, inner, strict=True):
         signs = torch.where(scores[name] < 0, -1.0, 1.0)
         assert torch.allclose(slope, gradient * weights[name].detach() * signs, atol=1e-4), name
@@ -151,7 +151,9 @@ def test_zeros_stay_zeros_and_the_rest_trains_as_if_they_were_not_there(net: str
             model(images()).square().mean().backward()
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             ours.step()
-        found = torch.autograd.grad(model(images()).sum(), list(maskable_weights(model).values()))
+        found = torch.autograd.grad(
+            model(images()).sum(), list(maskable_weights(model).values()), materialize_grads=True
+        )
         for name, gradient in zip(masks, found, strict=True):
             assert not gradient[~masks[name]].any(), "also for who asks autograd.grad, as weight perturbation does"
     for _ in range(3):  # the twin multiplies by the masks in its graph
