@@ -89,6 +89,10 @@ def find_least(model: nn.Module, layout: Layout, example: torch.Tensor, names: I
     return found
 
 
+class _ShapeError(Exception):
+    """Shapes do not fit: nothing that more precision would tell."""
+
+
 class _Proof:
     def __init__(self, model: nn.Module, layout: Layout, example: torch.Tensor) -> None:
         self._model, self._layout = model, layout
@@ -160,11 +164,14 @@ class _Proof:
     def complaint(self, names: Sequence[str]) -> str:
         """What is wrong with resizing these groups together; empty when nothing is."""
         precise = next(self._model.parameters()).dtype == torch.float64
-        for dtype in (torch.float64,) if precise else (torch.float32, torch.float64):
-            tried = (self._tried(names, dtype, auxiliary) for auxiliary in self._modes)
-            complaint = next(filter(None, tried), "") or self._misread(names, dtype)
-            if not complaint:
-                return self._misfit(names)
+        try:
+            for dtype in (torch.float64,) if precise else (torch.float32, torch.float64):
+                tried = (self._tried(names, dtype, auxiliary) for auxiliary in self._modes)
+                complaint = next(filter(None, tried), "") or self._misread(names, dtype)
+                if not complaint:
+                    return self._misfit(names)
+        except _ShapeError as error:
+            return str(error)
         return complaint
 
     @torch.no_grad()
@@ -193,13 +200,14 @@ class _Proof:
         try:
             found = watch.compare(lambda: self._run(net, dtype))
         except Exception as error:  # the model's own code may raise anything where a width is not what it was
-            return assumes(error)
+            raise _ShapeError(assumes(error)) from error
         if len(found) != len(wanted):
-            return f"resizing it changes how many outputs there are, from {len(wanted)} to {len(found)}"
+            raise _ShapeError(f"resizing it changes how many outputs there are, from {len(wanted)} to {len(found)}")
         pairs = list(zip(found, wanted, strict=True))
         for ours, theirs in pairs:
             if ours.shape != theirs.shape:
-                return f"resizing it changes the output's shape from {tuple(theirs.shape)} to {tuple(ours.shape)}"
+                shapes = f"from {tuple(theirs.shape)} to {tuple(ours.shape)}"
+                raise _ShapeError(f"resizing it changes the output's shape {shapes}")
         worst, where = max(watch.worst, *((difference(ours, theirs), "the output") for ours, theirs in pairs))
         if not worst <= TOLERANCE[dtype]:
             return f"forward() mixes its channels (relative difference {worst:.1g} at {where} when it is resized)"
