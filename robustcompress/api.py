@@ -67,8 +67,9 @@ def compress(
             never touched. Or a name: a built-in ("resnet18"), "torchvision:resnet18", "timm:resnet26",
             "package.module:factory"; or a `ModelSpec`, a name with arguments. A classifier whose size differs from the
             data's classes is replaced.
-        strategy: "grape", "hydra", "s2ap", "harp", "awt", "magnitude", "taylor", "none", a control ("uniform",
-            "scaling", "fixed", "random"), or a strategy with options, such as `Hydra(granularity="weight")`.
+        strategy: "grape", "hydra", "s2ap", "harp", "awt", "rcnas", "magnitude", "taylor", "none", a control
+            ("uniform", "scaling", "fixed", "random"), or a strategy with options, such as
+            `Hydra(granularity="weight")`.
         data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,
             a DataLoader, or what `load_data` returns.
         budget: What it may cost; a number is a fraction of the reference's multiply-adds. A limit on latency has about
@@ -222,7 +223,7 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
     settings = _settings(goal, request.device)
     identity = {
         **fingerprint(reference),
-        "strategy": request.strategy.to_json(),
+        "strategy": request.strategy.identity(),
         "data": goal.data.sha256,
         "augmentation": augmentation(goal.recipe, goal.data.name),
         "budget": goal.budget.to_json(),

@@ -71,7 +71,8 @@ def check_budget(
                 f"raise the budget, lower round_to={round_to}, or start from a smaller model"
             )
     unmet = budget.limits_latency or not budget.allows(reference, reference)  # latency is looked at once measured
-    if strategy.direction == "prune" and not strategy.given_shape and not unmet:
+    widens = strategy.direction == "search" and strategy.largest(editor.widths) != editor.widths
+    if strategy.direction in ("prune", "search") and not strategy.given_shape and not unmet and not widens:
         problems.add(
             f"the model already meets {budget} ({human(reference.macs)} MACs, {human(reference.params)} parameters); "
             "lower the budget, or use strategy='none' to train it as it is"

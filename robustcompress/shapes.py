@@ -28,6 +28,11 @@ def rounded(width: float, round_to: int, low: int, high: int) -> int:
     return int(min(high, max(low, round(width / round_to) * round_to)))
 
 
+def capped(widths: Mapping[str, int], cap: float, steps: Mapping[str, int]) -> Widths:
+    """The widest that groups may become: `cap` times their width, beyond which widths are multiples of their steps."""
+    return {name: max(width, int(cap * width) // steps[name] * steps[name]) for name, width in widths.items()}
+
+
 def uniform_widths(session: Session, *, only: Collection[str] | None = None) -> Widths:
     """Every group scaled by one ratio, the largest that keeps the budget (MobileNet's width multiplier).
 
@@ -64,7 +69,7 @@ def shaped_widths(
     full = {group.name: group.width for group in editor.editable if group.name in factors}
     most = max(factors.values(), default=1.0)
     factors = {name: factor / most for name, factor in factors.items()}
-    caps = {name: max(floor[name], int(cap * width)) for name, width in full.items()}
+    caps = capped(full, cap, steps)
 
     def widths_at(ratio: float) -> Widths:
         return {n: rounded(ratio * factors[n] * width, steps[n], floor[n], caps[n]) for n, width in full.items()}

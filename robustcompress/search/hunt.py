@@ -24,8 +24,8 @@ FIRST_LOOK, SECOND_LOOK = 10, 20
 LONGER = 4
 """How many times as long finalists recover."""
 
-Reward = Callable[[Outcome, float], float]
-"""What an outcome is worth, given how far the search has come, in [0, 1]."""
+Reward = Callable[[Outcome, Architecture, float], float]
+"""What an outcome is worth, of which network, given how far the search has come, in [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,9 @@ class Ledger:
         inner = {k.removeprefix("searcher/"): v for k, v in state.items() if k.startswith("searcher/")}
         self.searcher.load_state_dict(inner)
 
-    def best(self, count: int) -> list[Entry]:
-        """The entries of the highest reward, the first found before later ones."""
-        return sorted(self.entries.values(), key=lambda entry: -entry.reward)[:count]
+    def best(self) -> list[Entry]:
+        """The entries, the highest reward first, and of equal ones the first found."""
+        return sorted(self.entries.values(), key=lambda entry: -entry.reward)
 
 
 class Hunt:
@@ -129,6 +129,8 @@ class Hunt:
         session.keep("search", self._ledger)
         session.repeat("candidates", -(-self._evaluations // self._batch), self._round)
         session.forget("search")
+        if self._ledger.exhausted:
+            session.say(f"only {len(self._ledger.entries)} different networks were found; all were looked at")
 
     def settle(self, count: int) -> Config:
         """The second: the best few once more, with longer recovery, fresh noise and PGD-20; the best of them wins.
@@ -139,9 +141,7 @@ class Hunt:
             count: How many.
         """
         found: dict[str, Any] = {"rows": []}
-        finalists = self._session.decide(
-            "finalists", lambda: [list(entry.config) for entry in self._ledger.best(max(1, count))]
-        )
+        finalists = self._session.decide("finalists", lambda: self._best(count))
         kept = _Kept(found)
         self._session.keep("finalists", kept)
 
@@ -153,7 +153,7 @@ class Hunt:
                 for place, config in zip(numbers, configs, strict=True)
             ]
             for place, config, job, outcome in zip(numbers, configs, jobs, self._evaluator.run(jobs), strict=True):
-                reward = self._reward(outcome, 1.0)
+                reward = self._reward(outcome, job.architecture, 1.0)
                 found["rows"].append([place, reward])
                 self._record("finalist", config, job.architecture, outcome, reward)
             return {"robust": outcome.robust, "clean": outcome.clean}
@@ -162,6 +162,14 @@ class Hunt:
         self._session.forget("finalists")
         winner = self._session.decide("winner", lambda: max(found["rows"], key=lambda row: row[1])[0])
         return tuple(finalists[winner])
+
+    def _best(self, count: int) -> list[list[int]]:
+        """The best configurations that come out as different networks once they keep the budget."""
+        found: dict[str, Config] = {}
+        for entry in self._ledger.best():
+            if len(found) < count:
+                found.setdefault(self._space.project(entry.config).key, entry.config)
+        return [list(config) for config in found.values()]
 
     def _round(self, number: int) -> dict[str, float]:
         ledger = self._ledger
@@ -174,12 +182,12 @@ class Hunt:
         outcomes = dict(zip(jobs, self._evaluator.run(list(jobs.values())), strict=True))
         for key, outcome in outcomes.items():
             configs, architecture = asked[key]
-            reward = self._reward(outcome, len(ledger.entries) / self._evaluations)
+            reward = self._reward(outcome, architecture, len(ledger.entries) / self._evaluations)
             ledger.entries[key] = Entry(configs[0], outcome, reward)
             for config in configs:
                 ledger.searcher.tell(config, reward)
             self._record("candidate", configs[0], architecture, outcome, reward)
-        best = ledger.best(1)
+        best = ledger.best()
         return {"robust": best[0].outcome.robust, "clean": best[0].outcome.clean} if best else {}
 
     def _propose(self, size: int) -> dict[str, tuple[list[Config], Architecture]]:
@@ -218,7 +226,7 @@ class Hunt:
         return self._networks[config]
 
     def _seed(self, number: int) -> int:
-        return self._session.goal.seed * 10_000_019 + number
+        return (self._session.goal.seed * 10_000_019 + number) % 2**63
 
     def _record(self, event: str, config: Config, architecture: Architecture, outcome: Outcome, reward: float) -> None:
         self._session.record(

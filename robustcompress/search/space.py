@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from robustcompress.search.domain import Config, Coordinate, Domain, Task, Token
 from robustcompress.search.stages import Stage, alive
 from robustcompress.session import Session
-from robustcompress.shapes import floor_widths, rounded, shaped_widths, steps_of
+from robustcompress.shapes import capped, floor_widths, rounded, shaped_widths, steps_of
 
 LEVELS = 9
 """Of a width multiplier, and of a depth at most: as many bins as keep ratios commonly have."""
@@ -92,8 +93,8 @@ class Space:
 
     @property
     def staged(self) -> bool:
-        """Whether its stages are resolutions, of which one is the last."""
-        return any(stage.stride > 1 for stage in self.stages)
+        """Whether all its stages are resolutions, of which one is the last."""
+        return len(self.stages) > 1 and all(re.fullmatch(r"\d+x\d+", stage.name) for stage in self.stages)
 
     def project(self, config: Config) -> Architecture:
         """The network of a configuration's shape that just keeps the budget.
@@ -102,10 +103,21 @@ class Space:
             config: One option for each coordinate.
         """
         gone, _ = self._shape(config)
-        widest = {group.name: int(self._cap * group.width) for group in self._session.editor.editable}
+        editor = self._session.editor
+        full = {group.name: group.width for group in editor.editable}
+        widest = capped(full, self._cap, steps_of(editor, self._session.goal.round_to))
         while gone and self._session.fits(widest, without=gone):
             gone.remove(max(gone, key=self._order.__getitem__))
         return Architecture(tuple(gone), self.widths(config, gone))
+
+    def share(self, config: Config, stage: int) -> str:
+        """What a configuration says of a stage, in words."""
+        said = [
+            f"{coordinate.kind} {coordinate.options[option]:g}"
+            for coordinate, option in zip(self.coordinates, config, strict=True)
+            if coordinate.stage == stage
+        ]
+        return ", ".join(said) or "as it is"
 
     def widths(self, config: Config, gone: Sequence[str]) -> dict[str, int]:
         """The widths of a configuration's shape that just keep the budget, whatever its depths say.

@@ -38,7 +38,8 @@ def discover(session: Session, order: Sequence[str]) -> tuple[Stage, ...]:
     """Divide a network into stages: by resolution where there are several, else each group by itself.
 
     Groups without a resolution of their own (squeeze and excitation, hidden linear layers) belong with the group before
-    them. In a network of one resolution the blocks that can leave make up one more stage, without groups.
+    them. Blocks without one, such as those of a transformer, make up one more stage; the groups without a resolution
+    are stages by themselves then.
 
     Args:
         session: The network under compression.
@@ -46,23 +47,23 @@ def discover(session: Session, order: Sequence[str]) -> tuple[Stage, ...]:
     """
     editable = [group.name for group in session.editor.editable]
     by_place = find_stages(session)
-    if len(by_place) < 2:
-        depth = [Stage("depth", (), tuple(order), 1.0, len(order))] if order else []
-        return (*depth, *(Stage(name, (name,), (), 1.0, 1) for name in editable))
-    stage_of = {group: place for place, groups in by_place.items() for group in groups}
-    now = next(iter(by_place))
-    for name in editable:
-        now = stage_of.setdefault(name, now)
-    places = _places(session, order)
-    height = float(session.goal.data.image_shape[1])
-    stages = []
-    for place in by_place:
-        groups = tuple(name for name in editable if stage_of[name] == place)
+    places = _places(session, order) if len(by_place) > 1 else {}
+    placeless = tuple(name for name in order if places.get(name) not in by_place)
+    stage_of = {group: place for place, groups in by_place.items() for group in groups} if len(by_place) > 1 else {}
+    if stage_of and not placeless:
+        now = next(iter(by_place))
+        for name in editable:
+            now = stage_of.setdefault(name, now)
+    stages, height = [], float(session.goal.data.image_shape[1])
+    for place in by_place if stage_of else ():
+        groups = tuple(name for name in editable if stage_of.get(name) == place)
         blocks = tuple(name for name in order if places.get(name) == place)
         rows = float(place.split("x")[0])
         stages.append(Stage(place, groups, blocks, height / rows, _depth(session, groups, blocks)))
         height = rows
-    return tuple(stages)
+    if placeless:
+        stages.append(Stage("depth", (), placeless, 1.0, len(placeless)))
+    return (*stages, *(Stage(name, (name,), (), 1.0, 1) for name in editable if name not in stage_of))
 
 
 def _depth(session: Session, groups: Sequence[str], blocks: Sequence[str]) -> int:
@@ -165,7 +166,8 @@ def _places(session: Session, modules: Sequence[str]) -> dict[str, str]:
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] = "x".join(map(str, output.shape[2:]))
+            if output.dim() == 4:
+                found[name] = "x".join(map(str, output.shape[2:]))
 
         return hook
 

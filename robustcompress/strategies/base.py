@@ -53,6 +53,10 @@ class Strategy(ABC):
         options: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
         return {"name": self.name, **options}
 
+    def identity(self) -> dict[str, Any]:
+        """What of it the weights depend on: a checkpoint belongs to a run in which this is the same."""
+        return self.to_json()
+
 
 def check_numbers(problems: Problems, strategy: Strategy, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Note options that are no number in their range; a range of two whole numbers wants a whole number."""

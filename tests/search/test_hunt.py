@@ -71,7 +71,7 @@ def space(session: Session) -> Space:
 def hunting(session: Session, space: Space, searcher: Scripted, **options: Any) -> tuple[Hunt, Judge]:
     judge = Judge()
     settings: dict[str, Any] = {"evaluations": 6, "batch": 2, "steps": 3} | options
-    made = Hunt(session, space, searcher, lambda: judge, lambda outcome, _: outcome.robust, **settings)  # type: ignore[arg-type,return-value]
+    made = Hunt(session, space, searcher, lambda: judge, lambda outcome, *_: outcome.robust, **settings)  # type: ignore[arg-type,return-value]
     session.history.clear()
     return made, judge
 

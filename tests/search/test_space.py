@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import robustcompress as rc
+from robustcompress.models.vit import Block
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.search.domain import Task
 from robustcompress.search.rule import Rule
@@ -124,6 +125,31 @@ def test_a_network_of_one_resolution_has_a_width_for_each_group_and_one_depth() 
     assert not space("vit").staged
     kinds = [coordinate.kind for coordinate in space("vit").coordinates]
     assert kinds[0] == "depth" and set(kinds[1:]) == {"width"}
+
+
+class Stemmed(nn.Module):
+    """Attention behind a stem of convolutions of two resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.blocks = nn.Sequential(Block(16, 4, 6, 32), Block(16, 4, 6, 32))
+        self.norm, self.fc = nn.LayerNorm(16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv2(torch.relu(self.conv1(x))).flatten(2).transpose(1, 2)
+        return self.fc(self.norm(self.blocks(x)).mean(1))
+
+
+def test_blocks_behind_a_stem_of_convolutions_can_leave_too() -> None:
+    session = make_session(Stemmed())
+    order = session.editor.bypassable
+    stages = discover(session, order)
+    assert sorted(name for stage in stages for name in stage.blocks) == ["blocks.0", "blocks.1"] == sorted(order)
+    inner = [stage for stage in stages if stage.groups and stage.groups[0].startswith("blocks")]
+    assert len(inner) == 4 and all(len(stage.groups) == 1 for stage in inner)
+    found = Space(session, stages, order)
+    assert not found.staged and sum(c.kind == "depth" for c in found.coordinates) == 1
 
 
 def test_equal_multipliers_are_one_network_whatever_they_are() -> None:

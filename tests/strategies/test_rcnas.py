@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import robustcompress as rc
 from robustcompress.data import DataSplits
 from robustcompress.search.hunt import Hunt
+from robustcompress.search.policy import Policy
 from robustcompress.structure import Bypass
 from tests.strategies.nets import build, make_session, small_data, state
 
@@ -53,6 +55,63 @@ def test_the_winner_is_what_is_cut_and_trained() -> None:
     assert {n: w for n, w in session.editor.widths.items() if n in best["widths"]} == best["widths"]
     assert list(session.editor.bypassed) == best["bypassed"]
     assert session.cost().macs <= session.limits[0]
+
+
+@pytest.mark.parametrize("round_to", [1, 2])
+def test_what_was_looked_at_is_what_is_built_also_where_groups_grow(
+    round_to: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[dict[str, int]] = []
+
+    def narrow_then_wide(self: Hunt, count: int) -> tuple[int, ...]:
+        looked.append(dict(self._space.project((1, 0, 1, 0, 1, 8)).widths))
+        return (1, 0, 1, 0, 1, 8)
+
+    monkeypatch.setattr(Hunt, "settle", narrow_then_wide)
+    session = make_session(wide(), budget=rc.Budget(macs=0.9), round_to=round_to)
+    full = session.editor.widths
+    rc.RCNAS(**(FEW | {"cap": 2.0, "searcher": "random"})).run(session)
+    built = {name: session.editor.widths[name] for name in looked[0]}
+    assert built == looked[0]
+    assert any(width > full[name] for name, width in built.items())
+    assert all(width % round_to == 0 or width == full[name] for name, width in built.items())
+    assert session.cost().macs <= session.limits[0]
+
+
+def test_only_a_teacher_that_may_grow_meets_its_budget_already() -> None:
+    settings: dict[str, Any] = {"data": small_data(), "budget": 1.0, "epochs": 0.2, "attacks": (), "progress": False}
+    with pytest.raises(rc.BudgetError, match="already meets"):
+        rc.compress(wide(), rc.RCNAS(**FEW), **settings)
+    rc.compress(wide(), rc.RCNAS(**(FEW | {"cap": 1.5})), recipe=rc.Recipe(batch_size=32, val_images=20), **settings)
+
+
+def test_a_policys_path_may_be_one_and_its_content_counts(tmp_path: Any) -> None:
+    path = Policy(seed=1).save(tmp_path / "p.safetensors")
+    strategy = rc.RCNAS(**FEW, policy=path)
+    assert json.loads(json.dumps(strategy.to_json()))["policy"] == str(path)
+    first = strategy.identity()
+    Policy(seed=2).save(path)
+    assert (
+        strategy.identity()
+        != first
+        == rc.RCNAS(**FEW, policy=str(path), workers=2).identity() | {"policy": first["policy"]}
+    )
+    session = make_session(wide(), epochs=0.2)
+    strategy.run(session)
+    assert of(session, "winner")
+
+
+def test_finalists_of_penalised_candidates_are_different_networks() -> None:
+    keys = [
+        str(record["widths"]) + str(record["bypassed"])
+        for record in of(ran(wide(), feasibility="penalty", evaluations=12, finalists=4), "finalist")
+    ]
+    assert len(keys) == len(set(keys)) > 1
+
+
+def test_a_huge_seed_is_a_seed() -> None:
+    session = make_session(build("residual"), epochs=0.2, seed=1_900_000_000_000)
+    rc.RCNAS(**FEW).run(session)
 
 
 def test_uniform_and_the_rule_are_always_looked_at() -> None:
@@ -163,6 +222,8 @@ def test_a_teacher_that_only_guesses_is_warned_of(trained: bool, capfd: pytest.C
         ({"alpha": 1.5}, r"alpha=1.5: must be a number in \[0, 1\]"),
         ({"depth": 1}, "depth=1: must be true or false"),
         ({"policy": "p", "searcher": "random"}, "only searcher='reinforce'"),
+        ({"policy": 3}, "policy=3: must be the path"),
+        ({"policy": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"workers": 0, "finalists": True}, r"finalists=True.*\n.*workers=0"),
     ],
     ids=str,
