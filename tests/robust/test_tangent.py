@@ -30,7 +30,12 @@ def jacobian(model: nn.Module, x: Tensor, direction: Tensor) -> Tensor:
     modes = [m.training for m in model.modules()]
     model.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    rows = [torch.autograd.grad((model(image[None])[0] * direction).sum(), parameters) for image in x]
+    rows = [  # what auxiliary classifiers hold moves no logit
+        torch.autograd.grad(
+            (model(image[None])[0] * direction).sum(), parameters, allow_unused=True, materialize_grads=True
+        )
+        for image in x
+    ]
     for module, mode in zip(model.modules(), modes, strict=True):
         module.training = mode
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
