@@ -28,8 +28,15 @@ def rounded(width: float, round_to: int, low: int, high: int) -> int:
     return int(min(high, max(low, round(width / round_to) * round_to)))
 
 
-def capped(widths: Mapping[str, int], cap: float, steps: Mapping[str, int]) -> Widths:
-    """The widest that groups may become: `cap` times their width, beyond which widths are multiples of their steps."""
+def capped(widths: Mapping[str, int], cap: float, steps: Mapping[str, int] | None = None) -> Widths:
+    """The widest that groups may become: `cap` times their width, or their width itself where that is more.
+
+    Args:
+        widths: By group.
+        cap: Multiple of the width.
+        steps: By group, of what widths above the given one are multiples; 1 by default.
+    """
+    steps = steps or dict.fromkeys(widths, 1)
     return {name: max(width, int(cap * width) // steps[name] * steps[name]) for name, width in widths.items()}
 
 

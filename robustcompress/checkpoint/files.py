@@ -68,7 +68,7 @@ def write(
     def send() -> None:
         nonlocal parcel, room
         name = f"state-{number}-{len(files)}.safetensors"
-        files.append({"name": name, "sha256": _save(directory / name, parcel)})
+        files.append({"name": name, "sha256": save_tensors(directory / name, parcel)})
         parcel, room = {}, limit
 
     for name, tensor in arrays.items():
@@ -202,11 +202,16 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return flat.clone() if flat.untyped_storage().nbytes() != flat.numel() * flat.element_size() else flat
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write a safetensors file, whole or not at all.
+
+    Returns:
+        Its SHA-256.
+    """
     from safetensors.torch import save_file
 
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part)
+    save_file(tensors, part, metadata=metadata)
     with part.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         _sync(file.fileno())

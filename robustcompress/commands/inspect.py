@@ -156,12 +156,10 @@ def _searches(searches: Mapping[str, list[Mapping[str, Any]]]) -> Any:
 def _candidates(name: str, records: list[Mapping[str, Any]]) -> Any:
     """The best networks of a search over architectures."""
     rows = []
-    for record in sorted(records, key=lambda r: -r["reward"])[:BEST]:
+    for number, record in sorted(enumerate(records, 1), key=lambda numbered: -numbered[1]["reward"])[:BEST]:
         gone = ", ".join(record["bypassed"]) or "-"
         accuracies = (f"{100 * record[key]:.1f}" for key in ("val_clean", "val_robust"))
-        rows.append(
-            (str(records.index(record) + 1), *accuracies, f"{record['reward']:.3f}", human(record["macs"]), gone)
-        )
+        rows.append((str(number), *accuracies, f"{record['reward']:.3f}", human(record["macs"]), gone))
     title = f"The best {len(rows)} of {len(records)} networks that {name} looked at, on validation images"
     columns = ("number", "clean %", "PGD-10 %", "reward", "MACs", "blocks that left")
     return table(title, columns, rows, left=("blocks that left",))

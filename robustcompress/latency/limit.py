@@ -164,8 +164,7 @@ class LatencyLimit:
             if key not in tried:
                 if len(tried) == ROUNDS:
                     break
-                ms = self._measure(widths).ratio * self.model.reference_ms
-                tried[key] = Choice(widths, ms, ms / self._uncorrected(widths), len(tried) + 1)
+                tried[key] = self._timed(widths, len(tried) + 1)
             now = tried[key]
             if NEAR * self.limit <= now.ms <= self.limit:
                 break
@@ -195,6 +194,10 @@ class LatencyLimit:
         best = self._confirmed(list(tried.values()))
         return Choice(best.widths, best.ms, best.factor, len(tried))
 
+    def _timed(self, widths: dict[str, int], rounds: int) -> Choice:
+        ms = self._measure(widths).ratio * self.model.reference_ms
+        return Choice(widths, ms, ms / self._uncorrected(widths), rounds)
+
     def _fill(self, tried: dict[Widths, Choice], allows: Callable[[Mapping[str, int]], bool]) -> None:
         """Where no widths that were picked come near the limit from below, look between two networks.
 
@@ -217,10 +220,11 @@ class LatencyLimit:
             if not allows(widths):
                 left = count
                 continue
-            ms = self._measure(widths).ratio * self.model.reference_ms
-            tried[tuple(sorted(widths.items()))] = Choice(widths, ms, ms / self._uncorrected(widths), len(tried) + 1)
-            taken, left = (count, left) if ms <= self.limit else (taken, count)
-            nearest = max(nearest, ms) if ms <= self.limit else nearest
+            now = tried[tuple(sorted(widths.items()))] = self._timed(widths, len(tried) + 1)
+            if now.ms <= self.limit:
+                taken, nearest = count, max(nearest, now.ms)
+            else:
+                left = count
 
     def _confirmed(self, measured: list[Choice]) -> Choice:
         """The slowest within the limit that is so when it is measured again: of many, one is within it by luck."""
@@ -229,7 +233,8 @@ class LatencyLimit:
             best = max(within, key=lambda choice: choice.ms)
             if best not in fresh:
                 return best
-            ms = (best.ms + self._measure(best.widths).ratio * self.model.reference_ms) / 2
+            again = self._timed(best.widths, best.rounds)
+            mean = replace(best, ms=(best.ms + again.ms) / 2, factor=(best.factor + again.factor) / 2)
             fresh.remove(best)
-            measured[measured.index(best)] = Choice(best.widths, ms, ms / self._uncorrected(best.widths), best.rounds)
+            measured[measured.index(best)] = mean
         return min(measured, key=lambda choice: choice.ms)

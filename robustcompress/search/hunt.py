@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import torch
-
+from robustcompress.search.choices import seeded, uniform
 from robustcompress.search.domain import Config
 from robustcompress.search.evaluate import Evaluator, Job, Outcome
 from robustcompress.search.searcher import Searcher
@@ -115,11 +114,12 @@ class Hunt:
     ) -> None:
         self._session, self._space, self._reward = session, space, reward
         self._evaluations, self._batch, self._steps = evaluations, batch, steps
-        self._first, self._make, self._literal = list(first), evaluator, literal
+        self._first, self._make = list(first), evaluator
         self._ledger = Ledger(searcher)
-        self._networks: dict[Config, Architecture] = {}  # projecting takes longer than proposing
+        self._project = functools.cache(space.project)  # it takes longer than proposing
+        self._network = functools.cache(space.literal) if literal else self._project
 
-    @cached_property
+    @functools.cached_property
     def _evaluator(self) -> Evaluator:
         return self._make()
 
@@ -140,35 +140,30 @@ class Hunt:
         Args:
             count: How many.
         """
-        found: dict[str, Any] = {"rows": []}
         finalists = self._session.decide("finalists", lambda: self._best(count))
-        kept = _Kept(found)
-        self._session.keep("finalists", kept)
 
         def again(number: int) -> dict[str, float]:
             numbers = range(len(finalists))[number * self._batch : (number + 1) * self._batch]
             configs = [tuple(finalists[place]) for place in numbers]
             jobs = [
-                Job(self._space.project(config), LONGER * self._steps, SECOND_LOOK, self._seed(1_000_000 + place))
+                Job(self._project(config), LONGER * self._steps, SECOND_LOOK, self._seed(1_000_000 + place))
                 for place, config in zip(numbers, configs, strict=True)
             ]
-            for place, config, job, outcome in zip(numbers, configs, jobs, self._evaluator.run(jobs), strict=True):
+            for config, job, outcome in zip(configs, jobs, self._evaluator.run(jobs), strict=True):
                 reward = self._reward(outcome, job.architecture, 1.0)
-                found["rows"].append([place, reward])
                 self._record("finalist", config, job.architecture, outcome, reward)
             return {"robust": outcome.robust, "clean": outcome.clean}
 
         self._session.repeat("finalists", -(-len(finalists) // self._batch), again)
-        self._session.forget("finalists")
-        winner = self._session.decide("winner", lambda: max(found["rows"], key=lambda row: row[1])[0])
-        return tuple(finalists[winner])
+        judged = [record for record in self._session.history if record.get("event") == "finalist"]
+        return tuple(max(judged, key=lambda record: record["reward"])["config"])
 
     def _best(self, count: int) -> list[list[int]]:
         """The best configurations that come out as different networks once they keep the budget."""
         found: dict[str, Config] = {}
         for entry in self._ledger.best():
             if len(found) < count:
-                found.setdefault(self._space.project(entry.config).key, entry.config)
+                found.setdefault(self._project(entry.config).key, entry.config)
         return [list(config) for config in found.values()]
 
     def _round(self, number: int) -> dict[str, float]:
@@ -212,18 +207,12 @@ class Hunt:
             tries += 1
             if not take(config):
                 ledger.searcher.tell(config, ledger.entries[self._network(config).key].reward)
-        tries, generator = 0, torch.Generator().manual_seed(self._seed(len(ledger.entries)))
+        tries, generator = 0, seeded(self._seed(len(ledger.entries)))
         while len(asked) < size and tries < TRIES * size:  # it has stalled
-            sizes = (len(coordinate.options) for coordinate in self._space.coordinates)
-            take(tuple(int(torch.randint(n, (), generator=generator)) for n in sizes))
+            take(uniform(self._space.domain, generator))
             tries += 1
         ledger.exhausted = len(asked) < size
         return asked
-
-    def _network(self, config: Config) -> Architecture:
-        if config not in self._networks:
-            self._networks[config] = self._space.literal(config) if self._literal else self._space.project(config)
-        return self._networks[config]
 
     def _seed(self, number: int) -> int:
         return (self._session.goal.seed * 10_000_019 + number) % 2**63
@@ -245,16 +234,3 @@ class Hunt:
                 "reward": reward,
             }
         )
-
-
-class _Kept:
-    """A plain mapping as something that a checkpoint holds."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self._values)
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        self._values.update(state)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from robustcompress.checkpoint.files import save_tensors
 from robustcompress.errors import Problems, ResultError, first_line, nearest
 from robustcompress.search.domain import Domain, Task
 
@@ -80,13 +81,9 @@ class Policy(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write weights and sizes to one safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
-
         path = Path(path)
-        part = path.with_name(path.name + ".part")
         metadata = {"format": _FORMAT, "version": str(VERSION), "hidden": str(self.hidden), "shares": str(SHARES)}
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, part, metadata=metadata)
-        part.replace(path)
+        save_tensors(path, {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, metadata)
         return path
 
     @classmethod

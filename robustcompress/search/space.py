@@ -53,10 +53,17 @@ class Space:
         session: The network under compression, with the shape of the reference.
         stages: Its stages.
         order: The blocks that may leave, the first to leave first: the last to leave is the first to come back.
+        task: What the search is for.
         cap: No group becomes wider than this multiple of its width.
+
+    Attributes:
+        stages: As given.
+        domain: What a searcher is told of this space.
     """
 
-    def __init__(self, session: Session, stages: Sequence[Stage], order: Sequence[str], *, cap: float = 1.0) -> None:
+    def __init__(
+        self, session: Session, stages: Sequence[Stage], order: Sequence[str], task: Task, *, cap: float = 1.0
+    ) -> None:
         self.stages = tuple(stages)
         self._order = {name: number for number, name in enumerate(order)}
         self._session = session
@@ -71,25 +78,12 @@ class Space:
             if stage.groups and len(wide) > 1:  # of one width alone the budget decides
                 levels = (LEAST + (1 - LEAST) * level / (LEVELS - 1) for level in range(LEVELS))
                 coordinates.append(Coordinate(number, "width", tuple(round(level, 3) for level in levels)))
-        self.coordinates = tuple(coordinates)
-
-    def domain(self, task: Task) -> Domain:
-        """What a searcher is told of this space.
-
-        Args:
-            task: What the search is for.
-        """
         widths = [max((self._full[name] for name in stage.groups), default=0) for stage in self.stages]
         tokens = (
             Token(stage.stride, float(stage.depth), float(width))
             for stage, width in zip(self.stages, widths, strict=True)
         )
-        return Domain(self.coordinates, tuple(tokens), task)
-
-    @property
-    def whole(self) -> Config:
-        """The configuration of all blocks and equal multipliers: uniform scaling."""
-        return tuple(len(coordinate.options) - 1 for coordinate in self.coordinates)
+        self.domain = Domain(tuple(coordinates), tuple(tokens), task)
 
     @property
     def staged(self) -> bool:
@@ -112,11 +106,7 @@ class Space:
 
     def share(self, config: Config, stage: int) -> str:
         """What a configuration says of a stage, in words."""
-        said = [
-            f"{coordinate.kind} {coordinate.options[option]:g}"
-            for coordinate, option in zip(self.coordinates, config, strict=True)
-            if coordinate.stage == stage
-        ]
+        said = [f"{kind} {share:g}" for (number, kind), share in self.domain.shares(config).items() if number == stage]
         return ", ".join(said) or "as it is"
 
     def widths(self, config: Config, gone: Sequence[str]) -> dict[str, int]:
@@ -142,9 +132,9 @@ class Space:
     def _shape(self, config: Config) -> tuple[list[str], dict[str, float]]:
         gone: list[str] = []
         factors: dict[str, float] = dict.fromkeys((g.name for g in self._session.editor.editable), 1.0)
-        for coordinate, option in zip(self.coordinates, config, strict=True):
-            stage, share = self.stages[coordinate.stage], coordinate.options[option]
-            if coordinate.kind == "depth":
+        for (number, kind), share in self.domain.shares(config).items():
+            stage = self.stages[number]
+            if kind == "depth":
                 gone += stage.blocks[: len(stage.blocks) - round(share * len(stage.blocks))]
             else:
                 # Groups of blocks that have left since this space was laid out are there no more.

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.errors import InputError, Problems
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.session import Session
+from robustcompress.strategies.base import check_choices
 from robustcompress.strategies.saliency import prune_in_rounds
 from robustcompress.strategies.scores import MakeAscent, ScoreBased, norm_parameters, search
 from robustcompress.strategies.tickets import TangentDistance, compare_tickets, tell
@@ -84,10 +85,8 @@ class AWT(ScoreBased):
                 f"pretrain={self.pretrain!r}: must be 0, since the ticket is found at the initialisation; "
                 "for a ticket of trained weights use 'hydra', or give a trained model and pretrained=True"
             )
-        if self.estimator not in get_args(Estimator):
-            choices = get_args(Estimator)
-            problems.add(f"estimator={self.estimator!r} does not exist{nearest(str(self.estimator), choices)}")
-        elif self.estimator == "ntk-sap" and self.diagnose is True:
+        check_choices(problems, self, {"estimator": get_args(Estimator)})
+        if self.estimator == "ntk-sap" and self.diagnose is True:
             problems.add(
                 "diagnose=True looks at the epochs of a search, and estimator='ntk-sap' has none: leave it out"
             )

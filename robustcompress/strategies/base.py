@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from robustcompress.errors import Problems
+from robustcompress.errors import Problems, nearest
 from robustcompress.session import Session
 from robustcompress.shapes import Widths, floor_widths
 from robustcompress.structure import StructuralEditor
@@ -66,6 +66,14 @@ def check_numbers(problems: Problems, strategy: Strategy, ranges: Mapping[str, t
         if not number or not low <= value <= high:
             kind = "whole number" if whole else "number"
             problems.add(f"{name}={value!r}: must be a {kind} in [{low:g}, {high:g}]")
+
+
+def check_choices(problems: Problems, strategy: Strategy, choices: Mapping[str, Collection[str]]) -> None:
+    """Note options that are none of their choices."""
+    for name, known in choices.items():
+        value = getattr(strategy, name)
+        if value not in known:
+            problems.add(f"{name}={value!r} does not exist{nearest(str(value), known)}")
 
 
 def prune_to(session: Session, widths: Mapping[str, int], scores: Mapping[str, torch.Tensor]) -> None:

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from robustcompress.errors import Problems, nearest
+from robustcompress.errors import Problems
 from robustcompress.session import Session
-from robustcompress.shapes import Widths, fill_budget, floor_widths, rounded, steps_of, uniform_widths
-from robustcompress.strategies.base import Direction, Strategy, check_numbers, prune_to
+from robustcompress.shapes import Widths, capped, fill_budget, floor_widths, rounded, steps_of, uniform_widths
+from robustcompress.strategies.base import Direction, Strategy, check_choices, check_numbers, prune_to
 from robustcompress.strategies.utilization import Utilization, measure_utilization
 from robustcompress.structure.initial import INITS
 from robustcompress.structure.magnitudes import group_norms
@@ -58,10 +58,7 @@ class Grape(Strategy):
 
     def __post_init__(self) -> None:
         problems = Problems("grape cannot run")
-        if self.order not in get_args(Order):
-            problems.add(f"order={self.order!r} does not exist{nearest(str(self.order), get_args(Order))}")
-        if self.init not in INITS:
-            problems.add(f"init={self.init!r} does not exist{nearest(str(self.init), INITS)}")
+        check_choices(problems, self, {"order": get_args(Order), "init": INITS})
         check_numbers(
             problems,
             self,
@@ -78,7 +75,7 @@ class Grape(Strategy):
 
     def largest(self, widths: Widths) -> Widths:
         """Every hidden group at its cap (a bound: residual streams stay within the reference)."""
-        return {name: max(width, int(self.cap * width)) for name, width in widths.items()}
+        return capped(widths, self.cap)
 
     def run(self, session: Session) -> None:
         """Seed, then train and grow by turns, then train on without growth."""

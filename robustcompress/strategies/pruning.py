@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
-from robustcompress.errors import Problems, nearest
+from robustcompress.errors import Problems
 from robustcompress.session import Session
 from robustcompress.shapes import Widths, floor_widths
-from robustcompress.strategies.base import Direction, Granularity, Strategy, check_numbers
+from robustcompress.strategies.base import Direction, Granularity, Strategy, check_choices, check_numbers
 from robustcompress.strategies.units import Allocation, Channels, Choice, Residual, Scores, Weights, granular
 from robustcompress.structure import StructuralEditor
 
@@ -43,10 +43,8 @@ class Pruning(Strategy):
         problems = Problems(f"{self.name} cannot run")
         ranges = {"pretrain": (0.0, 0.99), "finetune_lr": (1e-9, 10.0), **self.ranges}
         check_numbers(problems, self, ranges)
-        for name, kind in (("granularity", Granularity), ("allocation", Allocation), ("residual", Residual)):
-            value, choices = getattr(self, name), get_args(kind)
-            if value not in choices:
-                problems.add(f"{name}={value!r} does not exist{nearest(str(value), choices)}")
+        kinds = {"granularity": Granularity, "allocation": Allocation, "residual": Residual}
+        check_choices(problems, self, {name: get_args(kind) for name, kind in kinds.items()})
         if self.granularity == "weight" and self.residual == "freeze":
             problems.add("residual='freeze' keeps channels of residual streams: leave it out with granularity='weight'")
         self.check(problems)

@@ -11,9 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from robustcompress.data import Batches
-from robustcompress.errors import InputError, Problems, nearest
-from robustcompress.robust.probe import accuracies
+from robustcompress.errors import InputError, Problems
 from robustcompress.search.domain import Config, Task
 from robustcompress.search.evaluate import Evaluator, Outcome, Recovery, local_lipschitz
 from robustcompress.search.hunt import Hunt
@@ -23,8 +21,8 @@ from robustcompress.search.searchers import SEARCHERS, make_searcher
 from robustcompress.search.space import Architecture, Space
 from robustcompress.search.stages import discover, first_to_leave
 from robustcompress.session import Session
-from robustcompress.shapes import Widths
-from robustcompress.strategies.base import Direction, Strategy, check_numbers, prune_by
+from robustcompress.shapes import Widths, capped
+from robustcompress.strategies.base import Direction, Strategy, check_choices, check_numbers, prune_by
 from robustcompress.structure.magnitudes import group_norms
 
 Feasibility = Literal["project", "penalty"]
@@ -99,14 +97,8 @@ class RCNAS(Strategy):
 
     def __post_init__(self) -> None:
         problems = Problems("rcnas cannot run")
-        for name, choices in (
-            ("searcher", PROPOSE),
-            ("recovery", get_args(Recovery)),
-            ("feasibility", get_args(Feasibility)),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                problems.add(f"{name}={value!r} does not exist{nearest(str(value), choices)}")
+        choices = {"searcher": PROPOSE, "recovery": get_args(Recovery), "feasibility": get_args(Feasibility)}
+        check_choices(problems, self, choices)
         check_numbers(
             problems,
             self,
@@ -139,7 +131,7 @@ class RCNAS(Strategy):
 
     def largest(self, widths: Widths) -> Widths:
         """Every group at its cap."""
-        return {name: int(self.cap * width) for name, width in widths.items()}
+        return capped(widths, self.cap)
 
     def run(self, session: Session) -> None:
         """Train the teacher, search, cut the winner out of it, fine-tune.
@@ -156,8 +148,8 @@ class RCNAS(Strategy):
             session.settle()
         task, images = self._task(session)
         order = first_to_leave(session, images) if self.depth else []
-        space = Space(session, discover(session, order), order, cap=self.cap)
-        winner = self._search(session, space, task, policy) if space.coordinates else ()
+        space = Space(session, discover(session, order), order, task, cap=self.cap)
+        winner = self._search(session, space, policy) if space.domain.coordinates else ()
         self._take(session, space, winner)
         session.train("finetune", share=1 - trained, lr_scale=self.finetune_lr, select=True)
 
@@ -165,15 +157,13 @@ class RCNAS(Strategy):
         """What is known before the search, and the images that it is known from."""
         goal = session.goal
         device = next(session.model.parameters()).device
-        held_out = goal.data.val.first(goal.recipe.val_images)
-        probe = held_out.first(PROBE).to(device)
+        probe = goal.data.val.first(min(PROBE, goal.recipe.val_images)).to(device)
         images = probe.as_float()
 
         def measure() -> list[float]:
             generator = torch.Generator(device).manual_seed(goal.seed)
-            batches = Batches(held_out, goal.recipe.batch_size, device=device)
-            seen = accuracies(session.model, batches, goal.threat, generator=generator)
-            return [*seen, local_lipschitz(session.model, images, probe.labels, goal.threat, generator)]
+            lipschitz = local_lipschitz(session.model, images, probe.labels, goal.threat, generator)
+            return [*session.validate(), lipschitz]
 
         clean, robust, lipschitz = session.decide("the teacher", measure)
         classes = goal.data.num_classes
@@ -189,9 +179,9 @@ class RCNAS(Strategy):
             budget = min(budget, session.latency.limit / session.latency.predict(session.editor.widths))
         return Task(budget, macs, classes, "pgd", goal.threat.eps, clean, robust, lipschitz), images
 
-    def _search(self, session: Session, space: Space, task: Task, policy: Policy | None) -> Config:
+    def _search(self, session: Session, space: Space, policy: Policy | None) -> Config:
         options = {"policy": policy} if policy is not None else {}
-        domain = space.domain(task)
+        domain = space.domain
         hunt = Hunt(
             session,
             space,
@@ -202,7 +192,7 @@ class RCNAS(Strategy):
                 lr=self.recovery_lr * session.goal.recipe.lr,
                 workers=self.workers,
             ),
-            lambda outcome, architecture, progress: self._reward(session, outcome, architecture, task, progress),
+            lambda outcome, architecture, progress: self._reward(session, outcome, architecture, domain.task, progress),
             evaluations=self.evaluations,
             batch=self.batch,
             steps=self.recovery_steps,

@@ -8,7 +8,7 @@ from typing import ClassVar
 from robustcompress.errors import Problems
 from robustcompress.search.stages import find_stages
 from robustcompress.session import Session
-from robustcompress.shapes import Widths, shaped_widths, uniform_widths
+from robustcompress.shapes import Widths, capped, shaped_widths, uniform_widths
 from robustcompress.strategies.base import Direction, Strategy, check_numbers
 from robustcompress.strategies.scratch import plant
 
@@ -46,7 +46,7 @@ class Scaling(Strategy):
 
     def largest(self, widths: Widths) -> Widths:
         """Every group at its cap."""
-        return {name: int(self.cap * width) for name, width in widths.items()}
+        return capped(widths, self.cap)
 
     def run(self, session: Session) -> None:
         """Scale, then train."""

@@ -260,8 +260,7 @@ class StructuralEditor:
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model)
         twin._widths, twin._edits, twin._followers = dict(self._widths), list(self._edits), []
-        twin._generator = torch.Generator().manual_seed(0)
-        twin._generator.set_state(self._generator.get_state())
+        twin._generator = self._generator.clone_state()
         return twin
 
     @classmethod

@@ -22,6 +22,7 @@ from robustcompress.session import Session
 from robustcompress.shapes import uniform_widths
 from robustcompress.strategies.base import prune_to
 from robustcompress.structure.magnitudes import group_norms
+from tests.search.domains import task
 from tests.strategies.nets import build, make_session, same, state
 
 
@@ -102,8 +103,8 @@ def test_a_candidate_that_diverges_is_worth_nothing_and_ends_no_search(session: 
 def test_how_many_are_looked_at_at_a_time_changes_nothing() -> None:
     net = rc.build_model("wrn_16_4", num_classes=10, width=0.125)[0]
     session = make_session(net)
-    space = Space(session, discover(session, session.editor.bypassable), session.editor.bypassable)
-    configs = [space.whole, (0, *space.whole[1:]), (0,) * len(space.whole)]
+    space = Space(session, discover(session, session.editor.bypassable), session.editor.bypassable, task())
+    configs = [space.domain.whole, (0, *space.domain.whole[1:]), (0,) * len(space.domain.whole)]
     jobs = [Job(space.project(config), 2, 2, number) for number, config in enumerate(configs)]
     one, several = evaluator(session).run(jobs), evaluator(session, workers=3).run(jobs)
     assert one == several

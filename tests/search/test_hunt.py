@@ -16,6 +16,7 @@ from robustcompress.search.hunt import Hunt, Ledger
 from robustcompress.search.space import Space
 from robustcompress.search.stages import discover
 from robustcompress.session import Session
+from tests.search.domains import task
 from tests.strategies.nets import make_session
 
 
@@ -65,7 +66,7 @@ def session() -> Session:
 
 @pytest.fixture(scope="module")
 def space(session: Session) -> Space:
-    return Space(session, discover(session, session.editor.bypassable), session.editor.bypassable)
+    return Space(session, discover(session, session.editor.bypassable), session.editor.bypassable, task())
 
 
 def hunting(session: Session, space: Space, searcher: Scripted, **options: Any) -> tuple[Hunt, Judge]:
@@ -80,7 +81,7 @@ def some(space: Space, count: int) -> list[Config]:
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Config] = {}
     while len(found) < count:
-        config = tuple(int(torch.randint(len(c.options), (), generator=generator)) for c in space.coordinates)
+        config = tuple(int(torch.randint(len(c.options), (), generator=generator)) for c in space.domain.coordinates)
         found.setdefault(space.project(config).key, config)
     return list(found.values())
 
@@ -99,11 +100,11 @@ def test_a_network_is_looked_at_once_and_its_reward_told_every_time(session: Ses
 
 
 def test_two_configurations_of_one_network_in_a_batch_are_both_told(session: Session, space: Space) -> None:
-    widths = [i for i, coordinate in enumerate(space.coordinates) if coordinate.kind == "width"]
-    flat = list(space.whole)
+    widths = [i for i, coordinate in enumerate(space.domain.coordinates) if coordinate.kind == "width"]
+    flat = list(space.domain.whole)
     for place in widths:
         flat[place] = 3
-    searcher = Scripted([space.whole, tuple(flat), some(space, 1)[0]])
+    searcher = Scripted([space.domain.whole, tuple(flat), some(space, 1)[0]])
     made, judge = hunting(session, space, searcher, evaluations=2, batch=2)
     made.look()
     assert len(judge.jobs) == 2 and len(searcher.told) == 3
@@ -111,11 +112,11 @@ def test_two_configurations_of_one_network_in_a_batch_are_both_told(session: Ses
 
 
 def test_where_the_searcher_stalls_others_are_drawn(session: Session, space: Space) -> None:
-    searcher = Scripted([space.whole])
+    searcher = Scripted([space.domain.whole])
     made, judge = hunting(session, space, searcher, evaluations=5, batch=5)
     made.look()
     assert len({job.architecture.key for job in judge.jobs}) == 5
-    assert {config for config, _ in searcher.told} >= {space.whole}
+    assert {config for config, _ in searcher.told} >= {space.domain.whole}
 
 
 def test_what_is_to_be_first_is_first(session: Session, space: Space) -> None:
@@ -139,9 +140,10 @@ def test_the_best_few_are_looked_at_again_and_the_second_look_decides(session: S
 
 
 def test_what_is_over_the_budget_may_be_looked_at_where_multipliers_are_literal(session: Session, space: Space) -> None:
-    made, judge = hunting(session, space, Scripted([space.whole]), evaluations=1, batch=1, literal=True)
+    made, judge = hunting(session, space, Scripted([space.domain.whole]), evaluations=1, batch=1, literal=True)
     made.look()
-    assert judge.jobs[0].architecture.key == space.literal(space.whole).key != space.project(space.whole).key
+    whole = space.domain.whole
+    assert judge.jobs[0].architecture.key == space.literal(whole).key != space.project(whole).key
 
 
 def test_a_ledger_comes_back_from_its_state(space: Space) -> None:

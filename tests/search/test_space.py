@@ -14,15 +14,14 @@ from torch import nn
 import robustcompress as rc
 from robustcompress.models.vit import Block
 from robustcompress.robust.attacks import eval_mode
-from robustcompress.search.domain import Task
 from robustcompress.search.rule import Rule
 from robustcompress.search.space import Architecture, Space
 from robustcompress.search.stages import alive, block_influence, discover, find_stages
 from robustcompress.session import Session
 from robustcompress.shapes import uniform_widths
+from tests.search.domains import task
 from tests.strategies.nets import build, make_session
 
-TASK = Task(0.5, 1e6, 10, "pgd", 8 / 255, 0.8, 0.4, 10.0)
 NAMES = ("residual", "joined", "transformer", "resnet", "wrn", "mobilenet", "vit")
 
 
@@ -44,7 +43,7 @@ def base(name: str) -> Session:
 
 
 def space_of(session: Session, **options: Any) -> Space:
-    return Space(session, discover(session, session.editor.bypassable), session.editor.bypassable, **options)
+    return Space(session, discover(session, session.editor.bypassable), session.editor.bypassable, task(), **options)
 
 
 @functools.cache
@@ -62,7 +61,7 @@ def made(session: Session, architecture: Architecture) -> nn.Module:
 
 
 def configs(space: Space) -> st.SearchStrategy[tuple[int, ...]]:
-    return st.tuples(*(st.integers(0, len(coordinate.options) - 1) for coordinate in space.coordinates))
+    return st.tuples(*(st.integers(0, len(coordinate.options) - 1) for coordinate in space.domain.coordinates))
 
 
 @settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck))
@@ -92,7 +91,7 @@ def test_whatever_is_asked_for_the_budget_is_kept_and_used(name: str, share: flo
 @pytest.mark.parametrize("name", NAMES)
 def test_all_blocks_at_equal_widths_are_uniform_scaling(name: str) -> None:
     found = space(name)
-    architecture = found.project(found.whole)
+    architecture = found.project(found.domain.whole)
     assert architecture.bypassed == ()
     assert architecture.widths == uniform_widths(base(name))
 
@@ -102,7 +101,7 @@ def test_the_rule_is_that_of_the_scaling_strategy(name: str) -> None:
     session = make_session(network(name), epochs=0.1)
     found = space_of(session)
     assert found.staged
-    ruled = found.project(Rule(found.domain(TASK), 0).ask())
+    ruled = found.project(Rule(found.domain, 0).ask())
     rc.Scaling().run(session)
     assert ruled.widths == {group.name: group.width for group in session.editor.editable}
 
@@ -123,7 +122,7 @@ def test_a_network_of_one_resolution_has_a_width_for_each_group_and_one_depth() 
     assert stages[0].groups == () and stages[0].blocks == base("vit").editor.bypassable
     assert [stage.groups for stage in stages[1:]] == [(group.name,) for group in base("vit").editor.editable]
     assert not space("vit").staged
-    kinds = [coordinate.kind for coordinate in space("vit").coordinates]
+    kinds = [coordinate.kind for coordinate in space("vit").domain.coordinates]
     assert kinds[0] == "depth" and set(kinds[1:]) == {"width"}
 
 
@@ -148,25 +147,25 @@ def test_blocks_behind_a_stem_of_convolutions_can_leave_too() -> None:
     assert sorted(name for stage in stages for name in stage.blocks) == ["blocks.0", "blocks.1"] == sorted(order)
     inner = [stage for stage in stages if stage.groups and stage.groups[0].startswith("blocks")]
     assert len(inner) == 4 and all(len(stage.groups) == 1 for stage in inner)
-    found = Space(session, stages, order)
-    assert not found.staged and sum(c.kind == "depth" for c in found.coordinates) == 1
+    found = Space(session, stages, order, task())
+    assert not found.staged and sum(c.kind == "depth" for c in found.domain.coordinates) == 1
 
 
 def test_equal_multipliers_are_one_network_whatever_they_are() -> None:
     found = space("wrn")
-    widths = [i for i, coordinate in enumerate(found.coordinates) if coordinate.kind == "width"]
-    config = list(found.whole)
+    widths = [i for i, coordinate in enumerate(found.domain.coordinates) if coordinate.kind == "width"]
+    config = list(found.domain.whole)
     for level in range(9):
         for place in widths:
             config[place] = level
-        assert found.project(tuple(config)).key == found.project(found.whole).key
+        assert found.project(tuple(config)).key == found.project(found.domain.whole).key
 
 
 def test_blocks_leave_in_the_order_given_and_their_groups_with_them() -> None:
     session = make_session(network("wrn"), budget=rc.Budget(macs=0.2))
     order = session.editor.bypassable[::-1]
-    found = Space(session, discover(session, order), order)
-    none = tuple(0 if c.kind == "depth" else len(c.options) - 1 for c in found.coordinates)
+    found = Space(session, discover(session, order), order, task())
+    none = tuple(0 if c.kind == "depth" else len(c.options) - 1 for c in found.domain.coordinates)
     architecture = found.project(none)
     assert set(architecture.bypassed) == set(order)
     inner = {group.name for group in session.editor.editable} - set(architecture.widths)
@@ -178,8 +177,8 @@ def test_blocks_leave_in_the_order_given_and_their_groups_with_them() -> None:
 def test_blocks_come_back_where_the_budget_would_lie_idle(share: float, left: int) -> None:
     session = make_session(network("wrn"), budget=rc.Budget(macs=share))
     order = session.editor.bypassable[::-1]
-    found = Space(session, discover(session, order), order)
-    none = tuple(0 if c.kind == "depth" else len(c.options) - 1 for c in found.coordinates)
+    found = Space(session, discover(session, order), order, task())
+    none = tuple(0 if c.kind == "depth" else len(c.options) - 1 for c in found.domain.coordinates)
     gone = found.project(none).bypassed
     assert len(gone) == left and sorted(gone) == sorted(order[:left]), "who left last comes back first"
     full = session.editor.widths
@@ -190,9 +189,9 @@ def test_blocks_come_back_where_the_budget_would_lie_idle(share: float, left: in
 def test_multipliers_can_be_taken_as_they_are() -> None:
     found = space("wrn")
     full = base("wrn").editor.widths
-    whole = found.literal(found.whole)
+    whole = found.literal(found.domain.whole)
     assert whole.widths == {group.name: full[group.name] for group in base("wrn").editor.editable}
-    least = found.literal(tuple(0 if c.kind == "width" else 1 for c in found.coordinates))
+    least = found.literal(tuple(0 if c.kind == "width" else 1 for c in found.domain.coordinates))
     for name, width in least.widths.items():
         assert width == max(base("wrn").editor.groups[name].min_width, round(0.2 * full[name]))
 

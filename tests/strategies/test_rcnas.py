@@ -140,7 +140,7 @@ def test_depth_is_searched_unless_it_may_not_be() -> None:
 
 def test_a_shorter_network_is_saved_and_loaded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def shortest(self: Hunt, count: int) -> tuple[int, ...]:
-        return tuple(0 if c.kind == "depth" else len(c.options) - 1 for c in self._space.coordinates)
+        return tuple(0 if c.kind == "depth" else len(c.options) - 1 for c in self._space.domain.coordinates)
 
     monkeypatch.setattr(Hunt, "settle", shortest)
     result = rc.compress(
