@@ -27,6 +27,7 @@ LAYERS = [
     {"diagnostics"},
     {"strategies", "result"},
     {"export", "plots", "stability", "widths"},
+    {"artefact"},
     {"search_plot", "width_plot"},
     {"resolve", "calibration", "reach"},
     {"api"},
