@@ -38,6 +38,7 @@ def main() -> int:
         places=chosen.queue,
         max_bytes=chosen.max_bytes,
         max_pixels=max_pixels,
+        body_seconds=chosen.body_seconds,
     )
     try:
         listening = _listen(chosen.host, chosen.port)
@@ -92,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(1),
         help=f"largest width x height ({_USUAL.max_pixels}, or {_SELF_RESIZING_PIXELS} for a file that resizes by "
         "itself: its pictures wait at full size)",
+    )
+    parser.add_argument(
+        "--body-seconds", type=_at_least(1), default=int(_USUAL.body_seconds), help="longest time for a body to arrive"
     )
     parser.add_argument("--grace", type=_at_least(0), default=30, help="seconds to finish requests when stopped")
     parser.add_argument("--verbose", action="store_true", help="log every request")
