@@ -4,10 +4,9 @@
 #
 #     bash fetch_onnxruntime.sh [PYTHON]     (a Python that has onnxruntime, whose wheel holds the library)
 set -euo pipefail
-cd "$(dirname "$0")"
-python=${1:-python3}
-capi=$("$python" -c 'import onnxruntime, pathlib; print(pathlib.Path(onnxruntime.__file__).parent / "capi")')
+capi=$("${1:-python3}" -c 'import onnxruntime, pathlib; print(pathlib.Path(onnxruntime.__file__).parent / "capi")')
 library=$(ls "$capi"/libonnxruntime.so.*)
+cd "$(dirname "$0")"
 mkdir -p onnxruntime/include onnxruntime/lib
 # The wheel has one file; the linker looks for the first of these names, and the program for the second.
 cp "$library" onnxruntime/lib/libonnxruntime.so.1
