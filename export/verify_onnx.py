@@ -162,7 +162,8 @@ def check(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.expect and "logits" not in arrays:
         raise InputError(f"{chosen.expect} holds {', '.join(arrays) or 'nothing'}, and no logits")
     if chosen.images:
-        arrays |= {"labels": None, **read_arrays(chosen.images)}
+        arrays.pop("labels", None)  # they belong to other images
+        arrays |= read_arrays(chosen.images)
     if "images" not in arrays:
         if chosen.images or chosen.expect:
             raise InputError(f"{chosen.images or chosen.expect} holds no images; give them with --images")

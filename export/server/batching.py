@@ -130,12 +130,13 @@ class Batcher:
         loop = asyncio.get_running_loop()
         try:
             rows = await loop.run_in_executor(self._thread, self._run, [waiting.image for waiting in batch])
+            answers = list(zip(batch, rows, strict=True))
         except Exception as error:  # one bad batch must not end the service
             _log.exception("a batch of %d images failed", len(batch))
             for waiting in batch:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)
             return
-        for waiting, row in zip(batch, rows, strict=True):
+        for waiting, row in answers:
             if not waiting.answer.done():
                 waiting.answer.set_result((row, len(batch)))

@@ -52,7 +52,10 @@ class Model:
         self.metadata = {key.removeprefix(PREFIX): value for key, value in stored.items() if key.startswith(PREFIX)}
         self._read_interface(path)
         width = self._warm_up(path)
-        named = json.loads(self.metadata.get("classes", "null"))
+        try:
+            named = json.loads(self.metadata.get("classes", "null"))
+        except ValueError as error:
+            raise ModelError(f"{path} has class names that are no JSON list ({error}); export it again") from error
         self.classes: list[str] = [str(k) for k in range(width)] if named is None else named
         if len(self.classes) != width:
             raise ModelError(f"{path} names {len(self.classes)} classes and returns {width}; export it again")
@@ -74,21 +77,16 @@ class Model:
             ArithmeticError: An output is not finite.
         """
         count = len(images)
-        batch = np.stack(images)
-        if self.batch is None:
-            scores = self._session.run(None, {self._input: batch})[0]
-        else:  # fill the last call up with the first image
-            batch = np.concatenate([batch, np.repeat(batch[:1], -count % self.batch, axis=0)])
-            calls = range(0, len(batch), self.batch)
-            scores = np.concatenate(
-                [self._session.run(None, {self._input: batch[i : i + self.batch]})[0] for i in calls]
-            )
-        scores = scores[:count]
+        step = self.batch or count
+        # The last call of a fixed batch is filled up with the first image.
+        batch = np.stack([*images, *[images[0]] * (-count % step)])
+        calls = [self._session.run(None, {self._input: batch[i : i + step]})[0] for i in range(0, len(batch), step)]
+        scores: np.ndarray = np.concatenate(calls)[:count]
         if not np.isfinite(scores).all():
             raise ArithmeticError("the network returned numbers that are not finite")
         if self._output == "probabilities":
             return scores
-        powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+        powers: np.ndarray = np.exp(scores - scores.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
 
     def describe(self) -> Mapping[str, object]:

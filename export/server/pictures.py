@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # The limit of `read_picture` is checked first, on the header; pillow's own would only warn.
 Image.MAX_IMAGE_PIXELS = None
@@ -43,7 +43,7 @@ def read_picture(content: bytes, *, size: tuple[int, int] | None, max_pixels: in
     """
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise PictureError(415, "the body is neither a PNG nor a JPEG file") from None
     except Exception as error:  # whatever a decoder raises is about the file
         raise PictureError(400, f"the picture is damaged ({_first_line(error)})") from error

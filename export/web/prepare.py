@@ -66,7 +66,7 @@ def prepare(chosen: argparse.Namespace) -> None:
     data = data_of(results[0], chosen)
     draft = Path(tempfile.mkdtemp(prefix=".demo-", dir=chosen.out.parent))
     try:
-        models = []
+        models: list[dict[str, object]] = []
         for path, result in zip(chosen.results, results, strict=True):
             file = f"{len(models)}-{path.name}.onnx"
             export_onnx(result, draft / file)  # compared with the model before it is put in place

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.export.conftest import CLASSES, SIDE, Deployed, pixels
 
-pytestmark = pytest.mark.xdist_group("cpp")
+pytestmark = pytest.mark.xdist_group("deploy")
 
 EXAMPLE = Path(__file__).parents[2] / "export" / "cpp"
 HEADERS = Path(os.environ.get("ONNXRUNTIME_INCLUDE", EXAMPLE / "onnxruntime" / "include"))

@@ -17,7 +17,7 @@ from PIL import Image
 import robustcompress as rc
 from tests.export.conftest import CLASSES, SIDE, Deployed, pixels
 
-pytestmark = pytest.mark.xdist_group("export-scripts")
+pytestmark = pytest.mark.xdist_group("deploy")
 
 SCRIPTS = Path(__file__).parents[2] / "export"
 KINDS = ("logits", "fixed", "probabilities", "resizing")
