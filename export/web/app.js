@@ -61,14 +61,17 @@ async function guard(work) {
   } catch (error) {
     begin();
     say(error.message, true);
+    $("attack").disabled = !(model && image); // what was there before is still there
   }
 }
 
 async function openModel() {
-  const mine = begin();
+  begin();
+  model = image = undefined;
   say("Loading the model.");
+  const wanted = $("model").value;
   const opened = await Model.open(`demo/${entry().file}`);
-  if (mine !== job) return;
+  if (wanted !== $("model").value) return; // another one was chosen meanwhile, and is loading
   model = opened;
   $("eps").value = Math.round(255 * (entry().eps ?? 8 / 255));
   showEps();
@@ -80,13 +83,15 @@ async function choose(load, pressed) {
   const chosen = await load();
   if (mine !== job) return;
   picture = chosen;
+  if (pressed) $("file").value = "";
   for (const button of $("samples").children) button.setAttribute("aria-pressed", button === pressed);
   await classify();
 }
 
 async function classify() {
   const mine = begin();
-  if (!model || !picture) return;
+  if (!model) return; // it classifies when it is there
+  if (!picture) return say("Choose a picture.");
   clear();
   image = readPicture(picture, model.shape);
   const scores = await model.scores(image);
@@ -116,6 +121,7 @@ async function run() {
       shown = performance.now();
     }
   }
+  if (mine !== job) return;
   const after = show(last, size);
   const spent = `${last.queries} ${last.queries === 1 ? "query" : "queries"}`;
   if (last.found) say(`Taken for ${name(after)} in place of ${name(label)} after ${spent}.`);

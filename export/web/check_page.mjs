@@ -73,6 +73,10 @@ try {
   seen.left = await settled("^The model says");
   await new Promise((done) => setTimeout(done, 500));
   seen.later = await status();
+  await page.select("#model", models.at(0)); // a picture chosen while a model loads must not lose the model
+  await (await page.$("#samples button:nth-child(2)")).click();
+  await settled("^The model says");
+  seen.reloaded = await page.$eval("#attack", (button) => !button.disabled);
   console.log(JSON.stringify({ ...seen, errors, foreign, browser: await browser.version() }));
 } finally {
   await browser.close();

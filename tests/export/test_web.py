@@ -193,6 +193,7 @@ def test_the_page_in_a_browser(page: tuple[str, Path], tmp_path: Path) -> None:
             assert attack["after"][0][0] == name and queries <= 200 and attack["eps"] > 0
     assert seen["stopped"].startswith("Still") and int(seen["stopped"].split(" after ")[1].split()[0]) < 5000
     assert seen["left"] == seen["later"], "an attack that was left wrote over the next picture"
+    assert seen["reloaded"], "a picture that was chosen while a model was loading lost the model"
     with Image.open(shot) as picture:
         assert picture.width == 1000
 
