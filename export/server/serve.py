@@ -31,13 +31,13 @@ def main() -> int:
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    max_pixels = chosen.max_pixels or (_USUAL.max_pixels if model.size else _SELF_RESIZING_PIXELS)
+    usual_pixels = _USUAL.max_pixels if model.size else _SELF_RESIZING_PIXELS
     limits = Limits(
         max_batch=chosen.max_batch,
         max_wait_ms=chosen.max_wait_ms,
         places=chosen.queue,
         max_bytes=chosen.max_bytes,
-        max_pixels=max_pixels,
+        max_pixels=getattr(chosen, "max_pixels", usual_pixels),
         body_seconds=chosen.body_seconds,
     )
     try:
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-pixels",
         type=_at_least(1),
+        default=argparse.SUPPRESS,  # it depends on the file
         help=f"largest width x height ({_USUAL.max_pixels}, or {_SELF_RESIZING_PIXELS} for a file that resizes by "
         "itself: its pictures wait at full size)",
     )
