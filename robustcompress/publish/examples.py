@@ -20,8 +20,11 @@ STEPS = 20
 LOOKED_AT = 64
 """Images among which the first that are classified right are looked for."""
 
-SIDE = 96
-"""Pixels a side beyond which an image is shown smaller, so that the page stays light."""
+SIDES = (96, 64, 48, 32)
+"""Pixels a side of the pictures, at most: the first of these at which all together are light enough."""
+
+LIGHT = 600_000
+"""Letters of all pictures together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,23 +85,27 @@ def examples(result: CompressResult, found: list[Example], *, data: str) -> Html
     broken = sum(example.after[0] != example.label for example in found)
     linf = result.threat.norm == "linf"
     factor = f"{0.5 / result.threat.eps:.3g}" if linf else "as much as each image allows"
-    height, width = found[0].clean.shape[-2:]
-    smaller = f" Shown at {SIDE} of {max(height, width)} pixels." if max(height, width) > SIDE else ""
+    for side in SIDES:
+        cards = [_card(result, example, side) for example in found]
+        if sum(map(len, cards)) <= LIGHT:
+            break
+    largest = max(found[0].clean.shape[-2:])
+    smaller = f" Shown at {side} of {largest} pixels." if largest > side else ""
     return section(
         "examples",
         title,
         tag(
             "p",
             f"The first {len(found)} test images of {data}, in the order of the evaluation, that the network "
-            f"classifies right; not chosen for effect. PGD-{STEPS} within {result.threat.label()} breaks {broken} of them. The "
-            f"middle picture is what was added, amplified ({factor}{' times' if linf else ''}; grey is no change)."
-            f"{smaller} Percentages are the network's own confidence.",
+            f"classifies right; not chosen for effect. PGD-{STEPS} within {result.threat.label()} breaks {broken} of "
+            f"them. The middle picture is what was added, amplified ({factor}{' times' if linf else ''}; grey is no "
+            f"change).{smaller} Percentages are the network's own confidence.",
         ),
-        tag("ul", [_card(result, example) for example in found], class_="examples"),
+        tag("ul", cards, class_="examples"),
     )
 
 
-def _card(result: CompressResult, example: Example) -> Html:
+def _card(result: CompressResult, example: Example, side: int) -> Html:
     name = _class(result, example.label)
     delta = example.attacked - example.clean
     largest = result.threat.eps if result.threat.norm == "linf" else max(float(delta.abs().max()), 1e-12)
@@ -111,7 +118,7 @@ def _card(result: CompressResult, example: Example) -> Html:
     )
     shown: list[Part] = []
     for place, (pixels, alt, caption) in enumerate(pictures):
-        picture = tag("img", src=_png(pixels, smooth=place != 1), alt=alt)
+        picture = tag("img", src=_png(pixels, side, smooth=place != 1), alt=alt)
         shown.append(tag("figure", picture, tag("figcaption", *caption)))
     said = "broken" if broken else "withstood"
     return tag("li", tag("div", shown, class_="triple"), f"Class {name}: ", tag("strong", said), ".")
@@ -122,14 +129,14 @@ def _class(result: CompressResult, index: int) -> str:
     return plain(names[index], 40) if index < len(names) else str(index)
 
 
-def _png(pixels: Tensor, *, smooth: bool) -> str:
+def _png(pixels: Tensor, side: int, *, smooth: bool) -> str:
     """A data address with the picture; the largest change of a perturbation must not be averaged away."""
     from PIL import Image
 
     levels = pixels.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(levels)
-    if max(picture.size) > SIDE:
-        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
+    if max(picture.size) > side:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
     written = io.BytesIO()
     picture.save(written, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()

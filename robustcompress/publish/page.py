@@ -28,7 +28,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What a browser may do with the page: draw it. No script runs and nothing is fetched, whatever a record holds."""
 
 CURVE_IMAGES = 200
-MOST_EXAMPLES = 24
+EXAMPLES, MOST_EXAMPLES = 6, 24
 
 
 def write_report(
@@ -38,7 +38,7 @@ def write_report(
     *,
     directory: str | Path | None = None,
     title: str = "",
-    examples: int = 6,
+    examples: int = EXAMPLES,
     curve: Sequence[float] = (),
     curve_images: int | None = CURVE_IMAGES,
     device: str = "auto",
@@ -76,6 +76,7 @@ def write_report(
         data,
         directory=directory,
         title=title or f"{model_name(result)} compressed by {strategy_name(result)}",
+        name=directory.name if directory is not None and directory.name else "DIR",
         count=examples,
         curve=curve,
         curve_images=curve_images,
@@ -91,21 +92,26 @@ def build_page(
     *,
     directory: Path | None,
     title: str,
-    count: int,
-    curve: Sequence[float],
-    curve_images: int | None,
-    device: str,
+    name: str = "DIR",
+    count: int = EXAMPLES,
+    curve: Sequence[float] = (),
+    curve_images: int | None = CURVE_IMAGES,
+    device: str = "auto",
 ) -> str:
-    """The page as text; for the arguments see `write_report`."""
+    """The page as text; `name` is what commands on it call the result. For the other arguments see `write_report`.
+
+    Raises:
+        ResultError: A number of the record is too large to be drawn.
+    """
     images = data.test if isinstance(data, DataSplits) else data
     same = data is None or images is None or _are_its_own(result, data, images)
-    name = plain(data.name, 80) if isinstance(data, DataSplits) else "the images given"
+    called = plain(data.name, 80) if isinstance(data, DataSplits) else "the images given"
     measured: Sequence[object] = attacks.recorded_curve(result)
     if curve and images is not None:
         measured = attacks.measure_curve(result, images, curve, count=curve_images, device=device)
     shown = None
     if images is not None and count:
-        shown = examples(result, attack_examples(result, images, count), data=name)
+        shown = examples(result, attack_examples(result, images, count), data=called)
     sample = None if images is None else images.first(LOOKED_AT).as_float().cpu()
     sections = [
         compression(result),
@@ -118,12 +124,12 @@ def build_page(
         shown,
         artefacts(result, directory, sample),
         provenance(result, directory),
-        reproduction(result, directory.name if directory is not None else "DIR"),
+        reproduction(result, name),
     ]
     other = None
     if not same:
         other = note(
-            f"the test images of {name} are not those that this result was judged on, going by their hash: the "
+            f"the test images of {called} are not those that this result was judged on, going by their hash: the "
             "pictures of attacked images, and what was measured for this page, are about other images than the "
             "accuracies.",
             warning=True,
