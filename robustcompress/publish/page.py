@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from robustcompress.data import DataSplits, Images
-from robustcompress.errors import InputError, Problems
+from robustcompress.errors import InputError, Problems, ResultError
 from robustcompress.publish import attacks, training
 from robustcompress.publish.artefacts import artefacts
 from robustcompress.publish.examples import LOOKED_AT, attack_examples, examples
@@ -113,19 +113,23 @@ def build_page(
     if images is not None and count:
         shown = examples(result, attack_examples(result, images, count), data=called)
     sample = None if images is None else images.first(LOOKED_AT).as_float().cpu()
-    sections = [
-        compression(result),
-        costs(result),
-        attacks.attacks(result),
-        attacks.curve(result, measured),  # type: ignore[arg-type]
-        structure(result),
-        training.training(result),
-        training.searches(result),
-        shown,
-        artefacts(result, directory, sample),
-        provenance(result, directory),
-        reproduction(result, name),
-    ]
+    try:
+        head = header(result, title)
+        sections = [
+            compression(result),
+            costs(result),
+            attacks.attacks(result),
+            attacks.curve(result, measured),  # type: ignore[arg-type]
+            structure(result),
+            training.training(result),
+            training.searches(result),
+            shown,
+            artefacts(result, directory, sample),
+            provenance(result, directory),
+            reproduction(result, name),
+        ]
+    except ArithmeticError as error:
+        raise ResultError(f"the record holds a number that is too large to be shown ({error})") from error
     other = None
     if not same:
         other = note(
@@ -134,7 +138,7 @@ def build_page(
             "accuracies.",
             warning=True,
         )
-    return _document(title, [header(result, title), other], [part for part in sections if part is not None])
+    return _document(title, [head, other], [part for part in sections if part is not None])
 
 
 def _are_its_own(result: CompressResult, data: DataSplits | Images, images: Images) -> bool:
