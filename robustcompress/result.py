@@ -50,7 +50,7 @@ class CompressResult:
         report: Accuracy, clean and under attack, on the test images; None when nothing was evaluated.
         threat: What it was trained to withstand.
         data: Name, hash, classes and sizes of the data.
-        settings: Objective, training recipe, epochs, versions and hardware.
+        settings: Objective, training recipe, epochs, versions and hardware; what `robustcompress run` ran and measured.
         seed: The seed.
     """
 
