@@ -39,6 +39,12 @@ def attacks(result: CompressResult) -> Html:
         drawn,
         _suite(report),
         tag("p", BOUND, " An image that is misclassified without an attack counts as wrong under every attack."),
+        tag(
+            "p",
+            "The numbers are those of the saved record; ",
+            tag("code", "robustcompress evaluate"),
+            " measures again.",
+        ),
         [note(doubt) for doubt in doubts(report)],
         [note(warning, warning=True) for warning in report.warnings],
         [note(odd, warning=True) for odd in _oddities(result, report)],

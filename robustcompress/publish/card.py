@@ -65,7 +65,7 @@ def model_card(
         raise InputError(f"license={license!r}: give an identifier in small letters, such as apache-2.0 or cc-by-4.0")
     matter = yaml.safe_dump(front_matter(result, license, files), sort_keys=False, width=100, allow_unicode=True)
     parts = [
-        f"# {_title(result)}",
+        f"# {md(_title(result))}",
         _summary(result),
         "## What it withstands",
         _accuracies(result),
@@ -134,7 +134,7 @@ def _metric(result: CompressResult, attack: AttackResult) -> dict[str, Any]:
 
 
 def _title(result: CompressResult) -> str:
-    return md(f"{model_name(result)} compressed by {strategy_name(result)}, {data_name(result)}")
+    return f"{model_name(result)} compressed by {strategy_name(result)}, {data_name(result)}"
 
 
 def _summary(result: CompressResult) -> str:
@@ -186,7 +186,7 @@ def _use(result: CompressResult) -> str:
     more = f", and {len(result.classes) - 20} more" if len(result.classes) > 20 else ""
     return "\n".join(
         [
-            f"- For images of {channels} x {height} x {width} values in [0, 1], as it was trained on; the "
+            f"- For images of {channels} x {height} x {width} values in [0, 1], as it was trained on; any "
             f"normalisation is inside the network. It tells {len(result.classes)} classes apart: {names}{more}.",
             "- Images of another kind than its training data get an answer too, and a worthless one.",
             f"- What is stated holds for {result.threat.label()} alone: not for other norms or larger radii, not for "

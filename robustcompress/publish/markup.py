@@ -114,5 +114,5 @@ def note(*parts: Part, warning: bool = False) -> Html:
 
 
 def fold(title: Part, *parts: Part) -> Html:
-    """Something that is shown when it is asked for, and printed always."""
+    """Something that is shown when it is asked for, and is printed where the browser knows how."""
     return tag("details", tag("summary", title), *parts)
