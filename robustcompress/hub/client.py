@@ -77,10 +77,9 @@ def asking(address: Address, what: str) -> Iterator[None]:
         raise InputError(f"{what}: there is no token; `hf auth login`, or set HF_TOKEN") from error
     except (JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise HubError(
-            f"{what}: {where} does not answer as a hub does ({type(error).__name__}); see HF_ENDPOINT"
+            f"{what}: {where} does not answer as a hub does ({type(error).__name__}: {first_line(error)}); "
+            "see HF_ENDPOINT"
         ) from error
-    except ValueError as error:  # a name, or the metadata of a card, that the hub does not take
-        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
     except transport as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
@@ -92,3 +91,5 @@ def asking(address: Address, what: str) -> Iterator[None]:
         raise HubError(
             f"{what}: {endpoint()} cannot be reached ({type(error).__name__}: {first_line(error)}); is there a network?"
         ) from error
+    except ValueError as error:  # a name, or the metadata of a card, that the hub does not take
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error

@@ -28,6 +28,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with stand_in() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
+        # Some versions read these once, when they are imported.
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield server
 
 
