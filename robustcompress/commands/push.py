@@ -15,8 +15,8 @@ Send a saved result to a repository of the Hugging Face Hub, in one commit: its 
 files and records of verification and timing that lie beside it, a model card and a report page. README.md and
 report.html are written where DIR has none, and sent as they are where it has.
 
-A repository that is made is private, unless --public: what was public once cannot be taken back. The token is that of
-`hf auth login`, or HF_TOKEN."""
+A repository that is made is private, and one that exists must be, unless --public: what was public once cannot be taken
+back. The token is that of `hf auth login`, or HF_TOKEN."""
 EXAMPLES = """\
 examples:
   robustcompress push runs/digits me/robust-digits --license apache-2.0
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     add_result_argument(parser)
     parser.add_argument("repo", metavar="REPO", help="owner/name; with @branch, a branch that exists")
-    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    parser.add_argument("--public", action="store_true", help="make a new repository public, or send to one that is")
     parser.add_argument("--license", metavar="ID", help="of the network, for the card (default: none is stated)")
     parser.add_argument("--message", default="", help="of the commit (default: model, strategy and seed)")
     add_data_arguments(parser, default="the embedded digits, for a result that was trained on them; else none")

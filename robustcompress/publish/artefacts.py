@@ -14,8 +14,8 @@ from robustcompress.errors import ParityError, RobustCompressError, first_line
 from robustcompress.export import verify_onnx
 from robustcompress.export.metadata import PREFIX
 from robustcompress.publish.markup import Html, Part, facts, fold, join, note, plain, section, table, tag
-from robustcompress.publish.reading import short
-from robustcompress.result import DAMAGE, RESULT, CompressResult
+from robustcompress.publish.reading import pathless, short
+from robustcompress.result import DAMAGE, CompressResult
 
 MOST_FILES, LARGEST_ONNX, LARGEST_JSON = 8, 1 << 30, 1 << 20
 KINDS = {".verify.json": "Verification", ".bench.json": "Latency"}
@@ -59,9 +59,9 @@ def onnx_files(directory: Path | None) -> list[Path]:
 
 
 def record_files(directory: Path | None) -> list[Path]:
-    """Records that other commands left beside a result, by name."""
-    found = [] if directory is None else sorted(directory.glob("*.json"))
-    return [path for path in found if path.is_file() and path.name != RESULT and not path.name.startswith(".")]
+    """Records that other commands left beside a result, by name; of other files a page must not say anything."""
+    found = [] if directory is None else sorted(path for ending in KINDS for path in directory.glob(f"*{ending}"))
+    return [path for path in found if path.is_file() and not path.name.startswith(".")]
 
 
 def onnx_facts(path: Path) -> OnnxFacts:
@@ -171,16 +171,15 @@ def _strangeness(result: CompressResult, found: OnnxFacts) -> Part:
 
 def _record(path: Path) -> Html:
     """A record of another command: whatever it holds, as tables."""
-    ending = next((ending for ending in KINDS if path.name.endswith(ending)), "")
-    title = f"{KINDS[ending]} of {path.name.removesuffix(ending)}: " if ending else ""
-    head = tag("h3", title, tag("code", path.name))
+    ending = next(ending for ending in KINDS if path.name.endswith(ending))
+    head = tag("h3", f"{KINDS[ending]} of {path.name.removesuffix(ending)}: ", tag("code", path.name))
     if path.stat().st_size > LARGEST_JSON:
         return join([head, note("Too large to be shown.")])
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         return join([head, note(f"It cannot be read: {first_line(error)}", warning=True)])
-    return join([head, render_record(value)])
+    return join([head, render_record(pathless(value))])
 
 
 def render_record(value: object, depth: int = 0) -> Html:

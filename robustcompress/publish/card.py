@@ -16,6 +16,7 @@ from robustcompress.publish.reading import (
     hardest,
     interval,
     model_name,
+    pathless,
     percent,
     short,
     strategy_name,
@@ -70,7 +71,7 @@ def model_card(
         "## What it withstands",
         _accuracies(result),
         "## Costs",
-        _table(("", "before", "after", "ratio"), result.rows()),
+        _table(("cost", "before", "after", "ratio"), result.rows()),
         "## Intended use, and limits",
         _use(result),
         "## How to load it",
@@ -223,7 +224,7 @@ def _provenance(result: CompressResult) -> str:
         "reference": f"{result.spec.name} ({short(result.spec.kwargs)})"
         if result.spec
         else "a network of the author's own",
-        "strategy": short(result.strategy),
+        "strategy": short(pathless(result.strategy)),
         "budget": short(result.budget),
         "objective": short(settings.get("objective")),
         "training": short(settings.get("recipe")),

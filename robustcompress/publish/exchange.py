@@ -61,14 +61,15 @@ def push(
         directory: What `CompressResult.save` wrote.
         repo: "owner/name", or "hf://owner/name"; with "@branch" a branch that exists.
         license: Identifier of the network's license, such as "apache-2.0", for the card that is written.
-        private: Make a new repository private: what was public once cannot be taken back. One that exists stays as it
-            is.
+        private: Whether nobody else may see it: a repository that is made now is private, and one that exists must be,
+            because what was public once cannot be taken back. False makes a new one public.
         message: Of the commit.
         data: Its data, for attacked images in the report that is written.
         model: As for `load`.
 
     Raises:
-        InputError: The address is none, there is no token, or it does not allow this.
+        InputError: The address is none, there is no token, or it does not allow this; or the repository is public, and
+            `private` is not False.
         ResultError: There is no result, or it is damaged.
         HubError: The server cannot be reached, or failed.
     """

@@ -15,6 +15,7 @@ from robustcompress.publish.reading import (
     hardest,
     interval,
     model_name,
+    pathless,
     percent,
     short,
     strategy_name,
@@ -81,7 +82,7 @@ def compression(result: CompressResult) -> Html:
             {
                 "reference": [name, f" ({short(result.spec.kwargs)})" if result.spec and result.spec.kwargs else None],
                 "strategy": [tag("code", strategy_name(result)), _does(kind)],
-                "its options": short(options) or None,
+                "its options": short(pathless(options)) or None,
                 "budget": f"{Budget(**result.budget)}: {kept}" if result.budget else None,
                 "threat trained against": f"{result.threat.label()}, pixels from {result.threat.bounds[0]:g} to "
                 f"{result.threat.bounds[1]:g}",
@@ -122,7 +123,7 @@ def costs(result: CompressResult) -> Html:
     return section(
         "costs",
         "Costs",
-        table(("", "before", "after", "ratio"), result.rows()),
+        table(("cost", "before", "after", "ratio"), result.rows()),
         figure(
             chart.bars(ratios, alt=f"Costs after compression, of the reference: {said}", x="% of the reference"),
             "What is left of each cost; the outline is the reference.",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from robustcompress.data.sources import NAMES
-from robustcompress.export.metadata import without_paths
 from robustcompress.publish.markup import Html, facts, plain, section, tag
-from robustcompress.publish.reading import short
+from robustcompress.publish.reading import pathless, short
 from robustcompress.result import RESULT, CompressResult
 
 LARGEST_RECORD = 1 << 28
@@ -64,20 +64,20 @@ def reproduction(result: CompressResult, name: str) -> Html:
     yaml, missing = recipe_of(result), obstacles(result)
     parts = [
         tag("p", "Save as ", tag("code", "recipe.yaml"), ", then:"),
-        tag("pre", tag("code", "robustcompress run recipe.yaml --out again")),
-        tag("pre", tag("code", yaml)),
+        tag("pre", tag("code", "robustcompress run recipe.yaml --out again"), tabindex="0"),
+        tag("pre", tag("code", yaml), tabindex="0"),
         tag("p", "The data are the same when their SHA-256 is that of the provenance above."),
     ]
     known = result.data["name"] in NAMES
     where = "" if result.data["name"] == "digits" else f" --data {result.data['name'] if known else 'DIR'}"
-    again = plain(f"robustcompress evaluate {name}{where} --attacks clean,fgsm,pgd-20,autoattack", 1000)
+    again = plain(f"robustcompress evaluate {shlex.quote(name)}{where} --attacks clean,fgsm,pgd-20,autoattack", 1000)
     return section(
         "reproduce",
         "How to make it again",
         [tag("p", what, class_="note") for what in missing],
         parts if yaml else None,
         tag("p", "To judge the saved network again:"),
-        tag("pre", tag("code", again)),
+        tag("pre", tag("code", again), tabindex="0"),
     )
 
 
@@ -125,7 +125,7 @@ def recipe_of(result: CompressResult) -> str:
     kept = {key: item for key, item in value.items() if item is not None and item != ""}
     try:
         said = yaml.safe_dump(
-            json.loads(json.dumps(_without_paths(kept))), sort_keys=False, width=100, default_flow_style=None
+            json.loads(json.dumps(pathless(kept))), sort_keys=False, width=100, default_flow_style=None
         )
     except (TypeError, ValueError, RecursionError):
         return ""
@@ -156,12 +156,3 @@ def _evaluation(result: CompressResult) -> dict[str, Any] | None:
         if attack.name == "autoattack":
             found["autoattack_images"] = attack.n
     return found
-
-
-def _without_paths(value: Any) -> Any:
-    """Cut this machine's paths, which may hold a user's name, down to their last part."""
-    if isinstance(value, str):
-        return without_paths(value)
-    if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
-    return [_without_paths(item) for item in value] if isinstance(value, list | tuple) else value

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from robustcompress.export.metadata import without_paths
 from robustcompress.publish.markup import plain
 from robustcompress.result import CompressResult
 from robustcompress.robust import AttackResult, RobustReport
@@ -94,6 +95,15 @@ def doubts(report: RobustReport | None) -> list[str]:
         "AutoAttack was not run. Robust accuracy means AutoAttack at exactly the stated eps; what PGD or FGSM leave is "
         "a progress meter, and AutoAttack usually leaves less."
     ]
+
+
+def pathless(value: Any) -> Any:
+    """The same plain data with paths of this machine, which may hold a user's name, cut down to their last part."""
+    if isinstance(value, str):
+        return without_paths(value)
+    if isinstance(value, Mapping):
+        return {key: pathless(item) for key, item in value.items()}
+    return [pathless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def short(value: object) -> str:

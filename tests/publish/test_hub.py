@@ -17,7 +17,7 @@ import robustcompress as rc
 from robustcompress.cli import main
 from robustcompress.hub import Address
 from robustcompress.result import HISTORY, RESULT, WEIGHTS
-from tests.publish.stand_in import TOKEN, StandIn, stand_in
+from tests.publish.stand_in import TOKEN, Repo, StandIn, stand_in
 
 
 @pytest.fixture
@@ -75,16 +75,24 @@ def test_what_lies_beside_goes_along_and_nothing_else(
     (saved / "model.verify.json").write_text('{"ok": true}')
     (saved / "README.md").write_text("# mine\n")
     for private in ("notes.txt", ".env", "secrets.json", "weights.pkl"):
-        (saved / private).write_text("mine")
+        (saved / private).write_text('{"password": "of-mine"}')
     pushed = rc.push(saved, "me/robust", private=False)
     there = hub.repos["me/robust"].commits[-1][1]
     own = {RESULT, WEIGHTS, HISTORY}
     assert set(there) == own | {"model.onnx", "model.verify.json", "README.md", "report.html"}
     assert there["README.md"] == b"# mine\n" and pushed.made == ("report.html",) and not pushed.sent.private
-    assert b"model.onnx" in there["report.html"]
+    assert b"model.onnx" in there["report.html"] and b"of-mine" not in there["report.html"]
     fetched = rc.pull("hf://me/robust", tmp_path / "fetched")
     assert set(files_of(fetched)) == set(there) - {"report.html"}  # a stranger's page may hold scripts
     assert all(files_of(fetched)[name] == there[name] for name in files_of(fetched))
+
+
+def test_what_is_public_is_meant_to_be(hub: StandIn, saved: Path) -> None:
+    hub.repos["me/open"] = Repo(private=False)
+    with pytest.raises(rc.InputError, match="exists and is public"):
+        rc.push(saved, "me/open")
+    assert len(hub.repos["me/open"].commits) == 1
+    assert not rc.push(saved, "me/open", private=False).sent.private and len(hub.repos["me/open"].commits) == 2
 
 
 def test_only_our_files_are_fetched(hub: StandIn, saved: Path, tmp_path: Path) -> None:

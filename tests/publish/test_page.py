@@ -100,6 +100,7 @@ def check_harmless(page: Page, text: str) -> None:
     anchors = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
     assert {str(link["href"])[1:] for link in page.all("a")} <= anchors
     assert all(attributes.get("scope") in ("col", "row") for attributes in page.all("th"))
+    assert '<th scope="col"></th>' not in text and all("tabindex" in pre for pre in page.all("pre"))
     pictures = [*page.all("img"), *({"alt": svg.get("aria-label")} for svg in page.all("svg"))]
     assert pictures and all(len(str(picture["alt"] or "")) > 10 for picture in pictures)
     assert len(text.encode()) < 1_000_000
@@ -229,13 +230,18 @@ def test_a_number_that_nothing_can_have_is_refused(result: rc.CompressResult, tm
 
 def test_files_beside_it_are_shown(result: rc.CompressResult, saved: Path, digits: rc.DataSplits) -> None:
     rc.export_onnx(result, saved / "model.onnx")
-    bench = {"batch": {"1": {"p50_ms": 0.123}}, "runs": [{"threads": 1, "p50_ms": 0.5}, {"threads": 2, "p50_ms": 0.4}]}
+    bench = {
+        "file": "/home/somebody/model.onnx",
+        "batch": {"1": {"p50_ms": 0.123}},
+        "runs": [{"threads": 1, "p50_ms": 0.5}, {"threads": 2, "p50_ms": 0.4}],
+    }
     (saved / "model.bench.json").write_text(json.dumps(bench))
-    (saved / "other.json").write_text("[1, 2]")
+    (saved / "other.json").write_text('["of mine alone"]')
     page = written(result, saved / "report.html", digits, directory=saved, examples=0)
     size = (saved / "model.onnx").stat().st_size
     for said in (f"{size / 1e3:.1f} kB", "images: float [batch, 3, 32, 32]", "Latency of model", "0.123", "100 %"):
         assert said in page.text, said
+    assert "of mine alone" not in page.text and "somebody" not in page.text
     weights = json.loads((saved / "result.json").read_text())["weights_sha256"]
     assert weights in page.text
 
