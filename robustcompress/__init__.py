@@ -15,6 +15,7 @@ from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
     BudgetError,
     CheckpointError,
+    HubError,
     InputError,
     OutOfTime,
     ParityError,
@@ -25,6 +26,7 @@ from robustcompress.errors import (
 from robustcompress.export import export_onnx, verify_onnx
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
 from robustcompress.plots import plot_results
+from robustcompress.publish import model_card, pull, push, write_report
 from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
@@ -69,6 +71,7 @@ __all__ = [
     "Fixed",
     "Grape",
     "Harp",
+    "HubError",
     "Hydra",
     "Images",
     "InputError",
@@ -104,11 +107,15 @@ __all__ = [
     "load",
     "load_data",
     "measure",
+    "model_card",
     "plot_results",
     "plot_search",
     "plot_widths",
+    "pull",
+    "push",
     "register_strategy",
     "stability",
     "teach_layer",
     "verify_onnx",
+    "write_report",
 ]

@@ -35,6 +35,10 @@ class OutOfTime(RobustCompressError):  # noqa: N818 - no failure: the run goes o
     """A run reached its deadline; its checkpoint is written, and the same call with it goes on from there."""
 
 
+class HubError(RobustCompressError):
+    """A hub cannot be reached, or failed."""
+
+
 class ParityError(RobustCompressError):
     """The exported file does not compute what the model computes."""
 

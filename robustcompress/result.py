@@ -18,6 +18,7 @@ from torch import nn
 
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.errors import InputError, ResultError
+from robustcompress.hub import fetch, is_address
 from robustcompress.models import ModelSpec
 from robustcompress.robust import RobustReport, ThreatModel
 from robustcompress.structure import AnyEdit, Bypass, StructuralEditor, edit_from_json
@@ -49,7 +50,7 @@ class CompressResult:
         report: Accuracy, clean and under attack, on the test images; None when nothing was evaluated.
         threat: What it was trained to withstand.
         data: Name, hash, classes and sizes of the data.
-        settings: Objective, training recipe, epochs, versions and hardware.
+        settings: Objective, training recipe, epochs, versions and hardware; what `robustcompress run` ran and measured.
         seed: The seed.
     """
 
@@ -249,10 +250,9 @@ def load(
     """Read a result back: the reference's factory, the edits, then the weights. No pickle is involved.
 
     Args:
-        directory: What `CompressResult.save` wrote.
+        directory: What `CompressResult.save` wrote; or "hf://owner/name", perhaps "@revision": what `push` sent there.
         model: The reference, or its factory, for a result whose reference is no built-in model and none of
-            torchvision's or timm's.
-            A factory named in the file is never imported on the file's word alone.
+            torchvision's or timm's. A factory named in the file is never imported on the file's word alone.
 
     Returns:
         The result; `.model` computes the same logits, bit for bit, as the one that was saved.
@@ -260,7 +260,7 @@ def load(
     Raises:
         ResultError: There is no result, or it is truncated, tampered with, or of a newer format.
     """
-    directory = Path(directory)
+    directory = Path(fetch(directory, (RESULT, WEIGHTS), optional=[HISTORY]) if is_address(directory) else directory)
     record = _read(directory)
     history = _history(directory)
     try:

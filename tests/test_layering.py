@@ -21,7 +21,7 @@ LAYERS = [
     {"train"},
     {"checkpoint", "goal"},
     {"run"},
-    {"session", "terminal", "machine"},
+    {"session", "terminal", "machine", "hub"},
     {"shapes"},
     {"search"},
     {"diagnostics"},
@@ -32,6 +32,7 @@ LAYERS = [
     {"resolve", "calibration", "reach"},
     {"api"},
     {"recipe"},
+    {"publish"},
     {"quickstart"},
     {"commands"},
     {"cli"},
@@ -54,6 +55,7 @@ CONFINED = {
     "thop": {"budget.py"},
     "timm": {"models/timm_models.py"},
     "optuna": {"search/optuna_search.py"},
+    "huggingface_hub": {"hub/client.py"},
 }
 HEAVY = (
     *("torchvision", "onnx", "onnxscript", "onnxruntime", "matplotlib", "thop", "torch_pruning"),

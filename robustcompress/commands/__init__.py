@@ -6,8 +6,20 @@ value, and the frame in `cli.py` prints it.
 
 from __future__ import annotations
 
-from robustcompress.commands import catalogue, compress, evaluate, export, inspect, quickstart, run
+from robustcompress.commands import (
+    card,
+    catalogue,
+    compress,
+    evaluate,
+    export,
+    inspect,
+    pull,
+    push,
+    quickstart,
+    report,
+    run,
+)
 
-COMMANDS = (quickstart, compress, run, evaluate, export, inspect, catalogue)
+COMMANDS = (quickstart, compress, run, evaluate, export, report, card, push, pull, inspect, catalogue)
 
 __all__ = ["COMMANDS"]

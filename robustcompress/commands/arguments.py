@@ -147,6 +147,9 @@ def result_from(arguments: argparse.Namespace) -> CompressResult:
         InputError: It began with a factory of the user's own, and `--model` does not name it.
         ResultError: There is none, or it is damaged.
     """
+    place = str(arguments.directory)
+    if place.startswith("hf:"):
+        raise InputError(f"{place}: fetch it first, with `robustcompress pull hf://owner/name DIR`, then name DIR")
     try:
         return load(arguments.directory, model=arguments.model)
     except InputError as error:
