@@ -225,7 +225,8 @@ def test_report_reads_well(exported: tuple[nn.Module, ExportReport]) -> None:
     report = exported[1]
     text = str(report)
     assert "small.onnx" in text and "opset 20" in text and "adversarial" in text and "100.00 %" in text
-    assert len({len(line) for line in text.splitlines()[1:]}) == 1, "columns do not line up"
+    assert "images: float32 [batch, 3, 16, 16] in [0, 1] -> logits" in text
+    assert len({len(line) for line in text.splitlines()[2:]}) == 1, "columns do not line up"
     data = json.loads(json.dumps(report.to_json()))
     assert data["opset"] == 20 and data["bytes"] == report.bytes and data["path"] == str(report.path)
     assert data["parity"][0]["relative_diff"] == report.parity[0].max_abs_diff / report.parity[0].scale
