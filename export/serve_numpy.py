@@ -16,13 +16,21 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-def read_image(path: Path, height: int, width: int) -> np.ndarray:
-    """Read one image as float32 `[3, height, width]` in [0, 1]: short side resized, centre cropped."""
+def read_image(path: Path, shape: list[int | str], layout: str, kind: str) -> np.ndarray:
+    """Read one image as the file wants it: `[3, H, W]` floats in [0, 1], or `[H, W, 3]` bytes.
+
+    Short side resized and centre cropped, unless the file leaves height and width free and does so itself.
+    """
+    height, width = shape[2:] if layout == "NCHW" else shape[1:3]
     with Image.open(path) as image:
         # Grey images become three equal channels, as in training; the graph itself normalises.
-        fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
-    pixels: np.ndarray = np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1)
-    return pixels / np.float32(255)
+        picture = image.convert("RGB")
+    if isinstance(height, int) and isinstance(width, int):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(picture)
+    if kind != "tensor(uint8)":
+        pixels = (pixels / np.float32(255)).astype(np.float16 if kind == "tensor(float16)" else np.float32)
+    return pixels.transpose(2, 0, 1) if layout == "NCHW" else pixels
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -46,19 +54,21 @@ def main() -> int:
             print(f"error: {path} does not exist", file=sys.stderr)
             return 1
     session = onnxruntime.InferenceSession(str(chosen.model), providers=["CPUExecutionProvider"])
-    batch, _, height, width = session.get_inputs()[0].shape
-    metadata = session.get_modelmeta().custom_metadata_map
+    first, metadata = session.get_inputs()[0], session.get_modelmeta().custom_metadata_map
+    layout = metadata.get("robustcompress.layout", "NCHW")
     classes = json.loads(metadata.get("robustcompress.classes", "null"))
     try:
-        images = np.stack([read_image(path, height, width) for path in chosen.images])
+        images = [read_image(path, first.shape, layout, first.type) for path in chosen.images]
     except OSError as error:  # pillow's own errors are OSErrors that name the file
         print(f"error: an image cannot be read ({error})", file=sys.stderr)
         return 1
-    if isinstance(batch, int):  # a file of fixed batch: fill each call up with the first image
-        images = np.concatenate([images, np.repeat(images[:1], -len(images) % batch, axis=0)])
-    step = batch if isinstance(batch, int) else 64
-    calls = [session.run(["logits"], {"images": images[i : i + step]})[0] for i in range(0, len(images), step)]
-    for path, shares in zip(chosen.images, probabilities(np.concatenate(calls)), strict=False):
+    # One call an image: they may differ in size. A file of fixed batch gets the image that many times.
+    repeat = first.shape[0] if isinstance(first.shape[0], int) else 1
+    scores = [session.run(None, {first.name: np.stack([image] * repeat)})[0][:1] for image in images]
+    answers = np.concatenate(scores).astype(np.float32)
+    if metadata.get("robustcompress.output") != "probabilities":
+        answers = probabilities(answers)
+    for path, shares in zip(chosen.images, answers, strict=True):
         best = np.argsort(-shares, kind="stable")[: chosen.top]
         print(path.name, *(f"{classes[k] if classes else k} {shares[k]:.3f}" for k in best), sep="  ")
     return 0

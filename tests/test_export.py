@@ -277,6 +277,26 @@ def test_serving_without_torch_gives_the_probabilities_of_torch(
     assert done.returncode == 1 and "absent.png does not exist" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"input": "uint8"}, {"input": "uint8", "resize": True, "softmax": True, "batch": 2}],
+    ids=["bytes", "all"],
+)
+def test_serving_reads_from_the_file_what_it_takes(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = small().eval()
+    report = export_onnx(model, tmp_path / "m.onnx", image_shape=(3, 16, 16), classes=CLASSES, **options)
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "2.png")
+    done = serve(report.path, *(str(tmp_path / f"{number}.png") for number in range(3)))
+    assert done.returncode == 0, done.stderr
+    x = torch.cat([torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.zeros(1, 3, 16, 16)])
+    shares, classes = model(x).softmax(1).max(1)
+    expected = [f"{i}.png  {CLASSES[k]} {p:.3f}" for i, (k, p) in enumerate(zip(classes, shares, strict=True))]
+    assert done.stdout.splitlines() == expected
+
+
 def test_to_onnx_goes_through_the_public_api(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

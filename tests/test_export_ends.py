@@ -16,8 +16,8 @@ from robustcompress.artefact import open_onnx
 from robustcompress.data.folder import decode
 from robustcompress.data.pools import resized
 from robustcompress.errors import InputError, ParityError
-from robustcompress.export import export_onnx, load_session, verify_onnx
 from robustcompress.export import ends as ends_module
+from robustcompress.export import export_onnx, load_session, verify_onnx
 from robustcompress.export import request as request_module
 from robustcompress.export import write as write_module
 from robustcompress.export.ends import preprocessing_of, reference_resize
