@@ -10,9 +10,11 @@ Example:
 from __future__ import annotations
 
 from robustcompress.api import compress
+from robustcompress.artefact import QuantizeReport, quantize_onnx
 from robustcompress.budget import Budget, Cost, measure
 from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
+    AccuracyError,
     BudgetError,
     CheckpointError,
     InputError,
@@ -60,6 +62,7 @@ __all__ = [
     "RCNAS",
     "S2AP",
     "STRATEGIES",
+    "AccuracyError",
     "Budget",
     "BudgetError",
     "CheckpointError",
@@ -78,6 +81,7 @@ __all__ = [
     "Normalize",
     "OutOfTime",
     "ParityError",
+    "QuantizeReport",
     "RandomChannels",
     "Recipe",
     "Reference",
@@ -107,6 +111,7 @@ __all__ = [
     "plot_results",
     "plot_search",
     "plot_widths",
+    "quantize_onnx",
     "register_strategy",
     "stability",
     "teach_layer",

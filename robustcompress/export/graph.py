@@ -10,11 +10,6 @@ top: its portable level removes no further node, and what the levels above write
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +18,7 @@ from torch import nn
 
 from robustcompress.errors import InputError, Problems, first_line
 from robustcompress.export.ends import INPUT, LOGITS, Ends
+from robustcompress.export.quiet import quiet
 
 _EXAMPLE_BATCH = 2  # torch.export takes a size of 1 or 0 for a constant
 
@@ -47,7 +43,7 @@ def to_proto(
     example = torch.full((_EXAMPLE_BATCH if batch == "dynamic" else batch, *image_shape), 0.5)
     dynamic = ({0: torch.export.Dim("batch")},) if batch == "dynamic" else None
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 model,
                 (example,),
@@ -143,12 +139,12 @@ def _differences(
 
 
 def count_zeros(proto: Any) -> tuple[int, int]:
-    """Entries of the graph's float matrices and kernels, and how many of them are zero."""
+    """Entries of the graph's matrices and kernels, floats and int8, and how many of them are zero."""
     import numpy
     from onnx import TensorProto, numpy_helper
 
-    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
-    kernels = [t for t in proto.graph.initializer if len(t.dims) > 1 and t.data_type in floats]
+    kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT8)
+    kernels = [t for t in proto.graph.initializer if len(t.dims) > 1 and t.data_type in kinds]
     arrays = [numpy_helper.to_array(tensor) for tensor in kernels]
     return sum(a.size for a in arrays), sum(a.size - int(numpy.count_nonzero(a)) for a in arrays)
 
@@ -176,19 +172,6 @@ def strip(proto: Any) -> None:
 
 def _shape(value: Any) -> tuple[str | int, ...]:
     return tuple(d.dim_param or int(d.dim_value) for d in value.type.tensor_type.shape.dim)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's progress lines, log lines and deprecation warnings: what matters is checked afterwards."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _reason(error: BaseException) -> str:

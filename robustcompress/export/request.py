@@ -81,7 +81,7 @@ def prepare(
     problems = Problems("the ONNX export cannot start")
     target, ends = Path(path), ends or Ends()
     ends.check(problems)
-    _check_path(target, overwrite, problems)
+    check_path(target, overwrite, problems)
     if image_shape is None:
         seen = sample.shape[1:] if isinstance(sample, Tensor) and sample.dim() == 4 else DEFAULT_SHAPE
         image_shape = getattr(model_or_result, "image_shape", None) or tuple(seen)
@@ -118,7 +118,8 @@ def prepare(
     )
 
 
-def _check_path(path: Path, overwrite: bool, problems: Problems) -> None:
+def check_path(path: Path, overwrite: bool, problems: Problems) -> None:
+    """Note what keeps a file from being written to `path`."""
     if path.suffix.lower() != ".onnx":
         problems.add(f"path {str(path)!r}: must end in .onnx")
     if path.is_dir():
