@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from robustcompress.artefact.feeds import feeds
 from robustcompress.errors import InputError
-from robustcompress.export.ends import AFTER, BEFORE
+from robustcompress.export.ends import AFTER, BEFORE, PIXELS
 from robustcompress.export.quiet import quiet
 from robustcompress.export.reading import OnnxFile
 
@@ -22,6 +23,9 @@ _ROOM = 2.0  # other images may reach further than those that were looked at
 def to_float16(proto: Any, *, float16_io: bool) -> Any:
     """Write a graph in float16, but for what stands around its network.
 
+    The converter gets the network alone: it would send the floats of the preprocessing through float16 between any two
+    of its nodes, also where it is told to leave them.
+
     Args:
         proto: Of the float file, all weights loaded; not touched.
         float16_io: Whether a float input and the output become float16 as well.
@@ -30,15 +34,49 @@ def to_float16(proto: Any, *, float16_io: bool) -> Any:
         An `onnx.ModelProto` of its own.
     """
     import onnx
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    copied = onnx.ModelProto()
-    copied.CopyFrom(proto)
-    for number, node in enumerate(copied.graph.node):
+    network = onnx.ModelProto()
+    network.CopyFrom(proto)
+    graph = network.graph
+    for number, node in enumerate(graph.node):
         node.name = node.name or f"{node.op_type}_{number}"
-    ends = [node.name for node in copied.graph.node if node.name.startswith((BEFORE, AFTER))]
+    before, after = ([node for node in graph.node if node.name.startswith(end)] for end in (BEFORE, AFTER))
+    constants = [tensor for tensor in graph.initializer if tensor.name.startswith((BEFORE, AFTER))]
+    around = list(graph.input), list(graph.output)
+    float32 = [] if float16_io else [value.name for values in around for value in values]
+    known = {value.name: value for value in graph.value_info}
+    if before:
+        float32.append(PIXELS)
+        _replace(graph.input, [known[PIXELS]])
+    if after:
+        float32.append(after[0].input[0])
+        _replace(graph.output, [known[after[0].input[0]]])
+    _replace(graph.node, [node for node in graph.node if not node.name.startswith((BEFORE, AFTER))])
+    _replace(graph.initializer, [tensor for tensor in graph.initializer if not tensor.name.startswith((BEFORE, AFTER))])
+    _replace(graph.value_info, [])  # inferred anew
     with quiet():
-        return convert_float_to_float16(copied, keep_io_types=not float16_io, node_block_list=ends)
+        half = convert_float_to_float16(network, keep_io_types=float32)
+        ONNXModel(half).topological_sort()  # the converter leaves its casts at the end
+    _replace(half.graph.node, [*before, *half.graph.node, *after])
+    half.graph.initializer.extend(constants)
+    if before:
+        half.graph.value_info.extend([known[PIXELS]])
+        _replace(half.graph.input, around[0])
+    if after:
+        half.graph.value_info.extend([known[after[0].input[0]]])
+        _replace(half.graph.output, around[1])
+    return half
+
+
+def _replace(field: Any, values: Iterable[Any]) -> None:
+    """Give a repeated field of a protobuf message other values, also some of its own."""
+    import copy
+
+    kept = [copy.deepcopy(value) for value in values]
+    del field[:]
+    field.extend(kept)
 
 
 def check_range(proto: Any, file: OnnxFile, images: Tensor, folder: Path) -> float:
