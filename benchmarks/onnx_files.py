@@ -1,11 +1,11 @@
 """What ONNX files gain and lose: nodes, the resize inside, and accuracy in int8 and float16.
 
-"nodes" counts the operators of random networks as torch's exporter gives them, after onnxscript's optimiser (which every
-export runs), and after onnxruntime's portable one on top. "resize" puts images through the preprocessing of an exported
-file and compares the pixels, in steps of 255, with torch's resize (what named data sets are resized by) and Pillow's
-(folders of images); "plain" is the same file without exclude_outside. "quantized" trains a ResNet-8 on the digits
-adversarially, and judges each kind of file on the test images, clean and under PGD-20 made from the float network.
-No figure is a time.
+"nodes" counts the operators of random networks as torch's exporter translates them, after onnxscript's optimiser (which
+every export runs), and after onnxruntime's portable one on top. "resize" puts images through the preprocessing of an
+exported file and compares the pixels, in steps of 255, with torch's resize (what named data sets are resized by) and
+Pillow's (folders of images); "plain" is the same file without exclude_outside. "quantized" trains a ResNet-8 on the
+digits adversarially, and judges each kind of file on the test images, clean and under PGD-20 made from the float
+network. No figure is a time.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _name(row: Mapping[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(MODULE, __doc__, example="python -m benchmarks.onnx_files")
     add_out(parser, MODULE)
-    parser.add_argument("--epochs", type=float, default=20.0, help="of adversarial training (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=8.0, help="of adversarial training (default: %(default)s)")
     return parser
 
 
