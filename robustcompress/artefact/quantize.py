@@ -93,6 +93,7 @@ def quantize_onnx(
     tell = progress or (lambda line: None)
     model = source if model is None and hasattr(source, "model") else model
     problems = check_arguments(
+        source,
         path,
         data=data,
         to=to,
@@ -167,7 +168,7 @@ def quantize_onnx(
 @contextmanager
 def _float_file(source: Any, data: DataSplits, problems: Problems, tell: Say) -> Iterator[Path]:
     """Give the file to quantize; that of a result is exported, and removed at the end."""
-    if not hasattr(source, "model"):
+    if isinstance(source, str | Path):
         yield Path(source)
         return
     problems.raise_if_any()
@@ -185,7 +186,7 @@ def _in_words(source: Any) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        what = "this result" if hasattr(source, "model") else source
+        what = source if isinstance(source, str | Path) else "this result"
         raise InputError(
             f"onnxruntime cannot quantize {what} ({type(error).__name__}: {first_line(error)}); export it again with "
             "this version, or keep it in float32"

@@ -54,6 +54,7 @@ class Wanted:
 
 
 def check_arguments(
+    source: Any,
     path: str | Path,
     *,
     data: DataSplits,
@@ -69,8 +70,18 @@ def check_arguments(
     has_twin: bool,
     overwrite: bool,
 ) -> Problems:
-    """Note what can be said before the float file is opened. The arguments are those of `quantize_onnx`."""
+    """Note what can be said before the float file is opened. The arguments are those of `quantize_onnx`.
+
+    Raises:
+        InputError: `data` is none, so that nothing more can be checked.
+    """
     problems = Problems("the quantization cannot start")
+    if isinstance(source, nn.Module) or not (isinstance(source, str | Path) or hasattr(source, "model")):
+        kind = type(source).__name__
+        problems.add(f"source is a {kind}: give a file that export_onnx() wrote, and the network as model=")
+    if not isinstance(data, DataSplits):
+        problems.add(f"data={data!r:.60}: give the splits that load_data() returns")
+        problems.raise_if_any()
     choices = (
         ("to", to, ("int8", "float16")),
         ("target", target or "x86", tuple(TARGETS)),

@@ -96,6 +96,8 @@ def run(arguments: argparse.Namespace) -> Output:
     directory = source if source.is_dir() else arguments.result
     if source.is_dir() and arguments.result is not None:
         raise InputError(f"--result is for a file: {source} is a result already")
+    if directory is None and arguments.eps is not None:
+        raise InputError("--eps is for adversarial images, which are made from the network in torch: pass --result too")
     suffix = f".{arguments.to}.onnx"
     path = arguments.output or (source / f"model{suffix}" if source.is_dir() else source.with_suffix(suffix))
     if path.is_file() and not arguments.overwrite:

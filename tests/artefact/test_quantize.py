@@ -181,28 +181,53 @@ def test_what_stands_around_the_network_stays_float(data: rc.DataSplits, tmp_pat
         assert float((file.scores(images) - wanted).abs().mean()) < (0.1 if to == "int8" else 0.01)
 
 
-@pytest.mark.parametrize(("name", "size"), [("mobilenet_v2", 32), ("vit_micro", 32)])
-def test_depthwise_and_attention(data: rc.DataSplits, tmp_path: Path, name: str, size: int) -> None:
-    torch.manual_seed(0)
-    options = {"width": 0.25} if name == "mobilenet_v2" else {}
-    model, _ = rc.build_model(name, num_classes=10, **options)
-    with torch.no_grad():
-        for _ in range(3):
-            model(data.train.first(128).as_float())
-    model.eval()
-    rc.export_onnx(model, tmp_path / "m.onnx", verify=False)
-    report = quantize_onnx(tmp_path / "m.onnx", tmp_path / "q.onnx", data=data, target="x86-vnni", **ANY)
+def quantized_error(model: torch.nn.Module, data: rc.DataSplits, folder: Path) -> tuple[float, onnx.ModelProto]:
+    rc.export_onnx(model, folder / "m.onnx", verify=False)
+    report = quantize_onnx(folder / "m.onnx", folder / "q.onnx", data=data, target="x86-vnni", **ANY)
     images = data.test.first(40).as_float()
     with torch.no_grad():
         wanted = model(images)
-    error = (open_onnx(report.path).scores(images) - wanted).pow(2).mean().sqrt() / wanted.std()
+    found = open_onnx(report.path).scores(images)
+    return float((found - wanted).pow(2).mean().sqrt() / wanted.std()), onnx.load(report.path)
+
+
+def test_of_attention_only_the_products_with_weights_are_quantized(data: rc.DataSplits, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, _ = rc.build_model("vit_micro", num_classes=10, depth=1)
+    error, proto = quantized_error(model.eval(), data, tmp_path)
     assert error < 0.1
-    kinds = [node.op_type for node in onnx.load(report.path).graph.node]
-    made_by = {n: node for node in onnx.load(report.path).graph.node for n in node.output}
-    if name == "vit_micro":  # products of two activations, softmax and norms stay float
-        plain = [n for n in onnx.load(report.path).graph.node if n.op_type == "MatMul"]
-        assert sum(made_by[n.input[1]].op_type == "DequantizeLinear" for n in plain) == 12 and len(plain) == 18
-    assert kinds.count("QuantizeLinear") > 10
+    made_by = {name: node for node in proto.graph.node for name in node.output}
+    products = [node for node in proto.graph.node if node.op_type == "MatMul"]
+    read = [made_by[node.input[1]].op_type == "DequantizeLinear" for node in products]
+    assert (sum(read), len(read)) == (4, 6)
+    others = [node for node in proto.graph.node if node.op_type in ("Softmax", "LayerNormalization")]
+    assert others and all(made_by[node.input[0]].op_type != "DequantizeLinear" for node in others[:1])
+
+
+def test_depthwise_kernels_get_one_scale_a_channel(data: rc.DataSplits, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU6()),
+        *(torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.ReLU6(), torch.nn.Conv2d(8, 16, 1), torch.nn.ReLU6()),
+        *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 10)),
+    )
+    with torch.no_grad():  # of one scale for all, these channels would keep a bit or two
+        model[2].weight *= torch.logspace(-2, 0, 8).view(-1, 1, 1, 1)
+    error, proto = quantized_error(model.eval(), data, tmp_path)
+    assert error < 0.1
+    (kernel,) = [v for v in initial(proto).values() if v.dtype == np.int8 and v.shape == (8, 1, 3, 3)]
+    assert (abs(kernel).reshape(8, -1).max(1) > 120).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "vit_tiny", "torchvision:efficientnet_b0"])
+def test_whole_networks(data: rc.DataSplits, tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    model, _ = rc.build_model(name, num_classes=10)
+    with torch.no_grad():
+        for _ in range(3):
+            model(data.train.first(64).as_float())
+    assert quantized_error(model.eval(), data, tmp_path)[0] < 0.15
 
 
 def test_float16_holds_what_float32_held(
@@ -359,6 +384,8 @@ def test_all_that_cannot_work_is_said_at_once(
     parts += ("max_loss=-1", "attack='autoattack'", "keep_sensitive=-1", "needs the network in torch", "end in .onnx")
     for part in (*parts, "does not exist; make it first"):
         assert part in str(caught.value), part
+    with pytest.raises(InputError, match=r"(?s)source is a ResNet.*data='digits': give the splits"):
+        quantize_onnx(convolutional[0], tmp_path / "q.onnx", data="digits")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="onnxruntime computes float16 in float32 on CPUs"):
         quantize_onnx(path, tmp_path / "q.onnx", data=data, to="float16", target="arm")
 
@@ -375,7 +402,7 @@ def test_data_and_networks_of_something_else_are_refused(
     with pytest.raises(InputError, match=r"made for images of \(3, 32, 32\), these have \(3, 16, 16\)"):
         quantize_onnx(path, tmp_path / "q.onnx", data=rc.load_data("digits", image_size=16))
     with pytest.raises(InputError, match="does not compute what this network computes"):
-        quantize_onnx(path, tmp_path / "q.onnx", data=data, model=network("resnet8", data))
+        quantize_onnx(path, tmp_path / "q.onnx", data=data, model=rc.build_model("resnet8", width=0.25)[0])
     (tmp_path / "torn.onnx").write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError, match=r"torn\.onnx cannot be opened"):
         quantize_onnx(tmp_path / "torn.onnx", tmp_path / "q.onnx", data=data)
