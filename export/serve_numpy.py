@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 
 class Classifier:
-    """One exported file: float32 NCHW or uint8 NHWC to logits or probabilities, as it says of itself.
+    """One exported file: floats in NCHW or bytes in NHWC to logits or probabilities, as it says of itself.
 
     Args:
         path: ONNX file that `export_onnx()` wrote.
@@ -42,11 +42,12 @@ class Classifier:
         pixels = np.asarray(image)[None]
         if not nhwc:
             pixels = pixels.transpose(0, 3, 1, 2)
-        if node.type == "tensor(float)":
-            pixels = pixels.astype(np.float32) / np.float32(255)
+        if node.type != "tensor(uint8)":
+            kind = np.float16 if node.type == "tensor(float16)" else np.float32
+            pixels = (pixels / np.float32(255)).astype(kind)
         if isinstance(batch, int):  # a file of fixed batch
             pixels = pixels.repeat(batch, 0)
-        scores: np.ndarray = self._session.run(None, {node.name: pixels})[0][0]
+        scores: np.ndarray = self._session.run(None, {node.name: pixels})[0][0].astype(np.float32)
         return scores if self._facts.get("output") == "probabilities" else softmax(scores)
 
 

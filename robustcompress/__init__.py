@@ -10,9 +10,11 @@ Example:
 from __future__ import annotations
 
 from robustcompress.api import compress
+from robustcompress.artefact import QuantizeReport, quantize_onnx
 from robustcompress.budget import Budget, Cost, measure
 from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
+    AccuracyError,
     BudgetError,
     CheckpointError,
     HubError,
@@ -62,6 +64,7 @@ __all__ = [
     "RCNAS",
     "S2AP",
     "STRATEGIES",
+    "AccuracyError",
     "Budget",
     "BudgetError",
     "CheckpointError",
@@ -81,6 +84,7 @@ __all__ = [
     "Normalize",
     "OutOfTime",
     "ParityError",
+    "QuantizeReport",
     "RandomChannels",
     "Recipe",
     "Reference",
@@ -113,6 +117,7 @@ __all__ = [
     "plot_widths",
     "pull",
     "push",
+    "quantize_onnx",
     "register_strategy",
     "stability",
     "teach_layer",

@@ -43,6 +43,10 @@ class ParityError(RobustCompressError):
     """The exported file does not compute what the model computes."""
 
 
+class AccuracyError(ParityError):
+    """A smaller file loses more accuracy than it may, clean or under attack."""
+
+
 class Problems:
     """Collects complaints so that the caller reads all of them at once.
 

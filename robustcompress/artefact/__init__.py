@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from robustcompress.artefact.changes import Change, QuantizeReport
 from robustcompress.artefact.file import OnnxFile, open_onnx
+from robustcompress.artefact.quantize import quantize_onnx
 
-__all__ = ["OnnxFile", "open_onnx"]
+__all__ = ["Change", "OnnxFile", "QuantizeReport", "open_onnx", "quantize_onnx"]

@@ -15,11 +15,12 @@ from robustcompress.commands import (
     inspect,
     pull,
     push,
+    quantize,
     quickstart,
     report,
     run,
 )
 
-COMMANDS = (quickstart, compress, run, evaluate, export, report, card, push, pull, inspect, catalogue)
+COMMANDS = (quickstart, compress, run, evaluate, export, quantize, report, card, push, pull, inspect, catalogue)
 
 __all__ = ["COMMANDS"]
