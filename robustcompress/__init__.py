@@ -23,6 +23,7 @@ from robustcompress.errors import (
     UnsupportedModelError,
 )
 from robustcompress.export import export_onnx, verify_onnx
+from robustcompress.min_robust import MinRobust
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
 from robustcompress.plots import plot_results
 from robustcompress.recipe import RunRecipe
@@ -74,6 +75,7 @@ __all__ = [
     "InputError",
     "LayerKind",
     "Magnitude",
+    "MinRobust",
     "ModelSpec",
     "Normalize",
     "OutOfTime",

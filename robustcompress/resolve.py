@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from robustcompress.budget import Budget
 from robustcompress.checkpoint import check_directory
 from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems
+from robustcompress.min_robust import WORKPLACE
 from robustcompress.models import ModelSpec, build_model, check_image_size, identify
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
@@ -112,18 +113,23 @@ def resolve(
     chosen = problems.attempt(lambda: make_strategy(strategy))
     limits = problems.attempt(lambda: _budget(budget))
     if chosen is not None and limits is not None:
-        _check_granularity(problems, chosen, limits, round_to)
+        _check_granularity(problems, chosen, _as_limits(problems, chosen, limits), round_to)
     adversary = problems.attempt(lambda: _threat(threat))
     loss = problems.attempt(lambda: _objective(objective))
     specs = _attacks(problems, attacks)
     target = problems.attempt(lambda: resolve_device(device))
     if out is not None:
         problems.attempt(lambda: check_target(Path(out)))
-    _check_checkpoint(problems, checkpoint, checkpoint_every_s, deadline, out)
+    demand = limits.demand if limits is not None else None
+    _check_checkpoint(problems, checkpoint, checkpoint_every_s, deadline, out, also=WORKPLACE if demand else "")
     splits = problems.attempt(lambda: load_data(data))
+    if isinstance(splits, DataSplits) and demand is not None:
+        for part, use in (("val", "chosen on validation"), ("test", "judged in the end on test")):
+            if len(getattr(splits, part)) == 0:
+                problems.add(f"min_robust: networks are {use} images, and there are none: give data with some")
     if isinstance(splits, DataSplits) and adversary is not None and len(splits.test):
         check_images(splits.test.pixels, splits.test.labels, adversary, problems)
-        if any(spec.kind == "autoattack" for spec in specs):
+        if any(spec.kind == "autoattack" for spec in specs) or (demand is not None and demand.attack == "autoattack"):
             for item in check_autoattack(adversary, splits.image_shape[1:]).items:
                 problems.add(item)
     reference, spec = problems.attempt(lambda: _reference(model, seed)) or (None, None)
@@ -154,11 +160,13 @@ def resolve(
     )
 
 
-def _check_checkpoint(problems: Problems, checkpoint: Any, every_s: Any, deadline: Any, out: Any) -> None:
+def _check_checkpoint(
+    problems: Problems, checkpoint: Any, every_s: Any, deadline: Any, out: Any, *, also: str = ""
+) -> None:
     if not isinstance(checkpoint, str | Path | None):
         problems.add(f"checkpoint={checkpoint!r}: name a directory")
     elif checkpoint is not None:
-        problems.attempt(lambda: check_directory(Path(checkpoint)))
+        problems.attempt(lambda: check_directory(Path(checkpoint), also=also))
         if out is not None and Path(checkpoint).resolve() == Path(out).resolve():
             problems.add(f"checkpoint={checkpoint} is where the result goes (out); choose another directory")
     if not _is_number(every_s) or every_s < 0:
@@ -187,6 +195,25 @@ def _budget(budget: object) -> Budget:
     raise InputError(
         f"budget={budget!r}: give a Budget, or a number: the fraction of the multiply-adds that may be left"
     )
+
+
+def _as_limits(problems: Problems, strategy: Strategy, budget: Budget) -> Budget:
+    """What each network has to keep that a demand for accuracy has compressed; without one, the budget itself."""
+    demand = budget.demand
+    if demand is None:
+        return budget
+    if strategy.direction == "none" or strategy.given_shape:
+        problems.add(
+            f"min_robust looks for a size, and {strategy.name} has but one: take another strategy, such as 'magnitude'"
+        )
+    if (strategy.granularity == "weight") != (demand.axis == "density"):
+        wanted = "axis='density'" if strategy.granularity == "weight" else "axis='macs', 'params' or 'latency'"
+        problems.add(
+            f"min_robust: axis={demand.axis!r} is no size that granularity={strategy.granularity!r} changes: give "
+            f"MinRobust({demand.accuracy:g}, {wanted})"
+        )
+        return Budget(density=0.5) if strategy.granularity == "weight" else Budget(macs=0.5)
+    return replace(budget, min_robust=None, **{demand.axis: getattr(budget, demand.axis) or 0.5})
 
 
 def _check_granularity(problems: Problems, strategy: Strategy, budget: Budget, round_to: object) -> None:

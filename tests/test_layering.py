@@ -17,6 +17,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"structure", "robust", "data", "models"},
+    {"min_robust"},
     {"budget", "latency"},
     {"train"},
     {"checkpoint", "goal"},
@@ -29,6 +30,8 @@ LAYERS = [
     {"export", "plots", "stability", "widths"},
     {"search_plot", "width_plot"},
     {"resolve", "calibration", "reach"},
+    {"series"},
+    {"smallest"},
     {"api"},
     {"recipe"},
     {"quickstart"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -20,12 +21,13 @@ from robustcompress.commands.arguments import (
     names,
 )
 from robustcompress.errors import InputError, Problems
+from robustcompress.min_robust import Axis, MinRobust, trials_of
 from robustcompress.models import build_model
 from robustcompress.resolve import resolve
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.objectives import objective_from_name
-from robustcompress.strategies import make_strategy
+from robustcompress.strategies import Strategy, make_strategy
 from robustcompress.terminal import Output
 from robustcompress.train import Recipe, resolve_device
 
@@ -42,6 +44,7 @@ examples:
   robustcompress compress resnet8 --model-arg stem_stride=2 --epochs 5 --out runs/digits
   robustcompress compress resnet20 --data cifar10 --root data --strategy hydra --macs 0.5 --out runs/hydra
   robustcompress compress resnet20 --data cifar10 --root data --latency 0.5 --round-to 8 --out runs/fast
+  robustcompress compress resnet20 --data cifar10 --root data --min-robust 0.45 --checkpoint runs/c --out runs/smallest
   robustcompress compress resnet18 --data photos --image-size 32 --max-params 1000000 --epochs 20 --out runs/photos
   robustcompress compress resnet8 --strategy grape --option order=random --option events=6 --eps 0.1
   robustcompress compress resnet8 --strategy hydra --option granularity=weight --density 0.1 --eps 0.1
@@ -87,6 +90,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--max-latency-ms", type=float, metavar="MS", help="onnxruntime's time for one image, here")
     budget.add_argument(
         "--density", type=float, metavar="F", help="share of the weights that stay, for granularity=weight"
+    )
+    budget.add_argument(
+        "--min-robust",
+        type=float,
+        metavar="F",
+        help="look for the smallest model whose accuracy under attack stays at least this, as the lower end of its "
+        "95%% interval; takes several compressions",
+    )
+    defaults = MinRobust(0.5)
+    budget.add_argument("--smallest-by", choices=get_args(Axis), help="what smallest means (default: macs, or density)")
+    budget.add_argument("--robust-attack", metavar="A", help=f"attack of --min-robust (default: {defaults.attack})")
+    budget.add_argument(
+        "--robust-images",
+        type=count_or_all,
+        default=defaults.images,
+        metavar="N",
+        help="choose on N validation images, or all (default: %(default)s)",
+    )
+    budget.add_argument(
+        "--trials", type=int, metavar="N", help=f"compress N times at most (default: {defaults.trials})"
     )
     budget.add_argument("--round-to", type=int, metavar="N", help="widths become multiples of N (default: by size)")
     threat = parser.add_argument_group("threat")
@@ -141,7 +164,7 @@ def run(arguments: argparse.Namespace) -> Output:
     problems = Problems("compress cannot start")
     strategy = problems.attempt(lambda: make_strategy(arguments.strategy, **dict(arguments.option)))
     threat = problems.attempt(lambda: ThreatModel(arguments.norm, arguments.eps))
-    budget = problems.attempt(lambda: _budget(arguments))
+    budget = problems.attempt(lambda: _budget(arguments, strategy))
     objective = problems.attempt(lambda: objective_from_name(arguments.objective, steps=arguments.attack_steps))
     recipe = problems.attempt(lambda: _recipe(arguments))
     problems.attempt(lambda: resolve_device(arguments.device))
@@ -184,11 +207,27 @@ def run(arguments: argparse.Namespace) -> Output:
         "meets_budget": result.meets_budget,
         "out": str(places[0]) if places else None,
     }
+    if budget.demand is not None:
+        document["tried"] = [trial.to_json() for trial in trials_of(result.history)]
     return Output(document=document, parts=(str(result), "", saved))
 
 
-def _budget(arguments: argparse.Namespace) -> Budget:
+def _budget(arguments: argparse.Namespace, strategy: Strategy | None) -> Budget:
     limits = {field.name: getattr(arguments, field.name) for field in fields(Budget)}
+    told: dict[str, Any] = {
+        "axis": arguments.smallest_by,
+        "attack": arguments.robust_attack,
+        "trials": arguments.trials,
+    }
+    told = {name: value for name, value in told.items() if value is not None}
+    if limits["min_robust"] is not None:
+        sparse = strategy is not None and strategy.granularity == "weight"
+        axis = {"axis": "density"} if sparse else {}
+        limits["min_robust"] = MinRobust(limits["min_robust"], **axis | told, images=arguments.robust_images)
+    elif told or arguments.robust_images != MinRobust(0.5).images:
+        raise InputError(
+            "--smallest-by, --robust-attack, --robust-images and --trials go with --min-robust: give it too"
+        )
     return Budget(**limits) if any(limit is not None for limit in limits.values()) else Budget(macs=0.5)
 
 
