@@ -23,8 +23,11 @@ from robustcompress.errors import (
     UnsupportedModelError,
 )
 from robustcompress.export import export_onnx, verify_onnx
+from robustcompress.front import Front
+from robustcompress.front_plot import plot_front
 from robustcompress.min_robust import MinRobust
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
+from robustcompress.pareto import pareto, read_front
 from robustcompress.plots import plot_results
 from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
@@ -68,6 +71,7 @@ __all__ = [
     "Cost",
     "DataSplits",
     "Fixed",
+    "Front",
     "Grape",
     "Harp",
     "Hydra",
@@ -106,9 +110,12 @@ __all__ = [
     "load",
     "load_data",
     "measure",
+    "pareto",
+    "plot_front",
     "plot_results",
     "plot_search",
     "plot_widths",
+    "read_front",
     "register_strategy",
     "stability",
     "teach_layer",

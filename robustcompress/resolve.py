@@ -95,13 +95,14 @@ def resolve(
     checkpoint: Any = None,
     checkpoint_every_s: Any = 60.0,
     deadline: Any = None,
+    problems: Problems | None = None,
 ) -> Request:
-    """Turn the arguments of compress() into a `Request`.
+    """Turn the arguments of compress() into a `Request`; what else was complained about comes as `problems`.
 
     Raises:
         InputError: Naming every argument that cannot work, with its remedy.
     """
-    problems = Problems("compress() cannot start")
+    problems = problems or Problems("compress() cannot start")
     _check_whole(problems, "seed", seed, least=0)
     for name, value in (("round_to", round_to), ("test_images", test_images)):
         if value is not None:
@@ -113,7 +114,7 @@ def resolve(
     chosen = problems.attempt(lambda: make_strategy(strategy))
     limits = problems.attempt(lambda: _budget(budget))
     if chosen is not None and limits is not None:
-        _check_granularity(problems, chosen, _as_limits(problems, chosen, limits), round_to)
+        check_granularity(problems, chosen, _as_limits(problems, chosen, limits), round_to)
     adversary = problems.attempt(lambda: _threat(threat))
     loss = problems.attempt(lambda: _objective(objective))
     specs = _attacks(problems, attacks)
@@ -169,12 +170,17 @@ def _check_checkpoint(
         problems.attempt(lambda: check_directory(Path(checkpoint), also=also))
         if out is not None and Path(checkpoint).resolve() == Path(out).resolve():
             problems.add(f"checkpoint={checkpoint} is where the result goes (out); choose another directory")
+    check_times(problems, every_s, deadline)
+    if deadline is not None and checkpoint is None:
+        problems.add(f"deadline={deadline!r} without a checkpoint would throw the work away: pass checkpoint=DIR too")
+
+
+def check_times(problems: Problems, every_s: Any, deadline: Any) -> None:
+    """Note what is no number of seconds."""
     if not _is_number(every_s) or every_s < 0:
         problems.add(f"checkpoint_every_s={every_s!r}: must be a number of seconds, at least 0")
     if deadline is not None and (not _is_number(deadline) or deadline < 0):
         problems.add(f"deadline={deadline!r}: must be a number of seconds from now, at least 0")
-    elif deadline is not None and checkpoint is None:
-        problems.add(f"deadline={deadline!r} without a checkpoint would throw the work away: pass checkpoint=DIR too")
 
 
 def _is_number(value: object) -> bool:
@@ -216,8 +222,8 @@ def _as_limits(problems: Problems, strategy: Strategy, budget: Budget) -> Budget
     return replace(budget, min_robust=None, **{demand.axis: getattr(budget, demand.axis) or 0.5})
 
 
-def _check_granularity(problems: Problems, strategy: Strategy, budget: Budget, round_to: object) -> None:
-    """Zeros in a network of the same shape are counted by density, removed channels by everything else."""
+def check_granularity(problems: Problems, strategy: Strategy, budget: Budget, round_to: object) -> None:
+    """Note limits that a strategy cannot move: zeros in a network of the same shape are counted by density alone."""
     others = [name for name in budget.to_json() if name != "density"]
     if strategy.direction == "none":
         return

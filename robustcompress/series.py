@@ -11,10 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from robustcompress.checkpoint import fingerprint, remove
 from robustcompress.errors import InputError, OutOfTime, ResultError
 from robustcompress.resolve import Request
 from robustcompress.result import RESULT, CompressResult, load
+from robustcompress.structure import StructuralEditor
 
 CHECKPOINT = ".checkpoint"
 """Suffix of the directory in which one of the compressions is recorded while it lasts."""
@@ -65,6 +68,16 @@ def stop_in_time(request: Request, started: float) -> None:
     """Raise OutOfTime before more is begun once the deadline has passed."""
     if request.deadline is not None and time.monotonic() > started + request.deadline:
         raise OutOfTime("the deadline was reached between two compressions; the same call goes on from there")
+
+
+def reference_editor(request: Request) -> tuple[StructuralEditor, torch.Tensor]:
+    """An editor of a copy of the reference, with a classifier for the data's classes; and an image batch for it."""
+    example = torch.zeros(2, *request.data.image_shape, device=request.device)
+    editor = StructuralEditor(copy.deepcopy(request.model), example, seed=request.seed)
+    outputs = editor.widths.get(editor.layout.output)
+    if outputs not in (None, request.data.num_classes) and not request.pretrained:
+        editor.resize_output(request.data.num_classes)
+    return editor, example
 
 
 def identity_of(request: Request) -> dict[str, Any]:

@@ -40,11 +40,11 @@ from robustcompress.series import (
     compress_in,
     identity_of,
     read_json,
+    reference_editor,
     stop_in_time,
     write_json,
 )
 from robustcompress.strategies import Reference
-from robustcompress.structure import StructuralEditor
 from robustcompress.train import Progress
 
 FORMAT = 1
@@ -238,12 +238,7 @@ class _Search:
 
     def _floor(self) -> float:
         request = self._request
-        model = copy.deepcopy(request.model)
-        example = torch.zeros(2, *request.data.image_shape, device=request.device)
-        editor = StructuralEditor(model, example, seed=request.seed)
-        classifier = editor.widths.get(editor.layout.output)
-        if classifier not in (None, request.data.num_classes) and not request.pretrained:
-            editor.resize_output(request.data.num_classes)
+        editor, example = reference_editor(request)
         step = request.round_to or default_rounding(editor)
         return least_fraction(request.strategy, editor, example, self._demand.axis, step)
 
