@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from robustcompress.api import compress
 from robustcompress.budget import Budget, Cost, measure
+from robustcompress.cuts import Sensitivity
 from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
     BudgetError,
@@ -33,6 +34,8 @@ from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
 from robustcompress.search_plot import plot_search
+from robustcompress.sensitivity import sensitivity
+from robustcompress.sensitivity_plot import plot_sensitivity
 from robustcompress.stability import Stability, hamming, stability
 from robustcompress.strategies import (
     AWT,
@@ -92,6 +95,7 @@ __all__ = [
     "RobustReport",
     "RunRecipe",
     "Scaling",
+    "Sensitivity",
     "Stability",
     "Strategy",
     "StructuralEditor",
@@ -114,9 +118,11 @@ __all__ = [
     "plot_front",
     "plot_results",
     "plot_search",
+    "plot_sensitivity",
     "plot_widths",
     "read_front",
     "register_strategy",
+    "sensitivity",
     "stability",
     "teach_layer",
     "verify_onnx",

@@ -39,7 +39,7 @@ from robustcompress.strategies import Reference, Strategy, make_strategy
 from robustcompress.train import Progress, Recipe
 
 RECORD = "pareto.json"
-PRECISION = 0.01
+PRECISION = 0.02
 """Standard error, relative, down to which a network is timed against the reference."""
 
 Job = tuple[Strategy, Budget]

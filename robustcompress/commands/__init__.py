@@ -6,8 +6,8 @@ value, and the frame in `cli.py` prints it.
 
 from __future__ import annotations
 
-from robustcompress.commands import catalogue, compress, evaluate, export, inspect, pareto, quickstart, run
+from robustcompress.commands import catalogue, compress, evaluate, export, inspect, pareto, quickstart, run, sensitivity
 
-COMMANDS = (quickstart, compress, run, pareto, evaluate, export, inspect, catalogue)
+COMMANDS = (quickstart, compress, run, pareto, evaluate, export, inspect, sensitivity, catalogue)
 
 __all__ = ["COMMANDS"]
