@@ -17,7 +17,10 @@ EVENT = "trial"
 """What the records of tried networks are called in a history."""
 
 LOG, REFERENCE = "search.json", "reference"
-WORKPLACE = rf"{re.escape(LOG)}|({REFERENCE}|trial-\d+)(\.checkpoint)?|autoattack|\..*"
+WORKPLACE = (
+    rf"{re.escape(LOG)}|({REFERENCE}|trial-\d+)(\.checkpoint)?|autoattack|"
+    rf"\.({re.escape(LOG)}|{REFERENCE}|trial-\d+)[-.].*"
+)
 """Names of what a search keeps in its directory: its record, networks, their checkpoints, and drafts of these."""
 
 CLOSE = 1.02

@@ -95,7 +95,7 @@ def sensitivity(
     if split not in ("val", "test"):
         problems.add(f"split={split!r} does not exist (one of: val, test)")
     target = problems.attempt(lambda: resolve_device(device))
-    splits = problems.attempt(lambda: load_data(data))
+    splits = problems.attempt(lambda: _data(model, data))
     if splits is not None and split in ("val", "test") and len(getattr(splits, split)) == 0:
         problems.add(f"split={split!r}: the data have no such images; take the other, or give more")
     if splits is not None and recalibrate and len(splits.train) == 0:
@@ -106,6 +106,18 @@ def sensitivity(
         torch.manual_seed(seed)
         model = copy.deepcopy(network).to(target)
         return _Scan(model, splits, split, adversary, spec, images, recalibrate, seed, shown).run(kept, groups, depth)
+
+
+def _data(model: object, data: Any) -> DataSplits:
+    """The images; those of a result must be of its own classes and size."""
+    if not isinstance(model, CompressResult):
+        return load_data(data)
+    if data is None and model.data["name"] != "digits":
+        raise InputError(f"the result was trained on {model.data['name']!r}: give data, such as load_data(...)")
+    splits = load_data(data)
+    if splits.classes != model.classes or splits.image_shape != model.image_shape:
+        raise InputError(f"{splits.name} has other classes or another image size than what the result was trained on")
+    return splits
 
 
 def _threat(threat: object) -> ThreatModel:

@@ -59,7 +59,11 @@ def compress_in(
         raise InputError(f"{place} holds no result: move it away, or choose another directory")
     if not place.exists():
         asked = replace(request, model=copy.deepcopy(request.model), attacks=(), out=place, checkpoint=checkpoint)
-        carry_out(asked, progress=progress, started=started)
+        try:
+            carry_out(asked, progress=progress, started=started)
+        except OutOfTime as error:  # it names a checkpoint that is ours alone
+            said = str(error).partition("; the same call")[0]
+            raise OutOfTime(f"{name}: {said}; the same call goes on from there") from error
     remove(checkpoint)  # a kill between saving and removing left it
     return load(place, model=request.model)
 

@@ -113,11 +113,15 @@ class _Search:
         if not self._log["trials"]:
             self._add(self._reference())
         self._refuse_weak_reference()
-        others = self._request.budget
-        ceiling = min(1.0, getattr(others, self._demand.axis) or 1.0)
+        ceiling, floor = self._ceiling(), float(self._log["floor"])
+        if floor >= ceiling:
+            raise BudgetError(
+                f"{ceiling:.3g} of the reference's {self._demand.axis} cannot be reached: with every group at its "
+                f"narrowest {floor:.3g} are left; raise the other limits, or lower round_to"
+            )
         while True:
             tried = self._tried[1:]
-            limit = propose(tried, floor=self._log["floor"], ceiling=ceiling, trials=self._demand.trials)
+            limit = propose(tried, floor=floor, ceiling=ceiling, trials=self._demand.trials)
             if limit is None:
                 break
             self._add(self._try(limit, len(tried) + 1))
@@ -127,6 +131,15 @@ class _Search:
         chosen = self._compress(f"trial-{1 + tried.index(best)}", self._at(best.limit))
         self._say(f"chosen: {best.size:.3f} of the reference's {self._demand.axis}, of {len(tried)} networks tried")
         return replace(chosen, history=(*chosen.history, *(trial.to_json() for trial in self._tried)))
+
+    def _ceiling(self) -> float:
+        """The largest fraction that the limits along the same axis allow."""
+        budget, axis, reference = self._request.budget, self._demand.axis, self._tried[0]
+        fractions = [1.0, getattr(budget, axis) or 1.0]
+        most = getattr(budget, f"max_{axis}", None)
+        if most is not None:  # of macs and params
+            fractions.append(most / getattr(reference, axis))
+        return float(min(fractions))
 
     @property
     def _tried(self) -> list[Trial]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,21 @@ def test_a_network_that_was_not_trained_to_withstand_it_is_warned_of(trained: nn
 def test_what_cannot_work_is_said(options: dict[str, Any], said: str) -> None:
     with pytest.raises(rc.InputError, match=said):
         scan(build("residual"), **options)
+
+
+def test_a_result_is_judged_on_data_and_threat_of_its_own(tmp_path: Path) -> None:
+    digits = rc.load_data("digits", train_limit=100, test_limit=20)
+    result = rc.compress(
+        "resnet8", "none", data=digits, threat=0.07, objective="natural", epochs=1, attacks=(), progress=False
+    )
+    options: dict[str, Any] = {"groups": ["conv1"], "depth": False, "attack": "fgsm", "images": 10, "progress": False}
+    found = rc.sensitivity(result, **options)
+    assert found.threat == rc.ThreatModel("linf", 0.07) and found.data == "digits"
+    with pytest.raises(rc.InputError, match="other classes or another image size"):
+        rc.sensitivity(result, small_data(), **options)
+    elsewhere = dataclasses.replace(result, data={**result.data, "name": "photos"})
+    with pytest.raises(rc.InputError, match="trained on 'photos'"):
+        rc.sensitivity(elsewhere, **options)
 
 
 def test_the_picture_holds_every_number(trained: nn.Module, tmp_path: Path, figures: list[Any]) -> None:

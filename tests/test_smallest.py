@@ -113,6 +113,14 @@ def test_a_budget_with_a_demand_is_plain_json_and_back() -> None:
     assert rc.Budget(macs=0.5).to_json() == {"macs": 0.5}, "older checkpoints and results say no more"
 
 
+def test_a_recipe_may_demand_it() -> None:
+    plain = {"model": "resnet8", "strategy": "uniform", "budget": {"min_robust": {"accuracy": 0.4, "axis": "params"}}}
+    recipe = rc.RunRecipe.from_mapping(plain)
+    assert recipe.budget.demand == MinRobust(0.4, "params")
+    assert rc.RunRecipe.from_mapping(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert rc.RunRecipe.from_mapping({**plain, "budget": {"min_robust": 0.4}}).budget == rc.Budget(min_robust=0.4)
+
+
 # The whole loop, with networks that cost nothing.
 
 
@@ -367,6 +375,24 @@ def test_other_sizes(strategy: Any, demand: MinRobust, axis: str, monkeypatch: p
         "latency": (after.onnx_ms or 0) / (before.onnx_ms or 1),
     }[axis]
     assert trial.size == pytest.approx(size) and 0 < size <= 1.2 * trial.limit
+
+
+def test_other_limits_hold_for_every_trial() -> None:
+    whole = rc.measure(build("residual"), torch.zeros(1, 3, 16, 16))
+    tight = rc.Budget(min_robust=EASY, max_macs=0.4 * whole.macs, params=0.6)
+    given: dict[str, Any] = {"data": data(), "attacks": (), **QUICK}
+    tried = trials_of(rc.compress(build("residual"), "uniform", budget=tight, **given).history)
+    assert all(trial.limit < 0.4 and (trial.macs or 0) <= 0.4 * whole.macs for trial in tried[1:])
+    assert all((trial.params or 0) <= 0.6 * whole.params for trial in tried[1:])
+    with pytest.raises(rc.BudgetError, match="cannot be reached"):
+        rc.compress(build("residual"), "uniform", budget=rc.Budget(min_robust=EASY, macs=0.001), **given)
+
+
+def test_what_is_the_callers_in_the_directory_is_refused_and_left(tmp_path: Path) -> None:
+    (tmp_path / "c" / ".git").mkdir(parents=True)
+    with pytest.raises(rc.InputError, match=r"also holds \.git"):
+        quick(EASY, checkpoint=tmp_path / "c")
+    assert (tmp_path / "c" / ".git").is_dir()
 
 
 def test_a_pretrained_reference_is_not_trained() -> None:
