@@ -110,15 +110,15 @@ class _Search:
         self._log = self._open()
 
     def run(self) -> CompressResult:
-        if not self._log["trials"]:
-            self._add(self._reference())
-        self._refuse_weak_reference()
         ceiling, floor = self._ceiling(), float(self._log["floor"])
         if floor >= ceiling:
             raise BudgetError(
                 f"{ceiling:.3g} of the reference's {self._demand.axis} cannot be reached: with every group at its "
                 f"narrowest {floor:.3g} are left; raise the other limits, or lower round_to"
             )
+        if not self._log["trials"]:
+            self._add(self._reference())
+        self._refuse_weak_reference()
         while True:
             tried = self._tried[1:]
             limit = propose(tried, floor=floor, ceiling=ceiling, trials=self._demand.trials)
@@ -134,11 +134,11 @@ class _Search:
 
     def _ceiling(self) -> float:
         """The largest fraction that the limits along the same axis allow."""
-        budget, axis, reference = self._request.budget, self._demand.axis, self._tried[0]
+        budget, axis = self._request.budget, self._demand.axis
         fractions = [1.0, getattr(budget, axis) or 1.0]
         most = getattr(budget, f"max_{axis}", None)
         if most is not None:  # of macs and params
-            fractions.append(most / getattr(reference, axis))
+            fractions.append(most / self._log["reference"][axis])
         return float(min(fractions))
 
     @property
@@ -231,29 +231,36 @@ class _Search:
             del identity["budget"]["min_robust"][key]
         log = read_json(path)
         if log is None:
-            floor = self._floor()
+            floor, reference = self._look()
             self._say(
                 f"{demand}: the reference, then at most {demand.trials} networks between {floor:.3g} and 1 of its "
                 f"{demand.axis}, each compressed in full; chosen on {self._images} validation images"
             )
-            log = {"format": FORMAT, "identity": identity, "floor": floor, "trials": []}
+            log = {"format": FORMAT, "identity": identity, "floor": floor, "reference": reference, "trials": []}
             write_json(path, log)
             return log
         try:
             if type(log["format"]) is int and log["format"] > FORMAT:
                 raise ResultError(f"{path} has format {log['format']}; this version reads up to {FORMAT}: upgrade")
-            same_run(f"checkpoint={self._place}", log["identity"], identity)
-            floor, _ = float(log["floor"]), [Trial.from_json(record) for record in log["trials"]]
-        except (KeyError, TypeError, AttributeError) as error:
+            known, _ = (
+                dict(log["identity"]),
+                (float(log["floor"]), log["reference"]["macs"] + log["reference"]["params"]),
+            )
+            tried = [Trial.from_json(record) for record in log["trials"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r}); remove {self._place} to begin anew") from error
-        self._say(f"going on with the search in {self._place}: {len(log['trials'])} networks were judged")
+        same_run(f"checkpoint={self._place}", known, identity)
+        self._say(f"going on with the search in {self._place}: {len(tried)} networks were judged")
         return log
 
-    def _floor(self) -> float:
+    def _look(self) -> tuple[float, dict[str, int]]:
+        """The smallest fraction that can be reached, and what the reference costs."""
         request = self._request
         editor, example = reference_editor(request)
+        cost = measure(editor.model, example)
         step = request.round_to or default_rounding(editor)
-        return least_fraction(request.strategy, editor, example, self._demand.axis, step)
+        floor = least_fraction(request.strategy, editor, example, self._demand.axis, step)
+        return floor, {"macs": cost.macs, "params": cost.params}
 
     def _check_images(self) -> None:
         best, demand = wilson(self._images, self._images)[0], self._demand

@@ -211,7 +211,7 @@ def run(world: World, request: Request, monkeypatch: pytest.MonkeyPatch) -> Netw
         patch.setattr(smallest, "write_json", written)
         patch.setattr(smallest, "wilson", lambda *_: (1.0, 1.0))  # the data are few, the made-up images many
         patch.setattr("robustcompress.series.os.fsync", lambda _: None)  # no test cuts the power
-        patch.setattr(smallest._Search, "_floor", lambda self: 0.02)
+        patch.setattr(smallest._Search, "_look", lambda self: (0.02, {"macs": 100_000, "params": 100_000}))
         with smallest.workplace(request.checkpoint) as place:
             return smallest.find_smallest(request, place, None, Progress(False), 0.0)  # type: ignore[arg-type, return-value]
 
@@ -384,7 +384,8 @@ def test_other_limits_hold_for_every_trial() -> None:
     tried = trials_of(rc.compress(build("residual"), "uniform", budget=tight, **given).history)
     assert all(trial.limit < 0.4 and (trial.macs or 0) <= 0.4 * whole.macs for trial in tried[1:])
     assert all((trial.params or 0) <= 0.6 * whole.params for trial in tried[1:])
-    with pytest.raises(rc.BudgetError, match="cannot be reached"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(rc.BudgetError, match="cannot be reached"):
+        patch.setattr("robustcompress.session.train", lambda *_, **__: pytest.fail("it began to train"))
         rc.compress(build("residual"), "uniform", budget=rc.Budget(min_robust=EASY, macs=0.001), **given)
 
 
