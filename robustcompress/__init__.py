@@ -12,6 +12,7 @@ from __future__ import annotations
 from robustcompress.api import compress
 from robustcompress.artefact import QuantizeReport, quantize_onnx
 from robustcompress.budget import Budget, Cost, measure
+from robustcompress.cuts import Sensitivity
 from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
     AccuracyError,
@@ -26,13 +27,19 @@ from robustcompress.errors import (
     UnsupportedModelError,
 )
 from robustcompress.export import export_onnx, verify_onnx
+from robustcompress.front import Front
+from robustcompress.front_plot import plot_front
+from robustcompress.min_robust import MinRobust
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
+from robustcompress.pareto import pareto, read_front
 from robustcompress.plots import plot_results
 from robustcompress.publish import model_card, pull, push, write_report
 from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
 from robustcompress.search_plot import plot_search
+from robustcompress.sensitivity import sensitivity
+from robustcompress.sensitivity_plot import plot_sensitivity
 from robustcompress.stability import Stability, hamming, stability
 from robustcompress.strategies import (
     AWT,
@@ -72,6 +79,7 @@ __all__ = [
     "Cost",
     "DataSplits",
     "Fixed",
+    "Front",
     "Grape",
     "Harp",
     "HubError",
@@ -80,6 +88,7 @@ __all__ = [
     "InputError",
     "LayerKind",
     "Magnitude",
+    "MinRobust",
     "ModelSpec",
     "Normalize",
     "OutOfTime",
@@ -93,6 +102,7 @@ __all__ = [
     "RobustReport",
     "RunRecipe",
     "Scaling",
+    "Sensitivity",
     "Stability",
     "Strategy",
     "StructuralEditor",
@@ -112,13 +122,18 @@ __all__ = [
     "load_data",
     "measure",
     "model_card",
+    "pareto",
+    "plot_front",
     "plot_results",
     "plot_search",
+    "plot_sensitivity",
     "plot_widths",
     "pull",
     "push",
     "quantize_onnx",
+    "read_front",
     "register_strategy",
+    "sensitivity",
     "stability",
     "teach_layer",
     "verify_onnx",

@@ -24,10 +24,12 @@ from robustcompress.models import ModelSpec
 from robustcompress.reach import check_budget, default_rounding
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
-from robustcompress.robust import RobustReport, ThreatModel, evaluate
+from robustcompress.robust import RobustReport, ThreatModel, attack_by_name, evaluate
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
+from robustcompress.series import AUTOATTACK
 from robustcompress.session import Goal, Session
+from robustcompress.smallest import find_smallest, workplace
 from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import Progress, Recipe, augmentation, describe, set_memory_format
@@ -73,7 +75,8 @@ def compress(
         data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,
             a DataLoader, or what `load_data` returns.
         budget: What it may cost; a number is a fraction of the reference's multiply-adds. A limit on latency has about
-            20 networks measured first.
+            20 networks measured first. `Budget(min_robust=0.45)` names no size: it is looked for, which takes several
+            compressions (see `MinRobust`).
         threat: What it must withstand; a number is an linf radius.
         objective: Loss of every phase; PGD-10 adversarial training by default.
         epochs: Passes over the training images, all phases together; by default 10 for fewer than 10,000 training
@@ -103,7 +106,8 @@ def compress(
     Raises:
         InputError: Something cannot work; all that was noticed is listed, before any training.
         UnsupportedModelError: The network holds layers that cannot be edited.
-        BudgetError: No widths meet the budget, or the model already does.
+        BudgetError: No widths meet the budget, or the model already does; or accuracy was demanded that the reference
+            does not have, or that no smaller network was found to keep.
         CheckpointError: The checkpoint is damaged.
         OutOfTime: The deadline was reached; call again to go on.
     """
@@ -147,6 +151,8 @@ def carry_out(
         on_saved: Told where the result was saved, if it was: beside `out` if that place was taken meanwhile.
     """
     started = time.monotonic() if started is None else started
+    if request.budget.demand is not None:
+        return _carry_out_smallest(request, Progress(progress), started, on_saved)
     splits, chosen, pretrained, seed = request.data, request.strategy, request.pretrained, request.seed
     shown = Progress(progress, title=chosen.name)
     for note in splits.notes:
@@ -213,6 +219,32 @@ def carry_out(
             on_saved(saved)
     if journal is not None:
         remove(journal.directory)
+    return result
+
+
+def _carry_out_smallest(
+    request: Request, shown: Progress, started: float, on_saved: Callable[[Path], None] | None
+) -> CompressResult:
+    """Look for the smallest network that meets the demand; then, and only then, look at the test images."""
+    demand = request.budget.demand
+    assert demand is not None
+    for note in request.data.notes:
+        shown.say(note)
+    with workplace(request.checkpoint) as place:
+        found = find_smallest(request, place, carry_out, shown, started)
+        attacks = tuple(dict.fromkeys((*request.attacks, attack_by_name(demand.attack))))
+        report = _evaluate(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
+        result = replace(found, budget=request.budget.to_json(), report=report)
+        if not demand.holds(report) and report is not None:
+            final = report.result(demand.attack)
+            shown.say(
+                f"warning: on the test images {demand.attack} accuracy is {100 * final.accuracy:.1f} % "
+                f"({100 * final.low:.1f} to {100 * final.high:.1f}, n={final.n}), which does not show {demand}"
+            )
+        if request.out is not None:
+            saved = _save(result, request.out, shown)
+            if on_saved is not None:
+                on_saved(saved)
     return result
 
 
@@ -297,7 +329,9 @@ def _check_outcome(
         raise RobustCompressError(f"{strategy.name} ended with weights that are not finite; lower the learning rate")
 
 
-def _evaluate(model: nn.Module, request: Request, progress: Progress) -> RobustReport | None:
+def _evaluate(
+    model: nn.Module, request: Request, progress: Progress, *, resume_dir: Path | None = None
+) -> RobustReport | None:
     if not request.attacks or len(request.data.test) == 0:
         return None
     report = evaluate(
@@ -308,6 +342,7 @@ def _evaluate(model: nn.Module, request: Request, progress: Progress) -> RobustR
         device=request.device,
         seed=request.seed,
         max_images=request.test_images,
+        resume_dir=resume_dir,
     )
     for warning in report.warnings:
         progress.say(f"warning: {warning}")

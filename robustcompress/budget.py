@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from robustcompress.errors import Problems
+from robustcompress.min_robust import MinRobust
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.groups import Axis, inside
 from robustcompress.structure.kinds import slots_of
@@ -83,6 +84,9 @@ class Budget:
         latency: Milliseconds of one image through onnxruntime on the CPU, one thread, as a fraction of the reference
             model's.
         max_latency_ms: Those milliseconds, on the machine that compresses.
+        min_robust: No limit but a demand: the smallest model that keeps this accuracy under attack, as the lower end of
+            its 95 % interval. A number is shorthand for `MinRobust(number)`. `compress()` then compresses several
+            times over.
     """
 
     macs: float | None = None
@@ -92,6 +96,7 @@ class Budget:
     density: float | None = None
     latency: float | None = None
     max_latency_ms: float | None = None
+    min_robust: MinRobust | float | None = None
 
     def __post_init__(self) -> None:
         problems = Problems("the budget makes no sense")
@@ -99,7 +104,12 @@ class Budget:
             value = getattr(self, field.name)
             if value is None:
                 continue
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+            if field.name == "min_robust":
+                demand = problems.attempt(lambda value=value: MinRobust.of(value))  # type: ignore[misc]
+                object.__setattr__(self, "min_robust", demand or value)
+            elif (
+                not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0
+            ):
                 problems.add(f"{field.name}={value!r}: must be a positive number")
             elif field.name in ("macs", "params", "latency") and value > 4:
                 absolute = "max_latency_ms" if field.name == "latency" else f"max_{field.name}"
@@ -112,6 +122,11 @@ class Budget:
         if all(getattr(self, field.name) is None for field in fields(self)):
             problems.add("no limit is given; for half the multiply-adds write Budget(macs=0.5)")
         problems.raise_if_any()
+
+    @property
+    def demand(self) -> MinRobust | None:
+        """What `min_robust` says in full; None where it says nothing."""
+        return None if self.min_robust is None else MinRobust.of(self.min_robust)
 
     def limits(self, reference: Cost) -> tuple[float, float]:
         """The absolute limits (MACs, parameters) this sets for a given reference; infinite where nothing is said."""
@@ -142,14 +157,16 @@ class Budget:
         sparse = self.density is None or (cost.nonzeros or 0) <= self.density * (reference.weights or 0)
         return cost.macs <= macs and cost.params <= params and quick and sparse
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """The limits that are given."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
         """The limits in words, for example "macs <= 50 % of the reference"."""
-        said = []
+        said = [str(self.demand)] if self.demand is not None else []
         for key, value in self.to_json().items():
+            if key == "min_robust":
+                continue
             absolute = key.startswith("max_")
             name, unit = key.removeprefix("max_").removesuffix("_ms"), " ms" if key.endswith("_ms") else ""
             said.append(f"{name} <= " + (f"{human(value)}{unit}" if absolute else f"{value:.3g} x reference"))

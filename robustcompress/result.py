@@ -19,12 +19,13 @@ from torch import nn
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.errors import InputError, ResultError
 from robustcompress.hub import fetch, is_address
+from robustcompress.min_robust import lines_of, trials_of
 from robustcompress.models import ModelSpec
 from robustcompress.robust import RobustReport, ThreatModel
 from robustcompress.structure import AnyEdit, Bypass, StructuralEditor, edit_from_json
 
-FORMAT = 2
-"""The newest format that is read. What every version can read is written as 1: all without edits of the depth."""
+FORMAT = 3
+"""The newest that is read: a budget may demand accuracy. 2 has edits of the depth; every version reads 1."""
 MAX_PIXELS = 1 << 24
 """An image read from a file may not be larger: a damaged record must not exhaust the memory."""
 
@@ -60,7 +61,7 @@ class CompressResult:
     edits: tuple[AnyEdit, ...]
     before: Cost
     after: Cost
-    budget: Mapping[str, float]
+    budget: Mapping[str, Any]
     history: tuple[Mapping[str, Any], ...]
     report: RobustReport | None
     threat: ThreatModel
@@ -81,8 +82,10 @@ class CompressResult:
 
     @property
     def meets_budget(self) -> bool:
-        """Whether every limit is kept; always true for strategy "none", to which no budget applies."""
-        return self.strategy["name"] == "none" or Budget(**self.budget).allows(self.after, self.before)
+        """Whether every limit is kept, on accuracy under attack by the report; strategy "none" has no other."""
+        budget = Budget(**self.budget)
+        small = self.strategy["name"] == "none" or budget.allows(self.after, self.before)
+        return small and (budget.demand is None or budget.demand.holds(self.report))
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write the result to a directory: JSON, safetensors, no pickle.
@@ -123,8 +126,9 @@ class CompressResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights and the history, as plain JSON."""
+        deep = any(isinstance(edit, Bypass) for edit in self.edits)
         return {
-            "format": FORMAT if any(isinstance(edit, Bypass) for edit in self.edits) else 1,
+            "format": FORMAT if "min_robust" in self.budget else 2 if deep else 1,
             "model": self.spec.to_json() if self.spec else None,
             "strategy": dict(self.strategy),
             "budget": dict(self.budget),
@@ -171,16 +175,10 @@ class CompressResult:
             if before.compressed and after.compressed:
                 ratio = f"{after.compressed / before.compressed:.3f}"
                 rows.append(("size, compressed", f"{human(before.compressed)}B", f"{human(after.compressed)}B", ratio))
-        if before.latency_ms and after.latency_ms:
-            slower = after.latency_ms / before.latency_ms
-            rows.append(
-                ("latency (torch, CPU)", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", f"{slower:.3f}")
-            )
-        if before.onnx_ms and after.onnx_ms:
-            faster = after.onnx_ms / before.onnx_ms
-            rows.append(
-                ("latency (onnxruntime)", f"{before.onnx_ms:.3f} ms", f"{after.onnx_ms:.3f} ms", f"{faster:.3f}")
-            )
+        for what, key, digits in (("latency (torch, CPU)", "latency_ms", 2), ("latency (onnxruntime)", "onnx_ms", 3)):
+            old, new = getattr(before, key), getattr(after, key)
+            if old and new:
+                rows.append((what, f"{old:.{digits}f} ms", f"{new:.{digits}f} ms", f"{new / old:.3f}"))
         return rows
 
     def __str__(self) -> str:
@@ -189,8 +187,10 @@ class CompressResult:
         lines = [f"{name} compressed by {self.strategy['name']} on {self.data['name']} (seed {self.seed})", ""]
         lines.append(f"{'':22}{'before':>12}{'after':>12}{'ratio':>8}")
         lines += [f"{what:<22}{before:>12}{after:>12}{ratio:>8}" for what, before, after, ratio in self.rows()]
+        if tried := trials_of(self.history):
+            lines += ["", "networks tried, judged on validation images:", *lines_of(tried)]
         if not self.meets_budget:
-            lines += ["", f"over its budget: {Budget(**self.budget)}"]
+            lines += ["", f"misses its budget: {Budget(**self.budget)}"]
         if self.report is not None:
             lines += ["", str(self.report)]
         return "\n".join(lines)

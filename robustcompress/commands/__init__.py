@@ -13,14 +13,21 @@ from robustcompress.commands import (
     evaluate,
     export,
     inspect,
+    pareto,
     pull,
     push,
     quantize,
     quickstart,
     report,
     run,
+    sensitivity,
 )
 
-COMMANDS = (quickstart, compress, run, evaluate, export, quantize, report, card, push, pull, inspect, catalogue)
+COMMANDS = (
+    *(quickstart, compress, run, pareto, evaluate),
+    *(export, quantize),
+    *(report, card, push, pull),
+    *(inspect, sensitivity, catalogue),
+)
 
 __all__ = ["COMMANDS"]
