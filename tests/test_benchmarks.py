@@ -21,6 +21,7 @@ from benchmarks import (
     common,
     latency,
     latency_budget,
+    onnx_files,
     report,
     search_step,
     search_surrogate,
@@ -34,7 +35,7 @@ from robustcompress import StructuralEditor, build_model, measure
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
-    *(latency, latency_budget, any_model),
+    *(latency, latency_budget, any_model, onnx_files),
 )
 
 
@@ -94,6 +95,29 @@ def test_trace_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (row,) = value["results"]
     assert row["params"] * 4 < row["bytes"] < row["trace"] < 200 * row["bytes"] and row["forward"] >= 0
     assert trace_memory.markdown(value) in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_onnx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "onnx_files.json"
+    assert onnx_files.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "onnx_files")
+    check_anonymous(out, str(tmp_path))
+    (counted,) = value["results"]["nodes"]
+    assert counted["translated"] > counted["exported"] >= counted["onnxruntime"] > 10
+    assert all(row["torch"]["largest"] <= 1 and row["pillow"]["largest"] <= 1 for row in value["results"]["resize"])
+    assert len(value["results"]["quantized"]) == 7
+    said = capsys.readouterr().out
+    assert all(onnx_files.markdown(value, section) in said for section in value["results"])
+
+
+def test_the_page_on_onnx_files_holds_the_committed_figures() -> None:
+    value = read(ROOT / "benchmarks" / "results" / "onnx_files.json")
+    page = (ROOT / "docs" / "onnx.md").read_text()
+    for section in value["results"]:
+        shown = page.split(f"<!-- {section} -->")[1].split(f"<!-- /{section} -->")[0]
+        assert shown.strip() == onnx_files.markdown(value, section).strip()
 
 
 def test_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

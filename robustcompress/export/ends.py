@@ -117,9 +117,8 @@ def _resize(steps: _Steps, images: str, batch: int, image_shape: tuple[int, int,
     front = steps.add("Shape", [images], "front", start=0, end=2)
     sizes = steps.add("Concat", [front, big], "sizes", axis=0)
     # Without exclude_outside the border would weigh more than with Pillow and torch (measured: by up to 14 of 255).
-    resized = steps.add(
-        "Resize", [images, "", "", sizes], "resized", mode="linear", antialias=1, exclude_outside=1
-    )  # fmt: skip
+    how = {"mode": "linear", "antialias": 1, "exclude_outside": 1}
+    resized = steps.add("Resize", [images, "", "", sizes], "resized", **how)
     spare = steps.add("Sub", [big, wanted], "spare")
     start = steps.add("Div", [spare, steps.constant("two", [2])], "start")
     end = steps.add("Add", [start, wanted], "end")
