@@ -20,10 +20,10 @@ from robustcompress.budget import Budget, Cost, human
 from robustcompress.errors import InputError, ResultError
 from robustcompress.models import ModelSpec
 from robustcompress.robust import RobustReport, ThreatModel
-from robustcompress.structure import AnyEdit, Bypass, StructuralEditor, edit_from_json
+from robustcompress.structure import AnyEdit, StructuralEditor, edit_from_json
 
-FORMAT = 2
-"""The newest format that is read. What every version can read is written as 1: all without edits of the depth."""
+FORMAT = 3
+"""The newest format that is read. What is written has the oldest that can hold its edits."""
 MAX_PIXELS = 1 << 24
 """An image read from a file may not be larger: a damaged record must not exhaust the memory."""
 
@@ -123,7 +123,7 @@ class CompressResult:
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights and the history, as plain JSON."""
         return {
-            "format": FORMAT if any(isinstance(edit, Bypass) for edit in self.edits) else 1,
+            "format": max((edit.result_format for edit in self.edits), default=1),
             "model": self.spec.to_json() if self.spec else None,
             "strategy": dict(self.strategy),
             "budget": dict(self.budget),

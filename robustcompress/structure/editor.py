@@ -16,7 +16,7 @@ from robustcompress.structure.depth import BypassProof
 from robustcompress.structure.gates import Gates
 from robustcompress.structure.groups import NEW, AnyEdit, Bypass, ChannelGroup, Edit, Insert
 from robustcompress.structure.initial import fill, resolve_clones
-from robustcompress.structure.insertion import Wanted, carry_out, plan_parts, survey_with
+from robustcompress.structure.insertion import Wanted, carry_out, places_for_parts, plan_parts, survey_with
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.masks import MaskRule
 from robustcompress.structure.parts import parts_of
@@ -123,7 +123,7 @@ class StructuralEditor:
         """The blocks in which `insert` can put a part, in the model's order: of blocks inside blocks, the innermost."""
         if self._insertable is None:
             with torch.inference_mode(False):
-                self._insertable = Sites(self.model, self._image_shape, self.layout.auxiliary).innermost()
+                self._insertable = places_for_parts(self.model, self._example(), self.layout.auxiliary)
         left, gone = {name for name, _ in self.model.named_modules()}, self.bypassed
         return tuple(name for name in self._insertable if name in left and name not in gone)
 
@@ -362,14 +362,16 @@ class StructuralEditor:
             return ()
         generator = self._generator.clone_state()
         plan = plan_parts(Sites(self.model, self._image_shape, self.layout.auxiliary), wanted, generator)
-        like = next(self.model.parameters())
-        found = survey_with(self.model, like.new_zeros((2, *self._image_shape)), plan, self.groups)
+        found = survey_with(self.model, self._example(), plan, self.groups)
         carry_out(self.model, self._followers, plan)
         self.layout, self._broken, self._widths = found.layout, found.broken, found.layout.widths()
         self._generator = generator
         edits = tuple(new.edit for new in plan)
         self._edits.extend(edits)
         return edits
+
+    def _example(self) -> torch.Tensor:
+        return next(self.model.parameters()).detach().new_zeros((2, *self._image_shape))
 
     def _carry_out_bypass(self, edit: Bypass) -> Bypass:
         gone = remove_module(self.model, edit.module)

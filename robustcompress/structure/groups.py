@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Side = Literal["out", "in", "both", "param"]
 Kind = Literal["hidden", "residual", "concat", "split", "heads", "output", "frozen"]
@@ -101,6 +101,8 @@ class Edit:
         share: Whether a channel that appears several times divides its readers' weights among its copies (Net2Wider).
     """
 
+    result_format: ClassVar[int] = 1
+    """The oldest format of saved results that can hold it; so for the other edits."""
     group: str
     sources: tuple[int, ...]
     init: str | None = None
@@ -132,6 +134,7 @@ class Bypass:
         module: The block's name.
     """
 
+    result_format: ClassVar[int] = 2
     module: str
 
     def to_json(self) -> dict[str, Any]:
@@ -160,6 +163,7 @@ class Insert:
         width: Its hidden channels at first.
     """
 
+    result_format: ClassVar[int] = 3
     module: str
     kind: str
     width: int

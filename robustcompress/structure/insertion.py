@@ -13,15 +13,18 @@ from torch.optim.swa_utils import AveragedModel
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.structure.copies import copied
 from robustcompress.structure.groups import Axis, ChannelGroup, Insert, inside
+from robustcompress.structure.layout import Layout
 from robustcompress.structure.parts import LAYER, NAMES, PARTS, Extended, Part, hidden_width, make_part, put_behind
 from robustcompress.structure.sites import Site, Sites
 from robustcompress.structure.surgery import adopt_parameters
 from robustcompress.structure.survey import Survey, survey
+from robustcompress.structure.trace import trace
 
 Wanted = tuple[str, str, int | None]
 """A block, the kind of a part for it, and its hidden channels; None for as many as such a part begins with."""
 
 _REFUSED = "the insertion was refused"
+_PROBE = "probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,35 @@ class Insertion:
     edit: Insert
     site: Site
     part: Part
+
+
+def places_for_parts(model: nn.Module, example: torch.Tensor, auxiliary: Sequence[str]) -> tuple[str, ...]:
+    """The blocks in which parts can be inserted, in the model's order: of blocks inside blocks, the innermost.
+
+    Args:
+        model: Not touched.
+        example: One input batch `[N, 3, H, W]`.
+        auxiliary: Layers that only training calls.
+    """
+    sites = Sites(model, example.shape[1:], auxiliary)
+    blocks = sites.innermost()
+    # What came second in a shape is not always channels: all are tried at once, and the trace tells.
+    twin, probes = copied(model, lambda tensor: tensor.detach().clone()), list[str]()
+    for block in blocks:
+        site = sites.site(block)
+        assert isinstance(site, Site)
+        probe = make_part("se", site.channels, 1, torch.Generator()).to(example.device, example.dtype)
+        probes.append(put_behind(twin, site.layer, _PROBE, probe))
+    layout = trace(twin, example) if probes else None
+    return tuple(
+        block for block, probe in zip(blocks, probes, strict=True) if layout is not None and _followed(layout, probe)
+    )
+
+
+def _followed(layout: Layout, part: str) -> bool:
+    """Whether all channels that a part is given are known."""
+    runs = layout.axes.get(Axis(f"{part}.squeeze", "in"), ())
+    return bool(runs) and all(run.group is not None for run in runs)
 
 
 def plan_parts(sites: Sites, wanted: Sequence[Wanted], generator: torch.Generator) -> list[Insertion]:
@@ -91,8 +123,7 @@ def survey_with(
     found = survey(twin, example)
     problems = Problems(_REFUSED)
     for new, part in zip(plan, parts, strict=True):
-        runs = found.layout.axes.get(Axis(f"{part}.squeeze", "in"), ())
-        if not runs or any(run.group is None for run in runs):
+        if not _followed(found.layout, part):
             problems.add(
                 f"{new.edit.module}: what its residual branch gives has its channels elsewhere than in dimension 1, or "
                 "they cannot be followed"
