@@ -129,7 +129,7 @@ def infinite(path: Path) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:-50]), "is damaged"),
         (lambda path: path.write_bytes(b"\xff" * 100), "is damaged"),
         (lambda path: rewritten(path, format=None), "holds no policy"),
-        (lambda path: rewritten(path, version="2"), "has version 2; this version reads up to 1"),
+        (lambda path: rewritten(path, version="3"), "has version 3; this version reads up to 2"),
         (lambda path: rewritten(path, version="new"), "does not say its sizes"),
         (lambda path: rewritten(path, hidden="16"), "other tensors than its sizes say"),
         (lambda path: rewritten(path, hidden="1000000"), "which no policy has"),
