@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import nn
 
-from robustcompress.budget import human
+from robustcompress.budget import Budget, human
 from robustcompress.errors import BudgetError, Problems, nearest
 from robustcompress.session import Session
 from robustcompress.shapes import Widths, fill_budget, floor_widths, largest, rounded, steps_of
@@ -104,6 +104,12 @@ class Fixed(Strategy):
                 widths[edit.group] = len(edit.sources)
         inserted = tuple((edit.module, edit.kind) for edit in result.edits if isinstance(edit, Insert))
         return cls(widths=widths, bypassed=bypassed, inserted=inserted)
+
+    def objections(self, editor: StructuralEditor, budget: Budget) -> tuple[str, ...]:
+        """Inserted parts need a budget that does not limit latency."""
+        if self.inserted and budget.limits_latency:
+            return ("inserted: the time of parts is not predicted; limit multiply-adds or parameters instead",)
+        return ()
 
     def largest(self, widths: Widths) -> Widths:
         """The given widths, where they are wider."""

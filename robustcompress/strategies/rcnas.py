@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
+from robustcompress.budget import Budget
 from robustcompress.errors import Problems, nearest
 from robustcompress.search.domain import BLOCKS, Config, Task
 from robustcompress.search.dressed import Dressed
@@ -24,6 +25,7 @@ from robustcompress.search.stages import discover, first_to_leave
 from robustcompress.session import Session
 from robustcompress.shapes import Widths, capped
 from robustcompress.strategies.base import Direction, Strategy, check_choices, check_numbers, prune_by
+from robustcompress.structure import StructuralEditor
 from robustcompress.structure.magnitudes import group_norms
 
 Feasibility = Literal["project", "penalty"]
@@ -155,7 +157,12 @@ class RCNAS(Strategy):
             InputError: There are no validation images to search by; or types of blocks are to be chosen in a network
                 that has no place for parts, or under a limit on latency.
         """
-        self._check(session)
+        problems = Problems("rcnas cannot run")
+        if not len(session.goal.data.val) or not session.goal.recipe.val_images:
+            problems.add("it compares candidates on the validation split, which is empty: give more images")
+        for objection in self.objections(session.editor, session.goal.budget):
+            problems.add(objection)
+        problems.raise_if_any()
         policy = None if self.policy is None else Policy.load(self.policy)  # now: files move
         trained = 0.0 if session.goal.pretrained else self.teacher
         if trained:
@@ -175,21 +182,14 @@ class RCNAS(Strategy):
         """The kinds of parts that may be inserted."""
         return tuple(kind for kind in self.blocks if kind != "plain")
 
-    def _check(self, session: Session) -> None:
-        problems = Problems("rcnas cannot run")
-        if not len(session.goal.data.val) or not session.goal.recipe.val_images:
-            problems.add("it compares candidates on the validation split, which is empty: give more images")
-        if self._kinds and session.latency is not None:
-            problems.add(
-                f"blocks={self.blocks!r}: the time of inserted parts is not predicted; give a budget in multiply-adds "
-                "or parameters, or leave blocks out"
-            )
-        if self._kinds and not session.editor.insertable:
-            problems.add(
-                f"blocks={self.blocks!r}: the network has no residual branch over images into which a part could be "
-                "inserted; leave blocks out"
-            )
-        problems.raise_if_any()
+    def objections(self, editor: StructuralEditor, budget: Budget) -> tuple[str, ...]:
+        """Types of blocks need a place for parts, and a budget that does not limit latency."""
+        said = []
+        if self._kinds and budget.limits_latency:
+            said.append("the time of inserted parts is not predicted; limit multiply-adds or parameters instead")
+        if self._kinds and not editor.insertable:
+            said.append("the network has no residual branch over images into which a part could be inserted")
+        return tuple(f"blocks={self.blocks!r}: {reason}, or leave blocks out" for reason in said)
 
     def _task(self, session: Session) -> tuple[Task, torch.Tensor]:
         """What is known before the search, and the images that it is known from."""

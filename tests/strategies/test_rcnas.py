@@ -284,6 +284,10 @@ def test_types_that_cannot_be_are_refused() -> None:
         rc.RCNAS(blocks=("se",))
     with pytest.raises(rc.InputError, match="give a list of types"):
         rc.RCNAS(blocks="se")  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"data": small_data(), "budget": rc.Budget(latency=0.5), "progress": False}
+    for strategy in (rc.RCNAS(**FEW, blocks=("plain", "se")), rc.Fixed(inserted=(("layers.0.0", "se"),))):
+        with pytest.raises(rc.InputError, match=f"{strategy.name} cannot run: .*is not predicted"):
+            rc.compress(wide(), strategy, **settings)
     with pytest.raises(rc.InputError, match="no residual branch over images"):
         rc.RCNAS(**FEW, blocks=("plain", "se")).run(make_session(build("chain")))
 
