@@ -50,10 +50,9 @@ class Space:
     """What a search may make of a reference: for each stage a depth, a width, and a type of blocks.
 
     A configuration is a *shape*: how many of a stage's blocks stay, how the stages' widths relate, and which part, if
-    any, the blocks of a stage have in their residual branch. `project` scales
-    all widths by one ratio so that the network just keeps the budget, whatever the depths; where it would be below the
-    budget at its widest, blocks come back. So every configuration stands for a network that may be built, and all are
-    compared at one cost.
+    any, the blocks of a stage have in their residual branch. `project` scales all widths by one ratio so that the
+    network just keeps the budget, whatever the depths and parts; where it would be below the budget at its widest,
+    blocks come back. So every configuration stands for a network that may be built, and all are compared at one cost.
 
     Args:
         session: The network under compression, with the shape of the reference; with all parts in it (see `Dressed`)

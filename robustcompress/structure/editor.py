@@ -365,7 +365,7 @@ class StructuralEditor:
         found = survey_with(self.model, self._example(), plan, self.groups)
         carry_out(self.model, self._followers, plan)
         self.layout, self._broken, self._widths = found.layout, found.broken, found.layout.widths()
-        self._generator = generator
+        self._generator.set_state(generator.get_state())
         edits = tuple(new.edit for new in plan)
         self._edits.extend(edits)
         return edits

@@ -51,7 +51,7 @@ def places_for_parts(model: nn.Module, example: torch.Tensor, auxiliary: Sequenc
         auxiliary: Layers that only training calls.
     """
     sites = Sites(model, example.shape[1:], auxiliary)
-    blocks = sites.innermost()
+    blocks = sites.innermost
     # What came second in a shape is not always channels: all are tried at once, and the trace tells.
     twin, probes = copied(model, lambda tensor: tensor.detach().clone()), list[str]()
     for block in blocks:

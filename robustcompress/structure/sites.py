@@ -9,6 +9,8 @@ the branch ends with must be what a module returned: behind that module is the p
 from __future__ import annotations
 
 import copy
+import functools
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from robustcompress.errors import first_line, nearest
 from robustcompress.structure.auxiliary import expose, tensors_of
 from robustcompress.structure.branch import inputs_of
+from robustcompress.structure.copies import undrawn
 from robustcompress.structure.groups import inside
 from robustcompress.structure.identity import draw_anew, equal
 from robustcompress.structure.kinds import kind_of
@@ -80,6 +83,7 @@ class Sites:
             if kind_of(module) is not None and (place := self._place(name)) is not None
         }
 
+    @functools.cached_property
     def innermost(self) -> tuple[str, ...]:
         """Every block with such a place that holds no other such block, in the model's order."""
         names = [name for name, _ in self._net.named_modules()]
@@ -93,10 +97,10 @@ class Sites:
         """Where a part can stand in a block, or why none can."""
         modules = dict(self._net.named_modules())
         if name not in modules:
-            return f"there is no module {name!r}{nearest(name, self.innermost())}"
+            return f"there is no module {name!r}{nearest(name, self.innermost)}"
         found = self._find(name)
         if isinstance(found, Site):
-            others = [other for other in self.innermost() if other != name and inside(other, [name])]
+            others = [other for other in self.innermost if other != name and inside(other, [name])]
             found = f"it consists of blocks; name one of them: {', '.join(others)}" if others else found
         return found if isinstance(found, Site) else f"{name or 'the model'} ({type(modules[name]).__name__}): {found}"
 
@@ -120,7 +124,8 @@ class Sites:
                 found = self._run(after, training=training)
             except Exception as error:  # the model's own code may raise anything where a layer is not what it was
                 return f"the model does not run with it ({first_line(error, 120)})"
-            if any(count != 1 for count in calls.values()) or len(calls) < len(parts):
+            once = len(calls) == len(parts) and all(count == 1 for count in calls.values())
+            if not once and not training:  # training may leave whole blocks out
                 return "the model does not call what stands in the place of its layer"
             if len(found) != len(wanted) or not all(map(equal, found, wanted)):
                 return "with it the model does not compute what it computes without"
@@ -130,8 +135,9 @@ class Sites:
         expose(net, self._auxiliary)
         if training:
             net.train()
-        with torch.random.fork_rng(devices=[]):
+        with undrawn(net):
             torch.manual_seed(0)
+            random.seed(0)
             return tensors_of(net(self._images))
 
     def _place(self, name: str) -> Place | None:
@@ -227,7 +233,7 @@ class Sites:
             handles.append(module.register_forward_hook(lambda _, __, output, name=name: after(name, output)))
         try:
             expose(self._net, self._auxiliary)
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            with torch.enable_grad(), undrawn(self._net):
                 torch.manual_seed(0)
                 self._net(self._images.clone().requires_grad_().clone())  # a clone may be written to in place
         finally:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from robustcompress.structure.copies import undrawn
 from robustcompress.structure.groups import ChannelGroup
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.trace import trace
@@ -46,20 +45,8 @@ def survey(model: nn.Module, example: torch.Tensor) -> Survey:
     Raises:
         UnsupportedModelError: It cannot be edited.
     """
-    with torch.inference_mode(False), _undrawn(model):  # inside inference mode, tracing would see no graph
+    with torch.inference_mode(False), undrawn(model):  # inside inference mode, tracing would see no graph
         layout = trace(model, example)
         broken = find_broken(model, layout, example)
         sound = [g.name for g in layout.groups.values() if g.editable and g.name not in broken]
         return Survey(layout.at_least(find_least(model, layout, example, sound)), broken)
-
-
-@contextlib.contextmanager
-def _undrawn(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward draws, random numbers are afterwards as they were: looking at a model changes no run."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(state)

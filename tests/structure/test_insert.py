@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -270,6 +271,26 @@ def test_optimizer_average_and_proxy_follow(name: str) -> None:
     assert not proxy.get_submodule("layers.0.0.bn2").training and net.get_submodule("layers.0.0.bn2.se").training
     step()
     assert average.module.eval()(inputs("resnet8", 4)).isfinite().all()
+
+
+class Dice(nn.Module):
+    """Leaves its branch out half of the time while it is trained, as the dice of Python's own say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.fc = nn.Conv2d(3, 8, 3), networks.Inverted(8, 9), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.fc((x if self.training and random.random() < 0.95 else self.block(x)).mean((2, 3)))
+
+
+def test_a_block_that_training_may_leave_out_can_have_a_part_and_no_draw_is_lost() -> None:
+    editor = StructuralEditor(randomise(Dice()), EXAMPLE)
+    states = random.getstate(), torch.get_rng_state()
+    editor.insert("block", "se")
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert list(editor.parts) == ["block.project.se"]
 
 
 def test_a_fork_a_copy_and_the_original_go_their_ways() -> None:
