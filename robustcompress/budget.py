@@ -291,7 +291,8 @@ class CostModel:
     own (pooling) is bounded from above: it stays where groups shrink, and grows with the group that grows most. So a
     network that is predicted to keep a budget keeps it.
 
-    Blocks that leave the network after this was made leave the prediction too.
+    Blocks that leave the network after this was made leave the prediction too. When parts have been inserted, it is
+    made anew from the network as it is then.
 
     Args:
         editor: The editor of the model as it is now.
@@ -299,8 +300,13 @@ class CostModel:
     """
 
     def __init__(self, editor: StructuralEditor, example: torch.Tensor) -> None:
-        self._editor, self._layout, self._start = editor, editor.layout, editor.widths
-        self._macs, self._per_layer = _profile(editor.model, example)
+        self._editor, self._example = editor, example
+        self._count()
+
+    def _count(self) -> None:
+        editor = self._editor
+        self._layout, self._start, self._inserted = editor.layout, editor.widths, editor.inserted
+        self._macs, self._per_layer = _profile(editor.model, self._example)
         self._params = {name: p.numel() for name, p in editor.model.named_parameters()}
         self._layers: list[_Share] = []
         by_module: dict[str, list[Axis]] = {}
@@ -331,7 +337,7 @@ class CostModel:
         """MACs and parameters of the network with these group widths.
 
         Args:
-            widths: Of groups that are not named, those from when this was made count.
+            widths: Of groups that are not named, those from when this was made count (or made anew).
             without: Blocks to leave out, beside those that the editor has bypassed.
         """
         macs, params = self._sums(widths, without)
@@ -347,6 +353,7 @@ class CostModel:
         No layer is counted twice: one that writes several groups is shared out by positions. What is counted for layers
         that write none (pooling) is in none.
         """
+        self._refresh()
         found = dict.fromkeys(self._start, 0.0)
         for layer in self._layers:
             for axis in layer.axes:
@@ -358,7 +365,12 @@ class CostModel:
                         found[segment.group] += layer.macs * segment.positions(self._start[segment.group]) / width
         return found
 
+    def _refresh(self) -> None:
+        if self._editor.inserted != self._inserted:
+            self._count()
+
     def _sums(self, widths: Mapping[str, Any], without: Iterable[str] = ()) -> tuple[Any, Any]:
+        self._refresh()
         widths = {**self._start, **widths}
         most = max((widths[name] / width for name, width in self._start.items()), default=1.0)
         macs, params, unowned, layers = self._left(frozenset((*self._editor.bypassed, *without)))

@@ -57,6 +57,8 @@ def check_budget(
 ) -> None:
     """Tell what widths can reach, and refuse a budget that none of them meets, or that asks for nothing.
 
+    The strategy's own objections come first.
+
     Args:
         strategy: Says how narrow and how wide it can go, and whether channels or weights leave.
         editor: Of the reference.
@@ -68,7 +70,12 @@ def check_budget(
 
     Raises:
         BudgetError: It cannot be met, or is met already.
+        InputError: The strategy objects to the network or the budget.
     """
+    objections = Problems(f"{strategy.name} cannot run")
+    for objection in strategy.objections(editor, budget):
+        objections.add(objection)
+    objections.raise_if_any()
     if strategy.direction == "none":
         return
     if strategy.granularity == "weight":

@@ -22,10 +22,10 @@ from robustcompress.hub import fetch, is_address
 from robustcompress.min_robust import lines_of, trials_of
 from robustcompress.models import ModelSpec
 from robustcompress.robust import RobustReport, ThreatModel
-from robustcompress.structure import AnyEdit, Bypass, StructuralEditor, edit_from_json
+from robustcompress.structure import AnyEdit, StructuralEditor, edit_from_json
 
 FORMAT = 3
-"""The newest that is read: a budget may demand accuracy. 2 has edits of the depth; every version reads 1."""
+"""The newest that is read. What is written has the oldest that can hold its edits, and its demand for accuracy."""
 MAX_PIXELS = 1 << 24
 """An image read from a file may not be larger: a damaged record must not exhaust the memory."""
 
@@ -126,9 +126,9 @@ class CompressResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights and the history, as plain JSON."""
-        deep = any(isinstance(edit, Bypass) for edit in self.edits)
+        formats = [edit.result_format for edit in self.edits] + [FORMAT if "min_robust" in self.budget else 1]
         return {
-            "format": FORMAT if "min_robust" in self.budget else 2 if deep else 1,
+            "format": max(formats),
             "model": self.spec.to_json() if self.spec else None,
             "strategy": dict(self.strategy),
             "budget": dict(self.budget),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from robustcompress.plots import check_picture
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.search_plot import candidate_records, plot_search, search_records
 from robustcompress.stability import stability
-from robustcompress.structure import Bypass
+from robustcompress.structure import Bypass, Insert
 from robustcompress.terminal import Output, table
 from robustcompress.width_plot import draw_widths
 from robustcompress.widths import GroupWidth, Widths, widths_of
@@ -172,14 +172,23 @@ def _searches(searches: Mapping[str, list[Mapping[str, Any]]]) -> Any:
 
 def _candidates(name: str, records: list[Mapping[str, Any]]) -> Any:
     """The best networks of a search over architectures."""
-    rows = []
+    chosen, rows = any("inserted" in record for record in records), []
     for number, record in sorted(enumerate(records, 1), key=lambda numbered: -numbered[1]["reward"])[:BEST]:
         gone = ", ".join(record["bypassed"]) or "-"
         accuracies = (f"{100 * record[key]:.1f}" for key in ("val_clean", "val_robust"))
-        rows.append((str(number), *accuracies, f"{record['reward']:.3f}", human(record["macs"]), gone))
+        typed = [_types(record["inserted"])] if "inserted" in record else ["plain"] if chosen else []
+        rows.append((str(number), *accuracies, f"{record['reward']:.3f}", human(record["macs"]), gone, *typed))
     title = f"The best {len(rows)} of {len(records)} networks that {name} looked at, on validation images"
-    columns = ("number", "clean %", "PGD-10 %", "reward", "MACs", "blocks that left")
-    return table(title, columns, rows, left=("blocks that left",))
+    left = ("blocks that left", *(["block types"] if chosen else []))
+    return table(title, ("number", "clean %", "PGD-10 %", "reward", "MACs", *left), rows, left=left)
+
+
+def _types(inserted: Iterable[Sequence[str]]) -> str:
+    """Which blocks have which part, by kind: "se: layers.0.0, layers.0.1"."""
+    blocks: dict[str, list[str]] = {}
+    for block, kind in inserted:
+        blocks.setdefault(kind, []).append(block)
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in sorted(blocks.items()))
 
 
 def _one(arguments: argparse.Namespace, name: str, result: CompressResult | None) -> Output:
@@ -193,6 +202,9 @@ def _one(arguments: argparse.Namespace, name: str, result: CompressResult | None
     if result is not None and (gone := [edit.module for edit in result.edits if isinstance(edit, Bypass)]):
         parts = (*output.parts, f"blocks that have left: {', '.join(gone)}")
         output = Output(document={**output.document, "bypassed": gone}, parts=parts)
+    if result is not None and (put := [[e.module, e.kind] for e in result.edits if isinstance(e, Insert)]):
+        parts = (*output.parts, f"parts that were inserted: {_types(put)}")
+        output = Output(document={**output.document, "inserted": put}, parts=parts)
     if result is not None and (records := search_records(result)):
         document = {**output.document, "search": records}
         output = Output(document=document, parts=(*output.parts, _searches({name: records})))
@@ -241,6 +253,10 @@ def _groups(widths: Widths, name: str) -> Output:
         "before": before.to_json() if before is not None else None,
         "groups": [group.to_json() for group in widths.groups],
         "bypassable": list(widths.bypassable),
+        "insertable": list(widths.insertable),
     }
-    blocks = f"blocks that can be bypassed: {', '.join(widths.bypassable) or 'none'}"
+    blocks = (
+        f"blocks that can be bypassed: {', '.join(widths.bypassable) or 'none'}\n"
+        f"blocks that can have parts inserted: {', '.join(widths.insertable) or 'none'}"
+    )
     return Output(document=document, parts=(shown, totals, blocks, *filter(None, [cost.note])))

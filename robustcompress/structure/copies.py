@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -77,3 +79,15 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def _kept(x: torch.Tensor) -> torch.Tensor:
     return x.clone()  # of what keeps shapes and leaves a note with autograd, by far the cheapest there
+
+
+@contextlib.contextmanager
+def undrawn(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward draws, random numbers are afterwards as they were: looking at a model changes no run."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(state)
