@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from robustcompress.artefact.curve import plot_curve
 from robustcompress.artefact.file import OnnxFile, open_onnx
+from robustcompress.artefact.report import ArtefactReport, CurvePoint
+from robustcompress.artefact.square import SquareOutcome, square
+from robustcompress.artefact.verify import verify_artefact
 
-__all__ = ["OnnxFile", "open_onnx"]
+__all__ = [
+    "ArtefactReport",
+    "CurvePoint",
+    "OnnxFile",
+    "SquareOutcome",
+    "open_onnx",
+    "plot_curve",
+    "square",
+    "verify_artefact",
+]

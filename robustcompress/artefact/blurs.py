@@ -107,18 +107,18 @@ def resampled(x: Tensor, places: Tensor) -> Tensor:
     return F.grid_sample(x, 2 * places / last - 1, mode="bilinear", padding_mode="reflection", align_corners=True)
 
 
-def swapped(x: Tensor, reach: int, times: int, generator: torch.Generator) -> Tensor:
-    """Swap each pixel with a near one, in order from the lower right, as through frosted glass."""
-    x = x.clone()
-    every = torch.arange(len(x))
+def scattered(x: Tensor, reach: int, times: int, generator: torch.Generator) -> Tensor:
+    """Give each pixel the value of a near one, as through frosted glass; a margin stays as it is.
+
+    The published images were made so: their code copies where it means to swap.
+    """
+    height, width = x.shape[2:]
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    inner = (rows > reach) & (rows < height - reach) & (columns > reach) & (columns < width - reach)
+    every = torch.arange(len(x))[:, None, None]
     for _ in range(times):
-        offsets = torch.randint(-reach, reach, (2, *x.shape[2:], len(x)), generator=generator)
-        for row in range(x.shape[2] - reach - 1, reach, -1):
-            for column in range(x.shape[3] - reach - 1, reach, -1):
-                down, across = offsets[:, row, column]
-                there = x[every, :, row + down, column + across]
-                x[every, :, row + down, column + across] = x[:, :, row, column].clone()
-                x[:, :, row, column] = there
+        down, across = torch.randint(-reach, reach, (2, len(x), height, width), generator=generator) * inner
+        x = x.permute(0, 2, 3, 1)[every, rows + down, columns + across].permute(0, 3, 1, 2)
     return x
 
 

@@ -118,7 +118,7 @@ def _side(query: int, queries: int, size: torch.Size, threat: ThreatModel) -> in
     side = max(round(math.sqrt(share * size.numel())), 1)
     if threat.norm == "l2":  # its pattern has two halves around a middle line
         side = max(side, 3) + (max(side, 3) % 2 == 0)
-    return min(side, *size)
+    return int(min(side, *size))
 
 
 def _stripes(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -145,9 +145,12 @@ def _tiles(shape: torch.Size, generator: torch.Generator) -> Tensor:
         for column in range(columns):
             random = torch.rand(1 + channels, generator=generator)
             tile = pattern if random[0] > 0.5 else pattern.T
-            at = (slice(top + row * side, top + (row + 1) * side), slice(left + column * side, left + (column + 1) * side))
+            at = (
+                slice(top + row * side, top + (row + 1) * side),
+                slice(left + column * side, left + (column + 1) * side),
+            )
             delta[:, at[0], at[1]] = _signs(random[1:, None, None]) * tile
-    return delta / delta.norm().clamp_min(_TINY)
+    return _unit(delta)
 
 
 def _propose_l2(best: Tensor, x: Tensor, random: Tensor, side: int, threat: ThreatModel) -> Tensor:
@@ -174,7 +177,7 @@ def _pattern(side: int) -> Tensor:
     """Two hills of opposite sign, one above the other, of norm 1: [side, side] (eta of section 3.4)."""
     half = side // 2
     pattern = torch.cat([_hill(half, side), -_hill(side - half, side)])
-    return pattern / pattern.norm().clamp_min(_TINY)
+    return _unit(pattern)
 
 
 def _hill(height: int, width: int) -> Tensor:
@@ -186,7 +189,12 @@ def _hill(height: int, width: int) -> Tensor:
     reach = max(height, width) // 2 + 1
     terms = 1 / torch.arange(1, reach + 1, dtype=torch.float32).square()
     hill = terms.flip(0).cumsum(0).flip(0)[distance]
-    return hill / hill.norm()
+    return _unit(hill)
+
+
+def _unit(values: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(values)
+    return values / size.clamp_min(_TINY)
 
 
 def _window(images: Tensor, top: Tensor, left: Tensor, side: int) -> tuple[Tensor, Tensor]:

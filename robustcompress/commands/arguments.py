@@ -128,10 +128,18 @@ def _few(classes: Sequence[str]) -> str:
     return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
-def add_result_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the directory of a saved result, and how to name a factory of one's own that it began with."""
+def add_result_argument(parser: argparse.ArgumentParser, *, or_file: bool = False) -> None:
+    """Add the directory of a saved result, and how to name a factory of one's own that it began with.
+
+    Args:
+        parser: Of the command.
+        or_file: Whether the command also takes an ONNX file in its place.
+    """
     parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="a result that `robustcompress compress --out` left"
+        "directory",
+        type=Path,
+        metavar="DIR|FILE.onnx" if or_file else "DIR",
+        help="a result that `robustcompress compress --out` left" + (", or an ONNX file" if or_file else ""),
     )
     parser.add_argument(
         "--model",
