@@ -39,15 +39,12 @@ def robustbench(report: ArtefactReport, *, architecture: str | None = None) -> d
         InputError: The data are of none of its leaderboards, or not known.
     """
     problems = Problems("this report does not fit RobustBench")
-    data = (report.data or "").lower()
-    if data not in ROBUSTBENCH_DATA:
-        known = ", ".join(ROBUSTBENCH_DATA)
-        problems.add(f"it is about {report.data or 'images without a name'}: RobustBench knows {known}")
+    check_robustbench(report.data, problems)
     problems.raise_if_any()
     threat, worst = report.robust.threat, report.worst_case
     card: dict[str, Any] = {
         "name": report.path.stem,
-        "dataset": data,
+        "dataset": str(report.data).lower(),
         "architecture": architecture or report.path.stem,
         "number_forward_passes": 1,
         "additional_data": None,
@@ -81,28 +78,20 @@ def apbench(report: ArtefactReport, result: CompressResult | None) -> dict[str, 
         InputError: The report or the result lacks what the benchmark asks for; all of it is said.
     """
     problems = Problems("this report does not fit the adversarial-pruning benchmark")
-    data = AP_DATA.get((report.data or "").lower())
-    if data is None:
-        problems.add(f"it is about {report.data or 'images without a name'}: the benchmark has {', '.join(AP_DATA)}")
+    check_apbench(report.data, result, problems)
     whole = standard_autoattack(report)
     if whole is None:
         problems.add(
             "the standard AutoAttack was not run on all its images, or the file is not what its float32 twin computes: "
             "name --attacks autoattack --attack-images all"
         )
-    structure, sparsity = ("", 0.0)
-    if result is None or result.spec is None:
-        problems.add("there is no twin that says how it was pruned, and from which network: give --twin DIR")
-    elif result.strategy["name"] == "none":
-        problems.add("the network was not pruned")
-    else:
-        structure, sparsity = _sparsity(result, result.spec)
     problems.raise_if_any()
-    assert data is not None and whole is not None and result is not None and result.spec is not None
+    assert whole is not None and result is not None and result.spec is not None
+    structure, sparsity = _sparsity(result, result.spec)
     return {
         "ap_method": result.strategy["name"],
         "architecture": result.spec.name.rpartition(":")[2],
-        "dataset": data,
+        "dataset": AP_DATA[str(report.data).lower()],
         "structure": structure,
         "sparsity_rate": f"{100 * sparsity:.0f}",
         "eps": report.robust.threat.eps,
@@ -112,6 +101,22 @@ def apbench(report: ArtefactReport, result: CompressResult | None) -> dict[str, 
         "Robust Accuracy (HO-FMN)": None,
         "images": report.robust.n,
     }
+
+
+def check_robustbench(data: str | None, problems: Problems) -> None:
+    """Collect why a report about these data fits no leaderboard of RobustBench."""
+    if (data or "").lower() not in ROBUSTBENCH_DATA:
+        problems.add(f"RobustBench has {', '.join(ROBUSTBENCH_DATA)}: this is about {data or 'images without a name'}")
+
+
+def check_apbench(data: str | None, result: CompressResult | None, problems: Problems) -> None:
+    """Collect why a report about these data and this twin does not fit the adversarial-pruning benchmark."""
+    if (data or "").lower() not in AP_DATA:
+        problems.add(f"the benchmark has {', '.join(AP_DATA)}: this is about {data or 'images without a name'}")
+    if result is None or result.spec is None:
+        problems.add("there is no twin that says how it was pruned, and from which network: give --twin DIR")
+    elif result.strategy["name"] == "none":
+        problems.add("the network was not pruned: the benchmark is about pruned ones")
 
 
 def standard_autoattack(report: ArtefactReport) -> AttackResult | None:

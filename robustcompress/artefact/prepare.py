@@ -101,8 +101,6 @@ def prepare(
             f"the images are {_size(pixels.shape[1:])}, the file is for {_size(file.image_shape)}: load "
             f"them with image_size={file.image_shape[1]} (--image-size {file.image_shape[1]})"
         )
-    if keep is not None:
-        problems.attempt(lambda: _directory(Path(keep)))
     problems.raise_if_any()
 
     indices = chosen_images(len(pixels), max_images)
@@ -111,11 +109,13 @@ def prepare(
     num_classes = _classes(file, images[:2], labels, problems)
     private = None if twin is None else _network(twin, "the twin", images[:2], labels, num_classes, problems)
     sources = {
-        name: source
+        name: _other(source, name, file, problems)
         if isinstance(source, OnnxFile)
         else _network(source, name, images[:2], labels, num_classes, problems)
         for name, source in transfer_from.items()
     }
+    if keep is not None and not problems.items:  # nothing is left behind by a call that cannot work
+        problems.attempt(lambda: _directory(Path(keep)))
     problems.raise_if_any()
     return Plan(
         file=file,
@@ -213,6 +213,14 @@ def _network(
     if count is not None and count != num_classes:
         problems.add(f"{what} has {count} logits, the file {num_classes} scores: they tell other classes apart")
     return model
+
+
+def _other(source: OnnxFile, what: str, file: OnnxFile, problems: Problems) -> OnnxFile:
+    if source.image_shape != file.image_shape:
+        problems.add(f"{what} is for images of {_size(source.image_shape)}, the file for {_size(file.image_shape)}")
+    elif source.classes is not None and file.classes is not None and source.classes != file.classes:
+        problems.add(f"{what} tells other classes apart than the file")
+    return source
 
 
 def _directory(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robustcompress.artefact import ArtefactReport, OnnxFile, open_onnx, plot_curve, verify_artefact
-from robustcompress.artefact.formats import apbench, robustbench
+from robustcompress.artefact.formats import apbench, check_apbench, check_robustbench, robustbench
 from robustcompress.artefact.prepare import Twin
 from robustcompress.artefact.twin import agreement
 from robustcompress.artefact.verify import ATTACK_IMAGES
@@ -27,9 +27,9 @@ FORMATS = ("table", "robustbench", "apbench")
 
 _PROBED = 64
 _TWIN = 0.5  # share of images on which a result that merely lies beside a file must agree with it to be its twin
-_OURS = {"twin": None, "transfer_from": [], "curve": False, "corruptions": False, "plot": None, "format": "table"}
-_OURS |= {"output": None, "attack_images": ATTACK_IMAGES, "ort_threads": None}
-_THEIRS = {"compare": None, "time_limit": None, "autoattack_images": AUTOATTACK_IMAGES}
+_OURS: dict[str, Any] = {"twin": None, "transfer_from": [], "curve": False, "corruptions": False, "plot": None}
+_OURS |= {"format": "table", "output": None, "attack_images": ATTACK_IMAGES, "ort_threads": None}
+_THEIRS: dict[str, Any] = {"compare": None, "time_limit": None, "autoattack_images": AUTOATTACK_IMAGES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,15 +83,19 @@ def run(arguments: argparse.Namespace) -> Output:
     problems = Problems("evaluate cannot start")
     threat = problems.attempt(lambda: _threat(arguments, file))
     data = problems.attempt(lambda: _data(arguments, file))
-    sources = {
-        path.name: problems.attempt(lambda path=path: _source(path, arguments)) for path in arguments.transfer_from
-    }
+    sources = {}
+    for path in arguments.transfer_from:
+        alike = [other for other in arguments.transfer_from if other.name == path.name]
+        name = path.name if len(alike) == 1 else "/".join(path.parts[-2:])
+        sources[name] = problems.attempt(lambda path=path: _source(path, arguments))  # type: ignore[misc]
     twin = problems.attempt(lambda: _twin(arguments, file, data))
     target = _target(arguments, problems)
     if arguments.device not in ("auto", "cpu"):
         problems.add(f"--device {arguments.device}: files and their twins run on the CPU here; leave it out")
     if arguments.plot is not None:
         problems.attempt(lambda: check_picture(arguments.plot))
+    if data is not None and arguments.format != "table":
+        _check_format(arguments, data, twin, problems)
     problems.raise_if_any()
     with evaluation_bar(arguments.directory.name) as progress:
         report = verify_artefact(
@@ -124,7 +128,7 @@ def _parts(report: ArtefactReport) -> list[Any]:
     columns = ("attack", "accuracy %", "95 % interval", "n", "seconds")
     parts: list[Any] = [table(f"{report.path}: {report.headline()}", columns, report.robust.rows(), left=("attack",))]
     if report.curve:
-        head = ("eps", "accuracy %", "95 % interval", "n")
+        head: tuple[str, ...] = ("eps", "accuracy %", "95 % interval", "n")
         rows = [
             (f"{p.eps:.4g}", f"{100 * r.accuracy:.2f}", f"{100 * r.low:.1f} to {100 * r.high:.1f}", str(r.n))
             for p, r in ((point, point.result) for point in report.curve)
@@ -146,6 +150,22 @@ def _formatted(report: ArtefactReport, twin: Twin | None, form: str) -> dict[str
         known = result is not None and result.spec is not None
         return robustbench(report, architecture=result.spec.name if known and result and result.spec else None)
     return report.to_json()
+
+
+def _check_format(
+    arguments: argparse.Namespace, data: DataSplits, twin: CompressResult | None, problems: Problems
+) -> None:
+    """Collect what a leaderboard asks for and this report will not have: before hours of attacks."""
+    name = Path(data.name).name
+    if arguments.format == "robustbench":
+        check_robustbench(name, problems)
+        return
+    check_apbench(name, twin, problems)
+    if "autoattack" not in (arguments.attacks or ()) or arguments.attack_images is not None:
+        problems.add(
+            "--format apbench asks for the standard AutoAttack on all images: name it among --attacks, and pass "
+            "--attack-images all"
+        )
 
 
 def _threat(arguments: argparse.Namespace, file: OnnxFile) -> ThreatModel:
@@ -192,8 +212,8 @@ def _twin(arguments: argparse.Namespace, file: OnnxFile, data: DataSplits | None
         return None
     if agreed < _TWIN:
         say(
-            f"the result in {directory} is not used as the file's twin: they agree on {100 * agreed:.0f} % of the images; "
-            f"pass --twin {directory} if it is"
+            f"the result in {directory} is not used as the file's twin: they agree on {100 * agreed:.0f} % of the "
+            f"images; pass --twin {directory} if it is"
         )
         return None
     return result
@@ -219,13 +239,10 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 def _cache(path: Path) -> Path | None:
     """Where finished chunks are kept; nowhere for a file in a directory that may be read and not written."""
-    cache = path.with_name(f".{path.name}.verify")
-    try:
-        cache.mkdir(exist_ok=True)
-    except OSError as error:
-        say(f"finished chunks are not kept: {cache} cannot be made ({error.strerror})")
+    if not os.access(path.parent, os.W_OK):
+        say(f"finished chunks are not kept: {path.parent} may not be written to")
         return None
-    return cache
+    return path.with_name(f".{path.name}.verify")
 
 
 def _refuse(arguments: argparse.Namespace, defaults: dict[str, Any], why: str) -> None:
