@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustcompress.artefact.file import OnnxFile
 from robustcompress.artefact.rounding import within
-from robustcompress.artefact.square import square
+from robustcompress.artefact.square import generator_of, square
 from robustcompress.errors import ResultError
 from robustcompress.robust import AttackResult, AttackSpec, EvaluationProgress, ThreatModel
 from robustcompress.robust.autoattack import autoattack, suite_for
@@ -164,8 +164,7 @@ def crafted(model: nn.Module, spec: AttackSpec, threat: ThreatModel, *, seed: in
     def craft(x: Tensor, y: Tensor, first: int) -> Tensor:
         if spec.kind == "autoattack":
             return autoattack(model, x, y, threat, num_classes=num_classes, seed=seed).x_adv
-        generator = torch.Generator().manual_seed((seed << 32) + first)
-        return spec.perturb(model, x, y, threat, generator=generator)
+        return spec.perturb(model, x, y, threat, generator=generator_of(seed, first))
 
     return craft
 

@@ -6,6 +6,7 @@ image has random numbers of its own, so that results depend neither on the batch
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def square(
     channels = x.shape[1]
     starts, draws = [], []
     for index in indices.tolist():
-        generator = torch.Generator().manual_seed((seed << 32) + index)
+        generator = generator_of(seed, index)
         starts.append(begin(x.shape[1:], generator))
         draws.append(torch.rand(max(0, queries - 1), 5 + channels, generator=generator))
     best = bring(x + threat.eps * torch.stack(starts), x) if len(x) else x.clone()
@@ -103,6 +104,12 @@ def square(
     return SquareOutcome(best, right, spent)
 
 
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """A generator for one image; torch's own takes the lower 32 bits of a seed, so that both are mixed first."""
+    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+
 def _judged(scores: Scores, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Whether the answers are right, bool [n], and how far the true class leads, [n]."""
     if not len(x):
@@ -113,7 +120,7 @@ def _judged(scores: Scores, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _side(query: int, queries: int, size: torch.Size, threat: ThreatModel) -> int:
     """Length of the square at this query."""
-    when = int(query / queries * 10_000)
+    when = int((query - 1) / queries * 10_000)  # the first square comes before the first halving
     share = FIRST / 2 ** sum(when > step for step in HALVED_AT)
     side = max(round(math.sqrt(share * size.numel())), 1)
     if threat.norm == "l2":  # its pattern has two halves around a middle line
