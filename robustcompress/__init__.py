@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 from robustcompress.api import compress
+from robustcompress.artefact import ArtefactReport, BenchReport, bench_onnx, open_onnx, plot_curve, verify_artefact
 from robustcompress.budget import Budget, Cost, measure
 from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
@@ -60,6 +61,8 @@ __all__ = [
     "RCNAS",
     "S2AP",
     "STRATEGIES",
+    "ArtefactReport",
+    "BenchReport",
     "Budget",
     "BudgetError",
     "CheckpointError",
@@ -94,6 +97,7 @@ __all__ = [
     "Uniform",
     "UnsupportedModelError",
     "__version__",
+    "bench_onnx",
     "build_model",
     "compare",
     "compress",
@@ -104,11 +108,14 @@ __all__ = [
     "load",
     "load_data",
     "measure",
+    "open_onnx",
+    "plot_curve",
     "plot_results",
     "plot_search",
     "plot_widths",
     "register_strategy",
     "stability",
     "teach_layer",
+    "verify_artefact",
     "verify_onnx",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from robustcompress.artefact.bench import BenchReport, BenchRow, bench_onnx
 from robustcompress.artefact.curve import plot_curve
 from robustcompress.artefact.file import OnnxFile, open_onnx
 from robustcompress.artefact.report import ArtefactReport, CurvePoint
@@ -10,9 +11,12 @@ from robustcompress.artefact.verify import verify_artefact
 
 __all__ = [
     "ArtefactReport",
+    "BenchReport",
+    "BenchRow",
     "CurvePoint",
     "OnnxFile",
     "SquareOutcome",
+    "bench_onnx",
     "open_onnx",
     "plot_curve",
     "square",

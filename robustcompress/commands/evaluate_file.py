@@ -13,7 +13,7 @@ from robustcompress.artefact.formats import apbench, check_apbench, check_robust
 from robustcompress.artefact.prepare import Twin
 from robustcompress.artefact.twin import agreement
 from robustcompress.artefact.verify import ATTACK_IMAGES
-from robustcompress.commands.arguments import count_or_all, data_from
+from robustcompress.commands.arguments import check_output, count_or_all, data_from, write_json
 from robustcompress.data import DataSplits
 from robustcompress.errors import InputError, Problems, RobustCompressError
 from robustcompress.plots import check_picture
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> Output:
     if arguments.plot is not None:
         parts += ["", f"drawn: {plot_curve(report, arguments.plot)}"]
     if target is not None:
-        _write(target, document)
+        write_json(target, document)
         parts += ["", f"saved in {target}"]
     return Output(document=document, parts=tuple(parts))
 
@@ -223,18 +223,9 @@ def _target(arguments: argparse.Namespace, problems: Problems) -> Path | None:
     path: Path | None = arguments.output
     if path is None and arguments.save:
         path = arguments.directory.with_suffix(SUFFIX)
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        problems.add(f"{path} cannot be written: name a file in a directory that exists")
+    if path is not None:
+        problems.attempt(lambda: check_output(path))
     return path
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _cache(path: Path) -> Path | None:
