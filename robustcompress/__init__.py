@@ -24,6 +24,7 @@ from robustcompress.errors import (
     UnsupportedModelError,
 )
 from robustcompress.export import export_onnx, verify_onnx
+from robustcompress.latency_table import export_latency
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
 from robustcompress.plots import plot_results
 from robustcompress.recipe import RunRecipe
@@ -102,6 +103,7 @@ __all__ = [
     "compare",
     "compress",
     "evaluate",
+    "export_latency",
     "export_onnx",
     "hamming",
     "list_models",

@@ -16,6 +16,7 @@ from robustcompress.budget import Budget
 from robustcompress.checkpoint import check_directory
 from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems
+from robustcompress.latency_table import LatencyTable, read_latency_table
 from robustcompress.models import ModelSpec, build_model, check_image_size, identify
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
@@ -51,6 +52,7 @@ class Request:
         checkpoint: Where the run is recorded while it lasts; None for nowhere.
         checkpoint_every_s: Least seconds between two checkpoints within a phase.
         deadline: Seconds after which to stop; None for never.
+        latency_table: Times of another device; None where this machine's own count.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class Request:
     checkpoint: Path | None
     checkpoint_every_s: float
     deadline: float | None
+    latency_table: LatencyTable | None = None
 
 
 def resolve(
@@ -94,6 +97,7 @@ def resolve(
     checkpoint: Any = None,
     checkpoint_every_s: Any = 60.0,
     deadline: Any = None,
+    latency_table: Any = None,
 ) -> Request:
     """Turn the arguments of compress() into a `Request`.
 
@@ -120,6 +124,9 @@ def resolve(
     if out is not None:
         problems.attempt(lambda: check_target(Path(out)))
     _check_checkpoint(problems, checkpoint, checkpoint_every_s, deadline, out)
+    table = None if latency_table is None else problems.attempt(lambda: read_latency_table(latency_table))
+    if latency_table is not None and limits is not None and not limits.limits_latency:
+        problems.add("latency_table is given, but the budget says nothing of latency: Budget(max_latency_ms=...)")
     splits = problems.attempt(lambda: load_data(data))
     if isinstance(splits, DataSplits) and adversary is not None and len(splits.test):
         check_images(splits.test.pixels, splits.test.labels, adversary, problems)
@@ -151,6 +158,7 @@ def resolve(
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         checkpoint_every_s=checkpoint_every_s,
         deadline=deadline,
+        latency_table=table,
     )
 
 

@@ -6,8 +6,8 @@ value, and the frame in `cli.py` prints it.
 
 from __future__ import annotations
 
-from robustcompress.commands import bench, catalogue, compress, evaluate, export, inspect, quickstart, run
+from robustcompress.commands import bench, catalogue, compress, evaluate, export, inspect, latency, quickstart, run
 
-COMMANDS = (quickstart, compress, run, evaluate, export, bench, inspect, catalogue)
+COMMANDS = (quickstart, compress, run, evaluate, export, bench, latency, inspect, catalogue)
 
 __all__ = ["COMMANDS"]
