@@ -304,10 +304,11 @@ def _about(file: OnnxFile) -> dict[str, Any]:
     from robustcompress.export.graph import count_zeros
 
     entries, zeros = count_zeros(onnx.load(str(file.path)))
-    beside = file.path.with_name(f"{file.path.name}.data")
-    size = file.path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
+    graph = onnx.load(str(file.path), load_external_data=False).graph
+    entry = [item for tensor in graph.initializer for item in tensor.external_data]
+    beside = {file.path.parent / item.value for item in entry if item.key == "location"}
     return {
-        "bytes": size,
+        "bytes": sum(path.stat().st_size for path in {file.path, *beside}),
         "precision": file.precision,
         "zeros": zeros / max(1, entries),
         "sha256": file.sha256(),

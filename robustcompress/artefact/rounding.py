@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from robustcompress.artefact.file import InputType
 from robustcompress.errors import InputError
 from robustcompress.robust import ThreatModel
+
+PixelType = Literal["float32", "float16", "uint8"]
 
 LEVELS = 255
 """Steps between black and white in a file that reads bytes."""
 
 
-def seen(images: Tensor, kind: InputType) -> Tensor:
+def seen(images: Tensor, kind: PixelType) -> Tensor:
     """The images as a file with this type of pixels sees them.
 
     Args:
@@ -29,7 +32,7 @@ def seen(images: Tensor, kind: InputType) -> Tensor:
     return images.half().float() if kind == "float16" else images
 
 
-def within(x_adv: Tensor, x: Tensor, threat: ThreatModel, kind: InputType) -> Tensor:
+def within(x_adv: Tensor, x: Tensor, threat: ThreatModel, kind: PixelType) -> Tensor:
     """Bring adversarial images into the ball so that what the file sees of them lies in it, too.
 
     Rounding to the nearest value may leave the ball; where it does, values are rounded towards the original.
@@ -64,7 +67,7 @@ def within(x_adv: Tensor, x: Tensor, threat: ThreatModel, kind: InputType) -> Te
     return x_adv
 
 
-def check_visible(threat: ThreatModel, kind: InputType) -> None:
+def check_visible(threat: ThreatModel, kind: PixelType) -> None:
     """Raise InputError where a file that reads bytes cannot see any perturbation of this threat."""
     if kind == "uint8" and threat.eps * (1 + 1e-5) < 1 / LEVELS:
         raise InputError(f"eps={threat.eps:g}: the file reads bytes, which differ by 1/255 at least; give eps of 1/255")
