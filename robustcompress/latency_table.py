@@ -30,8 +30,8 @@ from robustcompress.structure import StructuralEditor
 NETWORKS = 20
 """How many networks are written by default: as many as a limit on latency has measured on the own machine."""
 
-LEAST = 8
-"""With fewer a fit says little of layers one by one."""
+LEAST = 6
+"""With fewer there is nothing to leave out while a fit is judged."""
 
 FILES = "networks.json"
 
@@ -109,7 +109,7 @@ def export_latency(
         image_shape: (C, H, W) of the images that it will be compressed for.
         num_classes: Of the data that it will be compressed for, where its classifier has others.
         round_to: Of what widths will be multiples; as `compress` chooses where None.
-        networks: How many, at least 8.
+        networks: How many, at least 6; fewer are written where several fall together.
         name: Of the reference, for people.
 
     Raises:
@@ -141,7 +141,13 @@ def export_latency(
         editor.resize_output(num_classes)
     step = round_to or default_rounding(editor)
     floor = {**editor.widths, **floor_widths(editor, step)}
-    sampled = sample_widths(editor.widths, floor, editor.widths, steps=steps_of(editor, step), count=networks)
+    # One more, for the widest network is the reference here and counts once.
+    sampled = sample_widths(editor.widths, floor, editor.widths, steps=steps_of(editor, step), count=networks + 1)
+    if len(sampled) < LEAST:
+        raise InputError(
+            f"too few networks of different widths at round_to={step} ({len(sampled)}, {LEAST} are needed): give a "
+            "smaller round_to"
+        )
     stopwatch = Stopwatch(editor, (shape[0], shape[1], shape[2]))
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

@@ -68,15 +68,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count_or_all,
         default=AUTOATTACK_IMAGES,
         metavar="N",
-        help="judge N of those with AutoAttack, or all (default: %(default)s)",
+        help="of DIR: judge N of those with AutoAttack, or all (default: %(default)s)",
     )
     parser.add_argument(
-        "--time-limit", type=float, metavar="S", help="start no chunk of AutoAttack that would not end in S seconds"
+        "--time-limit",
+        type=float,
+        metavar="S",
+        help="of DIR: start no chunk of AutoAttack that would not end in S seconds",
     )
     parser.add_argument("--eps", type=fraction, help="another radius than the model was trained for, such as 4/255")
     parser.add_argument("--norm", help="another norm: linf or l2")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="evaluate this result too, and test the difference")
-    parser.add_argument("--save", action="store_true", help="replace the report in DIR by this one")
+    parser.add_argument(
+        "--save", action="store_true", help="replace the report in DIR by this one; of a file, write FILE.verify.json"
+    )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the attacks (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")

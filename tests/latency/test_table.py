@@ -151,9 +151,11 @@ def test_the_script_needs_no_torch_and_measures_every_network(directory: Path, t
 def test_bad_requests_leave_nothing_behind(tmp_path: Path, run: Run) -> None:  # noqa: F811
     model, _ = rc.build_model("resnet8", num_classes=10)
     with pytest.raises(InputError) as caught:
-        export_latency(model, tmp_path, image_shape=(3, 0, 8), num_classes=1, networks=3)
-    for said in ("exists", "image_shape", "num_classes=1", "networks=3"):
+        export_latency(model, tmp_path, image_shape=(3, 0, 8), num_classes=1, networks=5)
+    for said in ("exists", "image_shape", "num_classes=1", "networks=5"):
         assert said in str(caught.value)
+    with pytest.raises(InputError, match="too few networks"):
+        export_latency(model, tmp_path / "few", image_shape=SHAPE, round_to=64)
     ran = run("latency", "resnet8", tmp_path / "no" / "where")
     assert ran.code == 2 and "create it first" in ran.err
     assert not list(tmp_path.iterdir())
