@@ -58,7 +58,7 @@ def flag_square(squares: Sequence[AttackResult], replayed: Sequence[AttackResult
     test = paired_test(white, black)
     if test.difference > 0 and test.p_value < SIGNIFICANCE:
         return [
-            f"Square, which sees no gradient, leaves {int(black.sum())} of {n} images right and all replayed attacks "
+            f"Square, which sees no gradient, leaves {int(black.sum())} of {n} images right, the attacks on the twin "
             f"{int(white.sum())}: the gradients that made those mislead (masked, or another network's), and the true "
             "accuracy may be lower still"
         ]

@@ -43,7 +43,6 @@ class Plan:
         budgets: Queries of each Square.
         sources: Other models by name, prepared as the twin is; or open files.
         attack_images: How many images the costly attacks judge.
-        notes: What the reader should know of it.
     """
 
     file: OnnxFile
@@ -58,7 +57,6 @@ class Plan:
     budgets: tuple[int, ...]
     sources: Mapping[str, nn.Module | OnnxFile]
     attack_images: int
-    notes: tuple[str, ...]
 
 
 def prepare(
@@ -130,7 +128,6 @@ def prepare(
         budgets=budgets,
         sources={key: source for key, source in sources.items() if source is not None},
         attack_images=len(labels) if attack_images is None else min(attack_images, len(labels)),
-        notes=(),
     )
 
 
