@@ -17,6 +17,7 @@ from benchmarks import (
     any_model,
     compare_plots,
     compare_report,
+    deployment,
     latency,
     latency_budget,
     search_step,
@@ -38,6 +39,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     search_surrogate.MODULE: search_surrogate.markdown,
     search_tuning.MODULE: search_tuning.markdown,
     latency.MODULE: latency.markdown,
+    deployment.MODULE: deployment.markdown,
     latency_budget.MODULE: latency_budget.markdown,
 }
 GRIDS = ROOT / "benchmarks" / "grids"

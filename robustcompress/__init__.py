@@ -10,7 +10,16 @@ Example:
 from __future__ import annotations
 
 from robustcompress.api import compress
-from robustcompress.artefact import QuantizeReport, quantize_onnx
+from robustcompress.artefact import (
+    ArtefactReport,
+    BenchReport,
+    QuantizeReport,
+    bench_onnx,
+    open_onnx,
+    plot_curve,
+    quantize_onnx,
+    verify_artefact,
+)
 from robustcompress.budget import Budget, Cost, measure
 from robustcompress.cuts import Sensitivity
 from robustcompress.data import DataSplits, Images, load_data
@@ -29,6 +38,7 @@ from robustcompress.errors import (
 from robustcompress.export import export_onnx, verify_onnx
 from robustcompress.front import Front
 from robustcompress.front_plot import plot_front
+from robustcompress.latency_table import export_latency
 from robustcompress.min_robust import MinRobust
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
 from robustcompress.pareto import pareto, read_front
@@ -72,6 +82,8 @@ __all__ = [
     "S2AP",
     "STRATEGIES",
     "AccuracyError",
+    "ArtefactReport",
+    "BenchReport",
     "Budget",
     "BudgetError",
     "CheckpointError",
@@ -111,10 +123,12 @@ __all__ = [
     "Uniform",
     "UnsupportedModelError",
     "__version__",
+    "bench_onnx",
     "build_model",
     "compare",
     "compress",
     "evaluate",
+    "export_latency",
     "export_onnx",
     "hamming",
     "list_models",
@@ -122,7 +136,9 @@ __all__ = [
     "load_data",
     "measure",
     "model_card",
+    "open_onnx",
     "pareto",
+    "plot_curve",
     "plot_front",
     "plot_results",
     "plot_search",
@@ -136,6 +152,7 @@ __all__ = [
     "sensitivity",
     "stability",
     "teach_layer",
+    "verify_artefact",
     "verify_onnx",
     "write_report",
 ]

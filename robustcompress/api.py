@@ -59,6 +59,7 @@ def compress(
     checkpoint: str | Path | None = None,
     checkpoint_every_s: float = 60.0,
     deadline: float | None = None,
+    latency_table: str | Path | None = None,
 ) -> CompressResult:
     """Make a compact network that withstands attacks.
 
@@ -99,6 +100,8 @@ def compress(
         deadline: Seconds from this call after which it should have stopped: before the first epoch that would end
             later, as the one before it suggests, the run stops with `OutOfTime`. At least one epoch is trained first.
             Needs `checkpoint`. Evaluation at the end is not counted.
+        latency_table: Times that another device measured (see `export_latency`): a limit on latency is about that
+            device then, and the network is not timed again at the end.
 
     Returns:
         The result, whose `.model` is a plain module in eval mode on the CPU.
@@ -131,6 +134,7 @@ def compress(
         checkpoint=checkpoint,
         checkpoint_every_s=checkpoint_every_s,
         deadline=deadline,
+        latency_table=latency_table,
     )
     return carry_out(request, progress=progress, started=started)
 
@@ -185,7 +189,7 @@ def carry_out(
     session = Session(reference, editor, example, goal, progress=shown, journal=journal)
     stopwatch = Stopwatch(editor, splits.image_shape) if request.budget.limits_latency else None
     if stopwatch is not None:
-        limit_latency(session, chosen, stopwatch, example)
+        limit_latency(session, chosen, stopwatch, example, request.latency_table)
     with torch.random.fork_rng():  # dropout and the like draw from the global generator, which is the caller's
         torch.manual_seed(seed)
         chosen.run(session)
@@ -194,7 +198,7 @@ def carry_out(
     session.settle()
     compact = _close(session.model)
     _check_outcome(chosen, compact, example, request.budget, before)
-    times = final_latency(session, stopwatch, compact)
+    times = final_latency(session, stopwatch, compact, request.latency_table)
     report = _evaluate(compact, request, shown)
     cpu_example = torch.zeros(1, *splits.image_shape)
     sparse = request.budget.density is not None  # only zeros compress, and compressing takes its time
@@ -210,7 +214,8 @@ def carry_out(
         report=report,
         threat=request.threat,
         data=_describe_data(splits),
-        settings=_settings(goal, request.device),
+        settings=_settings(goal, request.device)
+        | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
     )
     if request.out is not None:
@@ -263,6 +268,8 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
         "seed": goal.seed,
         **{name: settings[name] for name in ("objective", "recipe", "epochs", "pretrained", "round_to")},
     }
+    if request.latency_table is not None:
+        identity["latency_table"] = request.latency_table.sha256
     identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key != "compile"}  # how, not what
     return Journal(
         request.checkpoint,

@@ -16,6 +16,7 @@ from robustcompress.budget import Budget
 from robustcompress.checkpoint import check_directory
 from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems
+from robustcompress.latency_table import LatencyTable, read_latency_table
 from robustcompress.min_robust import WORKPLACE
 from robustcompress.models import ModelSpec, build_model, check_image_size, identify
 from robustcompress.result import check_target
@@ -52,6 +53,7 @@ class Request:
         checkpoint: Where the run is recorded while it lasts; None for nowhere.
         checkpoint_every_s: Least seconds between two checkpoints within a phase.
         deadline: Seconds after which to stop; None for never.
+        latency_table: Times of another device; None where this machine's own count.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class Request:
     checkpoint: Path | None
     checkpoint_every_s: float
     deadline: float | None
+    latency_table: LatencyTable | None = None
 
 
 def resolve(
@@ -96,6 +99,7 @@ def resolve(
     checkpoint_every_s: Any = 60.0,
     deadline: Any = None,
     problems: Problems | None = None,
+    latency_table: Any = None,
 ) -> Request:
     """Turn the arguments of compress() into a `Request`; what else was complained about comes as `problems`.
 
@@ -123,6 +127,9 @@ def resolve(
         problems.attempt(lambda: check_target(Path(out)))
     demand = limits.demand if limits is not None else None
     _check_checkpoint(problems, checkpoint, checkpoint_every_s, deadline, out, also=WORKPLACE if demand else "")
+    table = None if latency_table is None else problems.attempt(lambda: read_latency_table(latency_table))
+    if latency_table is not None and limits is not None and not limits.limits_latency:
+        problems.add("latency_table is given, but the budget says nothing of latency: Budget(max_latency_ms=...)")
     splits = problems.attempt(lambda: load_data(data))
     if isinstance(splits, DataSplits) and demand is not None:
         for part, use in (("val", "chosen on validation"), ("test", "judged in the end on test")):
@@ -158,6 +165,7 @@ def resolve(
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         checkpoint_every_s=checkpoint_every_s,
         deadline=deadline,
+        latency_table=table,
     )
 
 

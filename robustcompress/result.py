@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,14 +20,12 @@ from robustcompress.errors import InputError, ResultError
 from robustcompress.hub import fetch, is_address
 from robustcompress.min_robust import lines_of, trials_of
 from robustcompress.models import ModelSpec
+from robustcompress.records import checked_cost, checked_data, checked_strategy
 from robustcompress.robust import RobustReport, ThreatModel
 from robustcompress.structure import AnyEdit, StructuralEditor, edit_from_json
 
 FORMAT = 3
 """The newest that is read. What is written has the oldest that can hold its edits, and its demand for accuracy."""
-MAX_PIXELS = 1 << 24
-"""An image read from a file may not be larger: a damaged record must not exhaust the memory."""
-
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError)
 """What a record that nobody wrote can provoke; RecursionError is a RuntimeError."""
 
@@ -175,7 +172,8 @@ class CompressResult:
             if before.compressed and after.compressed:
                 ratio = f"{after.compressed / before.compressed:.3f}"
                 rows.append(("size, compressed", f"{human(before.compressed)}B", f"{human(after.compressed)}B", ratio))
-        for what, key, digits in (("latency (torch, CPU)", "latency_ms", 2), ("latency (onnxruntime)", "onnx_ms", 3)):
+        where = "table" if "latency" in self.settings else "onnxruntime"
+        for what, key, digits in (("latency (torch, CPU)", "latency_ms", 2), (f"latency ({where})", "onnx_ms", 3)):
             old, new = getattr(before, key), getattr(after, key)
             if old and new:
                 rows.append((what, f"{old:.{digits}f} ms", f"{new:.{digits}f} ms", f"{new / old:.3f}"))
@@ -189,6 +187,8 @@ class CompressResult:
         lines += [f"{what:<22}{before:>12}{after:>12}{ratio:>8}" for what, before, after, ratio in self.rows()]
         if tried := trials_of(self.history):
             lines += ["", "networks tried, judged on validation images:", *lines_of(tried)]
+        if "latency" in self.settings:
+            lines += ["", "the latency is predicted from another device's table, and was not measured at the end"]
         if not self.meets_budget:
             lines += ["", f"misses its budget: {Budget(**self.budget)}"]
         if self.report is not None:
@@ -268,14 +268,14 @@ def load(
         edits = tuple(edit_from_json(edit) for edit in record["edits"])
         parts: dict[str, Any] = {
             "spec": spec,
-            "strategy": _checked_strategy(record["strategy"]),
+            "strategy": checked_strategy(record["strategy"]),
             "edits": edits,
-            "before": _checked_cost(record["before"]),
-            "after": _checked_cost(record["after"]),
+            "before": checked_cost(record["before"]),
+            "after": checked_cost(record["after"]),
             "budget": Budget(**record["budget"]).to_json(),
             "report": RobustReport.from_json(record["report"]) if record["report"] is not None else None,
             "threat": ThreatModel.from_json(record["threat"]),
-            "data": _checked_data(record["data"]),
+            "data": checked_data(record["data"]),
             "settings": dict(record["settings"]),
             "seed": int(record["seed"]),
         }
@@ -289,35 +289,6 @@ def load(
         raise ResultError(f"the edits in {directory / RESULT} do not fit the reference model: {error}") from error
     _load_weights(directory, fresh)
     return CompressResult(model=fresh.eval(), history=tuple(history), **parts)
-
-
-def _checked_cost(record: Any) -> Cost:
-    cost = Cost(**record)
-    counts = [cost.macs, cost.params, cost.size]
-    counts += [n for n in (cost.weights, cost.nonzeros, cost.compressed) if n is not None]
-    times = [ms for ms in (cost.latency_ms, cost.onnx_ms) if ms is not None]
-    timed = all(type(ms) in (int, float) and ms >= 0 for ms in times)
-    if not all(type(n) is int and n > 0 for n in counts) or not timed or not isinstance(cost.note, str):
-        raise ValueError(f"not a cost: {str(record)[:200]}")
-    return cost
-
-
-def _checked_strategy(record: Any) -> dict[str, Any]:
-    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
-        raise ValueError(f"not a strategy: {str(record)[:200]}")
-    return dict(record)
-
-
-def _checked_data(record: Any) -> dict[str, Any]:
-    texts = [record["name"], record["sha256"], *record["classes"]]
-    shape = record["image_shape"]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(record["classes"], list):
-        raise ValueError("data names and classes must be text")
-    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"image_shape {shape!r} is not [channels, height, width]")
-    if math.prod(shape) > MAX_PIXELS:
-        raise ValueError(f"image_shape {shape} is larger than any image this package trains on")
-    return dict(record)
 
 
 def _read(directory: Path) -> dict[str, Any]:

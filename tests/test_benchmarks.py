@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks import (
     any_model,
     common,
+    deployment,
     latency,
     latency_budget,
     onnx_files,
@@ -35,7 +36,7 @@ from robustcompress import StructuralEditor, build_model, measure
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
-    *(latency, latency_budget, any_model, onnx_files),
+    *(latency, latency_budget, deployment, any_model, onnx_files),
 )
 
 
@@ -281,6 +282,22 @@ def test_latency(tmp_path: Path) -> None:
     assert compact["params"] < dense["params"] == zeros["params"]
     assert zeros["macs_ratio"] == pytest.approx(0.1, abs=0.01)
     assert set(dense["latency"]) == {"1", "8"}
+
+
+@pytest.mark.slow
+def test_deployment(tmp_path: Path) -> None:
+    out = tmp_path / "deployment.json"
+    assert deployment.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "deployment")
+    check_anonymous(out, str(tmp_path))
+    (network,) = value["results"]
+    rows = {row["variant"]: row for row in network["rows"]}
+    assert rows["dense"]["ratio"] == 1.0 and rows["dense"]["macs_ratio"] == 1.0
+    assert 1 > rows["0.5 of the MACs"]["macs_ratio"] >= rows["0.25 of the MACs"]["macs_ratio"]  # 16 is wide for it
+    assert rows["90 % zeros"]["zeros"] > 0.85 and rows["90 % zeros"]["macs_ratio"] == pytest.approx(0.1)
+    assert network["round_to"] in (8, 16) and set(network["gain_kept_by_multiple"]) == {"8", "16"}
+    assert "gain kept" in deployment.markdown(value)
 
 
 def test_compact_variants_keep_their_fraction_and_rounding() -> None:

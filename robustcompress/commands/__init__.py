@@ -7,12 +7,14 @@ value, and the frame in `cli.py` prints it.
 from __future__ import annotations
 
 from robustcompress.commands import (
+    bench,
     card,
     catalogue,
     compress,
     evaluate,
     export,
     inspect,
+    latency,
     pareto,
     pull,
     push,
@@ -25,7 +27,7 @@ from robustcompress.commands import (
 
 COMMANDS = (
     *(quickstart, compress, run, pareto, evaluate),
-    *(export, quantize),
+    *(export, quantize, bench, latency),
     *(report, card, push, pull),
     *(inspect, sensitivity, catalogue),
 )

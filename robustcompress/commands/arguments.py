@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,22 @@ def load_weights(model: nn.Module, path: Path, *, option: str = "--pretrained-we
         ) from error
 
 
+def check_output(path: Path) -> None:
+    """Raise InputError where a file cannot be written to `path`."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: name a file in a directory that exists")
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file, which is whole at every moment."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def add_data_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:
     """Add what says where the images come from; `default` says in words what is used when nothing is named."""
     group = parser.add_argument_group("data")
@@ -208,10 +226,18 @@ def _few(classes: Sequence[str]) -> str:
     return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
-def add_result_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the directory of a saved result, and how to name a factory of one's own that it began with."""
+def add_result_argument(parser: argparse.ArgumentParser, *, or_file: bool = False) -> None:
+    """Add the directory of a saved result, and how to name a factory of one's own that it began with.
+
+    Args:
+        parser: Of the command.
+        or_file: Whether the command also takes an ONNX file in its place.
+    """
     parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="a result that `robustcompress compress --out` left"
+        "directory",
+        type=Path,
+        metavar="DIR|FILE.onnx" if or_file else "DIR",
+        help="a result that `robustcompress compress --out` left" + (", or an ONNX file" if or_file else ""),
     )
     parser.add_argument(
         "--model",

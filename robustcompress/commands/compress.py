@@ -48,6 +48,7 @@ examples:
   robustcompress compress resnet20 --data cifar10 --root data --strategy hydra --macs 0.5 --out runs/hydra
   robustcompress compress resnet20 --data cifar10 --root data --latency 0.5 --round-to 8 --out runs/fast
   robustcompress compress resnet20 --data cifar10 --root data --min-robust 0.45 --checkpoint runs/c --out runs/smallest
+  robustcompress compress resnet20 --data cifar10 --max-latency-ms 4 --latency-table phone/times.json --out runs/phone
   robustcompress compress resnet18 --data photos --image-size 32 --max-params 1000000 --epochs 20 --out runs/photos
   robustcompress compress resnet8 --strategy grape --option order=random --option events=6 --eps 0.1
   robustcompress compress resnet8 --strategy hydra --option granularity=weight --density 0.1 --eps 0.1
@@ -80,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--latency", type=float, metavar="F", help="onnxruntime's time for one image, as a fraction of the reference"
     )
     budget.add_argument("--max-latency-ms", type=float, metavar="MS", help="onnxruntime's time for one image, here")
+    budget.add_argument(
+        "--latency-table",
+        type=Path,
+        metavar="FILE",
+        help="times.json of another device (`robustcompress latency`): the latency is about that device then",
+    )
     budget.add_argument(
         "--density", type=float, metavar="F", help="share of the weights that stay, for granularity=weight"
     )
@@ -160,6 +167,7 @@ def run(arguments: argparse.Namespace) -> Output:
         device=arguments.device,
         out=arguments.out,
         checkpoint=arguments.checkpoint,
+        latency_table=arguments.latency_table,
     )
     request = replace(request, spec=spec)  # a factory of the user's own is known here, though not from the model alone
     places: list[Path] = []
