@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from robustcompress.artefact import open_onnx
+from robustcompress.cli import build_parser
 from tests.cli.conftest import Run
 
 LOOSE = ["--max-loss", "100", "--images", "40", "--calibration-images", "64", "--attack", "fgsm"]
@@ -109,3 +112,11 @@ def test_quantize_refuses(
     ran = run("quantize", *argv)
     assert ran.code == 2 and said in ran.err, ran.err
     assert json.dumps(sorted(file.name for file in tmp_path.iterdir())) == '["foreign.onnx"]'
+
+
+def test_the_commands_of_the_page_are_commands_we_have() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "onnx.md").read_text()
+    commands = re.findall(r"`robustcompress ([^`]+)`", page)
+    assert len(commands) >= 6
+    for command in commands:
+        build_parser().parse_args(shlex.split(command))
