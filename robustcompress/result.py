@@ -177,7 +177,7 @@ class CompressResult:
             )
         if before.onnx_ms and after.onnx_ms:
             faster = after.onnx_ms / before.onnx_ms
-            where = "table" if "latency" in self.settings else "onnxruntime"
+            where = "predicted" if "latency" in self.settings else "onnxruntime"
             rows.append((f"latency ({where})", f"{before.onnx_ms:.3f} ms", f"{after.onnx_ms:.3f} ms", f"{faster:.3f}"))
         return rows
 
@@ -187,8 +187,6 @@ class CompressResult:
         lines = [f"{name} compressed by {self.strategy['name']} on {self.data['name']} (seed {self.seed})", ""]
         lines.append(f"{'':22}{'before':>12}{'after':>12}{'ratio':>8}")
         lines += [f"{what:<22}{before:>12}{after:>12}{ratio:>8}" for what, before, after, ratio in self.rows()]
-        if "latency" in self.settings:
-            lines += ["", "the latency is predicted from another device's table, and was not measured at the end"]
         if not self.meets_budget:
             lines += ["", f"over its budget: {Budget(**self.budget)}"]
         if self.report is not None:
