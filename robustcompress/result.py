@@ -172,7 +172,7 @@ class CompressResult:
             if before.compressed and after.compressed:
                 ratio = f"{after.compressed / before.compressed:.3f}"
                 rows.append(("size, compressed", f"{human(before.compressed)}B", f"{human(after.compressed)}B", ratio))
-        where = "table" if "latency" in self.settings else "onnxruntime"
+        where = "predicted" if "latency" in self.settings else "onnxruntime"
         for what, key, digits in (("latency (torch, CPU)", "latency_ms", 2), (f"latency ({where})", "onnx_ms", 3)):
             old, new = getattr(before, key), getattr(after, key)
             if old and new:
@@ -187,8 +187,6 @@ class CompressResult:
         lines += [f"{what:<22}{before:>12}{after:>12}{ratio:>8}" for what, before, after, ratio in self.rows()]
         if tried := trials_of(self.history):
             lines += ["", "networks tried, judged on validation images:", *lines_of(tried)]
-        if "latency" in self.settings:
-            lines += ["", "the latency is predicted from another device's table, and was not measured at the end"]
         if not self.meets_budget:
             lines += ["", f"misses its budget: {Budget(**self.budget)}"]
         if self.report is not None:

@@ -14,13 +14,12 @@ NAME = "latency"
 SUMMARY = "write networks to be timed on another device"
 DESCRIPTION = """\
 Write a directory to be copied to the device that shall run the compact network: networks of several widths as ONNX
-files, and measure.py, which times them there and needs onnxruntime and numpy only. What it writes, times.json, is for
-`robustcompress compress --latency-table`: limits on latency are about that device then."""
+files, and measure.py, which times them there (python3 DIR/measure.py) and needs onnxruntime and numpy only. What it
+writes, times.json, is for `robustcompress compress --latency-table`: limits on latency are about that device then."""
 EXAMPLES = """\
 examples:
   robustcompress latency resnet20 phone --num-classes 10
-  (on the device)  python3 phone/measure.py --threads 1
-  robustcompress compress resnet20 --data cifar10 --max-latency-ms 4 --latency-table phone/times.json"""
+  robustcompress latency torchvision:resnet18 board --image-size 224 --num-classes 10 --round-to 8"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
