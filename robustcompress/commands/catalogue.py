@@ -35,7 +35,6 @@ ATTACKS = {
     "pgd-10x5": "the same with 5 restarts",
     "pgd-20-margin": "the same on the margin between logits; also -kl",
     "autoattack": "APGD-CE, APGD-T, FAB-T and Square in turn (Croce and Hein 2020): robust accuracy proper, and slow",
-    "square-1000": "of ONNX files: 1,000 queries of their scores, no gradient (Andriushchenko et al. 2020); any number",
 }
 DATA = {
     "digits": "scikit-learn's handwritten digits, 1,797 real images, embedded: nothing to fetch",

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attacks",
         type=names,
         metavar="A,B",
-        help="`robustcompress list attacks`, and for files square-N: N queries (default: clean,fgsm,pgd-20,autoattack; "
+        help="`robustcompress list attacks`, and for files square-N: Square with N queries (default: clean,fgsm,pgd-20,autoattack; "
         "for files pgd-20,square-1000)",
     )
     parser.add_argument(

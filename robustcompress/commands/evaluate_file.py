@@ -126,7 +126,8 @@ def run(arguments: argparse.Namespace) -> Output:
 
 def _parts(report: ArtefactReport) -> list[Any]:
     columns = ("attack", "accuracy %", "95 % interval", "n", "seconds")
-    parts: list[Any] = [table(f"{report.path}: {report.headline()}", columns, report.robust.rows(), left=("attack",))]
+    parts: list[Any] = [f"{report.path}: {report.headline()}", ""]
+    parts.append(table("attacks, judged by the file", columns, report.robust.rows(), left=("attack",)))
     if report.curve:
         head: tuple[str, ...] = ("eps", "accuracy %", "95 % interval", "n")
         rows = [
