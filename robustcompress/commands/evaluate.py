@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attacks",
         type=names,
         metavar="A,B",
-        help="`robustcompress list attacks`, and for files square-N: Square with N queries (default: clean,fgsm,pgd-20,autoattack; "
-        "for files pgd-20,square-1000)",
+        help="`robustcompress list attacks`, and for files square-N: Square with N queries (default: "
+        "clean,fgsm,pgd-20,autoattack; for files pgd-20,square-1000)",
     )
     parser.add_argument(
         "--images", type=count_or_all, default=None, metavar="N", help="judge N test images, or all (default: all)"
