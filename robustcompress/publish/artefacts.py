@@ -14,12 +14,14 @@ from robustcompress.errors import ParityError, RobustCompressError, first_line
 from robustcompress.export import verify_onnx
 from robustcompress.export.metadata import PREFIX
 from robustcompress.publish.markup import Html, Part, facts, fold, join, note, plain, section, table, tag
+from robustcompress.publish.measured import timed, verified
 from robustcompress.publish.reading import pathless, short
 from robustcompress.result import DAMAGE, CompressResult
 
 MOST_FILES, LARGEST_ONNX, LARGEST_JSON = 8, 1 << 30, 1 << 20
 KINDS = {".verify.json": "Verification", ".bench.json": "Latency"}
 """What records beside a file are called, by how their names end."""
+READERS = {".verify.json": verified, ".bench.json": timed}
 
 TEDIOUS = frozenset(("correct", "indices", "metadata"))
 """Keys of records that hold one entry an image, or what is shown elsewhere."""
@@ -179,7 +181,12 @@ def _record(path: Path) -> Html:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         return join([head, note(f"It cannot be read: {first_line(error)}", warning=True)])
-    return join([head, render_record(pathless(value))])
+    whole = render_record(pathless(value))
+    try:
+        told = READERS[ending](pathless(value))
+    except DAMAGE:  # of another version, or a stranger's: shown as it is
+        return join([head, whole])
+    return join([head, told, fold("All of the record", whole)])
 
 
 def render_record(value: object, depth: int = 0) -> Html:

@@ -246,6 +246,28 @@ def test_files_beside_it_are_shown(result: rc.CompressResult, saved: Path, digit
     assert weights in page.text
 
 
+def test_what_was_measured_of_a_file_is_readable(result: rc.CompressResult, saved: Path, digits: rc.DataSplits) -> None:
+    path = saved / "model.onnx"
+    rc.export_onnx(result, path)
+    measured = rc.verify_artefact(
+        path, digits, result.threat, twin=result.model, attacks=["pgd-2", "square-3"], max_images=12
+    )
+    timed = rc.bench_onnx([path], seconds=0.05)
+    (saved / "model.verify.json").write_text(json.dumps(measured.to_json()))
+    (saved / "model.bench.json").write_text(json.dumps(timed.to_json()))
+    page = written(result, saved / "report.html", directory=saved, examples=0)
+    worst = measured.to_json()["worst_case"]
+    for said in (
+        "square-3",
+        f"{100 * worst['accuracy']:.1f} %",
+        "median ms",
+        "All of the record",
+        "never a certificate",
+    ):
+        assert said in page.text, said
+    assert page.text.count("All of the record") == 2
+
+
 def test_a_file_of_another_network_is_noticed(result: rc.CompressResult, saved: Path) -> None:
     torch.manual_seed(1)
     other, _ = rc.build_model("resnet8", num_classes=10, width=0.25, stem_stride=4)
