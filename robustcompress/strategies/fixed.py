@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -110,6 +110,11 @@ class Fixed(Strategy):
         if self.inserted and budget.limits_latency:
             return ("inserted: the time of parts is not predicted; limit multiply-adds or parameters instead",)
         return ()
+
+    def identity(self) -> dict[str, Any]:
+        """Checkpoints from before parts could be inserted go on."""
+        options = self.to_json()
+        return options if self.inserted else {name: value for name, value in options.items() if name != "inserted"}
 
     def largest(self, widths: Widths) -> Widths:
         """The given widths, where they are wider."""
