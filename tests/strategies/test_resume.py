@@ -190,7 +190,7 @@ def test_every_difference_from_the_run_in_the_checkpoint_is_named_at_once(tmp_pa
     with pytest.raises(rc.InputError) as caught:
         compress("chain", "magnitude", checkpoint=tmp_path / "c", seed=1, budget=0.4, recipe=rc.Recipe(lr=0.05))
     said = str(caught.value)
-    assert "is of another run" in said and "remove it to begin anew" in said
+    assert "is of another run" in said and f"remove {tmp_path / 'c'} to begin anew" in said
     for name in ("seed: 0 there, 1 here", 'budget: {"macs": 0.5} there, {"macs": 0.4} here', "recipe: {"):
         assert name in said, said
     assert "threat" not in said and "model structure" not in said
