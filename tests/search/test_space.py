@@ -227,7 +227,7 @@ def dressed(name: str, share: float) -> tuple[Session, Dressed, Space]:
     return session, network_, Space(network_, discover(network_, order, sites), order, task(), kinds=KINDS)
 
 
-@settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(["resnet", "wrn"]), share=st.sampled_from([0.4, 0.7, 0.95]), data=st.data())
 def test_with_types_the_budget_is_kept_and_what_is_looked_at_is_what_is_built(
     name: str, share: float, data: st.DataObject
