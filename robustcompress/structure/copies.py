@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -79,6 +80,18 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def _kept(x: torch.Tensor) -> torch.Tensor:
     return x.clone()  # of what keeps shapes and leaves a note with autograd, by far the cheapest there
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Put off the collection of cycles: whoever makes many objects at once sets off searches of everything there is."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextlib.contextmanager

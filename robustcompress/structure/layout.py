@@ -55,13 +55,15 @@ class Layout:
         """The number of positions along `axis` when the groups have these `widths`."""
         return span_width(self.axes[axis], widths)
 
-    def index(self, axis: Axis, group: str, sources: Sequence[int], widths: Mapping[str, int]) -> torch.Tensor:
+    def index(
+        self, axis: Axis, group: str, sources: Sequence[int] | torch.Tensor, widths: Mapping[str, int]
+    ) -> torch.Tensor:
         """Turn an edit of channels into a gather of positions.
 
         Args:
             axis: The axis to gather.
             group: The group that changes.
-            sources: Its new channels, as old channel numbers or `NEW`.
+            sources: Its new channels, as old channel numbers or `NEW`; int64 `[channels]` where several axes ask.
             widths: The widths of all groups *before* the edit.
 
         Returns:

@@ -59,8 +59,9 @@ def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit:
     group = layout.groups[edit.group]
     share = _sharing(edit) if edit.share else None
     tensors: list[TensorEdit] = []
+    sources = torch.tensor(edit.sources, dtype=torch.long)
     for axis in group.readers + group.passers + group.writers:
-        index = layout.index(axis, edit.group, edit.sources, widths)
+        index = layout.index(axis, edit.group, sources, widths)
         if axis.side == "param":
             owner, _, name = axis.module.rpartition(".")
             tensors.append(TensorEdit(owner, name, layout.param_dims[axis.module], index, None, axis, "mean"))
@@ -110,9 +111,11 @@ def apply_gathers(
         (axis, model.get_submodule(axis.module)) for axis in layout.groups[edit.group].members if axis.side != "param"
     ]
     kinds = {axis: kind_of(module) for axis, module in layers}
+    modules = {axis.module: module for axis, module in layers}
     replaced: list[Replaced] = []
     for tensor in plan_edit(model, layout, widths, edit) if plan is None else plan:
-        owner = model.get_submodule(tensor.owner)
+        owner = modules.get(tensor.owner)
+        owner = model.get_submodule(tensor.owner) if owner is None else owner
         old = getattr(owner, tensor.tensor)
         data = _gathered(old, tensor)
         if isinstance(old, nn.Parameter):

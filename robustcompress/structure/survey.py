@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from robustcompress.structure.copies import undrawn
+from robustcompress.structure.copies import uncollected, undrawn
 from robustcompress.structure.groups import ChannelGroup
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.trace import trace
-from robustcompress.structure.verify import find_broken, find_least
+from robustcompress.structure.verify import prove
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,11 @@ def survey(model: nn.Module, example: torch.Tensor) -> Survey:
     Raises:
         UnsupportedModelError: It cannot be edited.
     """
-    with torch.inference_mode(False), undrawn(model):  # inside inference mode, tracing would see no graph
+    with (
+        torch.inference_mode(False),
+        undrawn(model),
+        uncollected(),
+    ):  # inside inference mode, tracing would see no graph
         layout = trace(model, example)
-        broken = find_broken(model, layout, example)
-        sound = [g.name for g in layout.groups.values() if g.editable and g.name not in broken]
-        return Survey(layout.at_least(find_least(model, layout, example, sound)), broken)
+        broken, least = prove(model, layout, example)
+        return Survey(layout.at_least(least), broken)

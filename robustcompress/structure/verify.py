@@ -6,6 +6,7 @@ import contextlib
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -34,12 +35,14 @@ LOUD = 0.7
 """What new channels are scaled and shifted by, and what they weigh in all."""
 
 
-def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict[str, str]:
-    """Name the groups that cannot be resized without changing what the network computes.
+def prove(model: nn.Module, layout: Layout, example: torch.Tensor) -> tuple[dict[str, str], dict[str, int]]:
+    """Name the groups that cannot be resized without changing what the network computes, and those that must stay wide.
 
     On one copy with random weights every group is replaced by a gather of its own: about half of its channels, in
     another order, with new ones in between that nothing reads. Every layer, and the network, must give what they gave
     when the readers ignored the dropped channels. Only when that fails, groups are tried in smaller and smaller sets.
+    Then all that can be resized are made as narrow as their layers allow, which some forwards do not, as where one
+    squeezes.
 
     Args:
         model: The network; not touched.
@@ -47,9 +50,16 @@ def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict
         example: One input batch, `[N, 3, H, W]`.
 
     Returns:
-        For each group that fails, the reason.
+        For each group that fails, the reason; and for each that cannot become as narrow as its layers would allow, the
+        least width of those tried (1, 2, 4, ...) at which the network runs.
     """
     proof = _Proof(model, layout, example)
+    broken = _find_broken(proof, layout)
+    sound = [group for group in layout.groups.values() if group.editable and group.name not in broken]
+    return broken, _find_least(proof, {group.name: group.min_width for group in sound}, layout.widths())
+
+
+def _find_broken(proof: _Proof, layout: Layout) -> dict[str, str]:
     odd = proof.odd_norms()
     names = [name for name, group in layout.groups.items() if group.editable and name not in odd]
     if not names or not proof.complaint(names):
@@ -66,23 +76,10 @@ def find_broken(model: nn.Module, layout: Layout, example: torch.Tensor) -> dict
     return broken
 
 
-def find_least(model: nn.Module, layout: Layout, example: torch.Tensor, names: Iterable[str]) -> dict[str, int]:
-    """Find the groups that cannot become as narrow as their layers would allow, as where a forward squeezes.
-
-    Args:
-        model: The network; not touched.
-        layout: Its traced structure.
-        example: One input batch, `[N, 3, H, W]`.
-        names: Groups that can be resized.
-
-    Returns:
-        For each such group the least width of those tried (1, 2, 4, ...) at which the network runs.
-    """
-    proof = _Proof(model, layout, example)
-    least = {name: layout.groups[name].min_width for name in names}
+def _find_least(proof: _Proof, least: Mapping[str, int], widths: Mapping[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in proof.too_narrow(least):
-        width, most = 2 * least[name], layout.groups[name].width // 2
+        width, most = 2 * least[name], widths[name] // 2
         while width < most and proof.too_narrow({name: width}):
             width *= 2
         found[name] = width
@@ -91,6 +88,15 @@ def find_least(model: nn.Module, layout: Layout, example: torch.Tensor, names: I
 
 class _ShapeError(Exception):
     """Shapes do not fit: nothing that more precision would tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sketch:
+    """An edited copy that ran, its images, and how wide its groups are."""
+
+    net: nn.Module
+    images: torch.Tensor
+    widths: dict[str, int]
 
 
 class _Proof:
@@ -102,6 +108,7 @@ class _Proof:
         # What training calls as well is looked at beside evaluation, and may return more than the logits.
         self._modes: tuple[Sequence[str], ...] = ((), layout.auxiliary) if layout.auxiliary else ((),)
         self._changes = {name: _change(g, number) for number, (name, g) in enumerate(layout.groups.items())}
+        self._ran: _Sketch | None = None
 
     def _noise(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._images[: self._batch].to(like.device, dtype)
@@ -183,7 +190,9 @@ class _Proof:
             silence_readers(net, layout, name, _kept(sources), widths)
         watch = Watch(net, layout)
         wanted = watch.note(lambda: self._settle(net, dtype))
-        for name, sources in changes.items():
+        # What comes last in a network goes first: rows are dropped much more quickly than columns, and then there are
+        # half as many columns to look at.
+        for name, sources in reversed(changes.items()):
             edit = Edit(name, sources, "zero_out")
             watch.edited(name, sources, widths)
             tensors = plan_edit(net, layout, widths, edit)
@@ -241,12 +250,30 @@ class _Proof:
 
     def too_narrow(self, widths: Mapping[str, int]) -> list[str]:
         """The groups at whose widths here the network does not run: all are tried together, then halves, and so on."""
-        if not self._misshapen({name: tuple(range(width)) for name, width in widths.items()}, (True,)):
+        if self._runs_narrowed(widths) or not self._misshapen(
+            {name: tuple(range(width)) for name, width in widths.items()}, (True,)
+        ):
             return []
         names = list(widths)
         halves = (names[: len(names) // 2], names[len(names) // 2 :]) if len(names) > 1 else ()
         found = [name for half in halves for name in self.too_narrow({name: widths[name] for name in half})]
         return found or names  # halves may run each by itself
+
+    @torch.no_grad()
+    def _runs_narrowed(self, least: Mapping[str, int]) -> bool:
+        """Whether the copy on which shapes were found right last still runs when groups are narrowed further."""
+        ran, self._ran = self._ran, None
+        if ran is None:
+            return False
+        for name, width in least.items():
+            if width < ran.widths[name]:
+                apply_gathers(ran.net, self._layout, ran.widths, Edit(name, tuple(range(width)), "zero_out"))
+                ran.widths[name] = width
+        try:
+            ran.net.train()(ran.images)
+        except Exception:  # of the model's own code; which group it is, is seen on other copies
+            return False
+        return True
 
     @torch.no_grad()
     def _misshapen(self, changes: Mapping[str, tuple[int, ...]], modes: Sequence[bool] = (False, True)) -> str:
@@ -268,6 +295,7 @@ class _Proof:
                         whole.train(training)(x)
                     return assumes(error)
                 continue
+            self._ran = _Sketch(net, x, widths)
             return ""
         return ""
 
@@ -278,7 +306,8 @@ def _change(group: ChannelGroup, number: int) -> tuple[int, ...]:
     width = group.width
     count = max(group.min_width, width // 2 - draw.randrange(1 + width // 8))
     # Neither the first nor the last channel stays where others can.
-    order = draw.sample(range(1, width - 1), width - 2) + [width - 1, 0] if width > 2 else [*range(width)][::-1]
+    shuffled = torch.randperm(max(0, width - 2), generator=torch.Generator().manual_seed(number)) + 1
+    order = [*shuffled.tolist(), width - 1, 0] if width > 2 else [*range(width)][::-1]
     gained = draw.choice([n for n in GROWTH if count + n != width])
     sources = [*order[:count], *[NEW] * gained]
     draw.shuffle(sources)
