@@ -34,10 +34,9 @@ from robustcompress.checkpoint.files import save_tensors
 from robustcompress.reach import default_rounding
 from robustcompress.robust.objectives import FGSMRS
 from robustcompress.search.domain import Config, Domain
-from robustcompress.search.evaluate import Evaluator, Job
+from robustcompress.search.evaluate import Job
 from robustcompress.search.hunt import FIRST_LOOK
 from robustcompress.search.space import Space
-from robustcompress.search.stages import discover, first_to_leave
 from robustcompress.session import Goal, Session
 from robustcompress.strategies.rcnas import RCNAS
 
@@ -118,7 +117,7 @@ def fill(setting: Setting, look: int, out: Path, options: argparse.Namespace, ar
     if rows is None:
         rows = laid_out(setting, session, space, shown)
     architectures = dict(zip(rows["networks"], rows["first"], strict=True))
-    evaluator = Evaluator(session, recovery="distill", lr=RCNAS().recovery_lr * RECIPE.lr)
+    evaluator = RCNAS().evaluator(session)
     written = started = time.monotonic()
     todo = missing(rows, look)[: 3 if options.quick else None]
     for place, number in enumerate(todo):
@@ -229,9 +228,7 @@ def opened(setting: Setting, cache: Path, seed: int, *, quick: bool) -> tuple[Se
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, {name: value.contiguous() for name, value in model.state_dict().items()}, {})
         return opened(setting, cache, seed, quick=quick)  # as every other space of this teacher begins
-    task, probe = RCNAS()._task(session)
-    order = first_to_leave(session, probe)
-    space = Space(session, discover(session, order), order, task)
+    space = RCNAS().lay_out(session)
     places = range(len(space.domain.coordinates))
     return session, space, [kept(space.domain, place, setting.network) for place in places]
 

@@ -25,6 +25,7 @@ from robustcompress.errors import (
 from robustcompress.export import export_onnx, verify_onnx
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
 from robustcompress.plots import plot_results
+from robustcompress.practice import SearchTask, search_task, train_policy
 from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
@@ -86,6 +87,7 @@ __all__ = [
     "RobustReport",
     "RunRecipe",
     "Scaling",
+    "SearchTask",
     "Stability",
     "Strategy",
     "StructuralEditor",
@@ -108,7 +110,9 @@ __all__ = [
     "plot_search",
     "plot_widths",
     "register_strategy",
+    "search_task",
     "stability",
     "teach_layer",
+    "train_policy",
     "verify_onnx",
 ]

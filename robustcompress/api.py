@@ -147,36 +147,11 @@ def carry_out(
         on_saved: Told where the result was saved, if it was: beside `out` if that place was taken meanwhile.
     """
     started = time.monotonic() if started is None else started
-    splits, chosen, pretrained, seed = request.data, request.strategy, request.pretrained, request.seed
+    splits, chosen, seed = request.data, request.strategy, request.seed
     shown = Progress(progress, title=chosen.name)
-    for note in splits.notes:
-        shown.say(note)
-    reference = request.model
-    set_memory_format(reference, torch.contiguous_format)
+    session, untouched, journal = open_session(request, shown, started)
+    editor, goal, before = session.editor, session.goal, session.goal.reference
     example = torch.zeros(2, *splits.image_shape, device=request.device)
-    editor = StructuralEditor(reference, example, seed=seed)
-    _fit_classifier(editor, reference, example, splits, pretrained, shown)
-    step = request.round_to or default_rounding(editor)
-    before = measure(reference, example)
-    if before.note:
-        shown.say(before.note)
-    check_budget(chosen, editor, example, request.budget, before, step, shown)
-
-    goal = Goal(
-        data=splits,
-        threat=request.threat,
-        objective=request.objective,
-        budget=request.budget,
-        reference=before,
-        epochs=request.epochs or (10 if len(splits.train) < SMALL_DATA else 30),
-        recipe=request.recipe,
-        seed=seed,
-        pretrained=pretrained,
-        round_to=step,
-    )
-    untouched = copy.deepcopy(reference).cpu()
-    journal = _journal(request, goal, untouched, shown, started)
-    session = Session(reference, editor, example, goal, progress=shown, journal=journal)
     stopwatch = Stopwatch(editor, splits.image_shape) if request.budget.limits_latency else None
     if stopwatch is not None:
         limit_latency(session, chosen, stopwatch, example)
@@ -214,6 +189,52 @@ def carry_out(
     if journal is not None:
         remove(journal.directory)
     return result
+
+
+def open_session(request: Request, shown: Progress, started: float) -> tuple[Session, nn.Module, Journal | None]:
+    """What a strategy is given: the reference, its editor and its data, once the budget is known to be one for it.
+
+    Args:
+        request: What to do.
+        shown: Where progress is shown.
+        started: When the call came, on the clock of `time.monotonic`.
+
+    Returns:
+        The session; a copy of the reference as it is before the strategy runs, on the CPU; and where the run is
+        recorded, None for nowhere.
+
+    Raises:
+        UnsupportedModelError: The network holds layers that cannot be edited.
+        BudgetError: No widths meet the budget, or the model already does.
+    """
+    splits, chosen, reference = request.data, request.strategy, request.model
+    for note in splits.notes:
+        shown.say(note)
+    set_memory_format(reference, torch.contiguous_format)
+    example = torch.zeros(2, *splits.image_shape, device=request.device)
+    editor = StructuralEditor(reference, example, seed=request.seed)
+    _fit_classifier(editor, reference, example, splits, request.pretrained, shown)
+    step = request.round_to or default_rounding(editor)
+    before = measure(reference, example)
+    if before.note:
+        shown.say(before.note)
+    check_budget(chosen, editor, example, request.budget, before, step, shown)
+
+    goal = Goal(
+        data=splits,
+        threat=request.threat,
+        objective=request.objective,
+        budget=request.budget,
+        reference=before,
+        epochs=request.epochs or (10 if len(splits.train) < SMALL_DATA else 30),
+        recipe=request.recipe,
+        seed=request.seed,
+        pretrained=request.pretrained,
+        round_to=step,
+    )
+    untouched = copy.deepcopy(reference).cpu()
+    journal = _journal(request, goal, untouched, shown, started)
+    return Session(reference, editor, example, goal, progress=shown, journal=journal), untouched, journal
 
 
 def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progress, started: float) -> Journal | None:

@@ -30,6 +30,7 @@ LAYERS = [
     {"search_plot", "width_plot"},
     {"resolve", "calibration", "reach"},
     {"api"},
+    {"practice"},
     {"recipe"},
     {"quickstart"},
     {"commands"},

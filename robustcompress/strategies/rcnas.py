@@ -63,6 +63,7 @@ class RCNAS(Strategy):
         recovery_steps: Steps that each candidate recovers for, finalists four times as many; they come on top of the
             epochs.
         batch: Candidates proposed before the rewards of any of them are known: many suit many workers, few learning.
+            How often the policy of "reinforce" is updated does not depend on it (every five rewards).
         workers: Candidates evaluated at a time, in threads. It changes no result, unless the network itself draws in
             its forward, as dropout does.
         depth: Whether blocks may leave.
@@ -139,19 +140,36 @@ class RCNAS(Strategy):
         Raises:
             InputError: There are no validation images to search by.
         """
+        policy = None if self.policy is None else Policy.load(self.policy)  # now: files move
+        space = self.lay_out(session)
+        winner = self._search(session, space, policy) if space.domain.coordinates else ()
+        self._take(session, space, winner)
+        share = 1.0 if session.goal.pretrained else 1 - self.teacher
+        session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True)
+
+    def lay_out(self, session: Session) -> Space:
+        """Train the teacher, unless it is robust already, and say what there is to find within it.
+
+        Args:
+            session: The network under compression; it is the teacher afterwards.
+
+        Raises:
+            InputError: There are no validation images to search by.
+        """
         if not len(session.goal.data.val) or not session.goal.recipe.val_images:
             raise InputError("rcnas compares candidates on the validation split, which is empty: give more images")
-        policy = None if self.policy is None else Policy.load(self.policy)  # now: files move
-        trained = 0.0 if session.goal.pretrained else self.teacher
-        if trained:
-            session.train("teacher", share=trained)
+        if self.teacher and not session.goal.pretrained:
+            session.train("teacher", share=self.teacher)
             session.settle()
         task, images = self._task(session)
         order = first_to_leave(session, images) if self.depth else []
-        space = Space(session, discover(session, order), order, task, cap=self.cap)
-        winner = self._search(session, space, policy) if space.domain.coordinates else ()
-        self._take(session, space, winner)
-        session.train("finetune", share=1 - trained, lr_scale=self.finetune_lr, select=True)
+        return Space(session, discover(session, order), order, task, cap=self.cap)
+
+    def evaluator(self, session: Session) -> Evaluator:
+        """What looks at candidates, of the teacher in a session."""
+        return Evaluator(
+            session, recovery=self.recovery, lr=self.recovery_lr * session.goal.recipe.lr, workers=self.workers
+        )
 
     def _task(self, session: Session) -> tuple[Task, torch.Tensor]:
         """What is known before the search, and the images that it is known from."""
@@ -186,13 +204,8 @@ class RCNAS(Strategy):
             session,
             space,
             make_searcher(self.searcher, domain, session.goal.seed, **options),
-            lambda: Evaluator(
-                session,
-                recovery=self.recovery,
-                lr=self.recovery_lr * session.goal.recipe.lr,
-                workers=self.workers,
-            ),
-            lambda outcome, architecture, progress: self._reward(session, outcome, architecture, domain.task, progress),
+            lambda: self.evaluator(session),
+            lambda outcome, architecture, progress: self.reward(session, outcome, architecture, domain.task, progress),
             evaluations=self.evaluations,
             batch=self.batch,
             steps=self.recovery_steps,
@@ -202,9 +215,18 @@ class RCNAS(Strategy):
         hunt.look()
         return hunt.settle(min(self.finalists, self.evaluations))
 
-    def _reward(
+    def reward(
         self, session: Session, outcome: Outcome, architecture: Architecture, task: Task, progress: float
     ) -> float:
+        """What an outcome is worth: accuracies over the teacher's, and less over the budget.
+
+        Args:
+            session: Knows the budget.
+            outcome: Of the candidate.
+            architecture: What it is.
+            task: Knows the teacher.
+            progress: How far the search has come, in [0, 1]: penalties grow with it.
+        """
         floor = 0.01  # a teacher that is not robust at all
         robust, clean = outcome.robust / max(floor, task.robust), outcome.clean / max(floor, task.clean)
         worth = float(robust**self.alpha * clean ** (1 - self.alpha))
