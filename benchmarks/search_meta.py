@@ -10,8 +10,8 @@ replaced by the table. A task is a space and what is rewarded: clean accuracy, o
          children from their tokens; "fresh", a new policy, and "fresh-slow" with the smaller steps of fine-tuning;
          evolution and random; "rule" and "uniform" by themselves
   score  the mean over 5 to 50 networks looked at of the true value of the best so far. It is chosen by the first look,
-         and its true value is the second, which no search saw (networks in the lower half have no second look: of these
-         the first counts). In points: hundredths of the reward, which is 1 for the teacher
+         and its true value is the second, which no search saw (networks below the upper third have none: of these the
+         first counts). In points: hundredths of the reward, which is 1 for the teacher
 Differences are paired: same task, same seed. Intervals are of the bootstrap over teachers (95 %): tasks of one teacher
 are not independent of each other. "Below all" is what is lost against looking at every network.
 """
@@ -48,7 +48,10 @@ from robustcompress.search.searchers import make_searcher
 
 MODULE = "search_meta"
 AXES = ("data", "network", "eps", "budget")
-TRAINED = ("meta", "blind", "pretrained")
+TRAINED = ("meta", "blind")
+ABLATED = "network"
+"""The axis along which encoders are pre-trained too."""
+
 UNTRAINED = ("fresh", "fresh-slow", "evolution", "random", "rule", "uniform")
 FROM, CURVE = 5, 50
 
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             curves[arm] = {task.name: [_searched(task, arm, seed) for seed in range(options.seeds)] for task in tasks}
             print(f"{arm}: {_area(curves[arm]):.2f}", file=sys.stderr, flush=True)
         for axis in axes:
-            for arm in TRAINED:
+            for arm in (*TRAINED, *(["pretrained"] if axis == ABLATED else [])):
                 curves[f"{axis}/{arm}"] = _held_out(tasks, axis, arm, options.seeds, options.rounds)
                 print(f"{axis}, {arm}: {_area(curves[f'{axis}/{arm}']):.2f}", file=sys.stderr, flush=True)
     value = record(MODULE, options, argv, _results(tasks, axes, curves, options.seeds, options.rounds))
@@ -133,14 +136,14 @@ def _results(
         less = {name: by_task[name] - area["fresh"][name] for name in by_task}
         below = {task.name: 100 * task.exhausted - by_task[task.name] for task in tasks}
         rivals = {other: area[other] for other in ("evolution", "random", "fresh-slow")}
-        rivals |= {"blind": area[f"{axis}/blind"]} if axis else {}
+        rivals |= {other: area[f"{axis}/{other}"] for other in TRAINED if axis}
         arms[arm] = {
             "below": by_teacher(below, teachers),
             "over_fresh": by_teacher(less, teachers),
             "over": {
                 other: by_teacher({name: by_task[name] - theirs[name] for name in by_task}, teachers)
                 for other, theirs in rivals.items()
-                if other != arm
+                if theirs is not by_task
             },
             "over_fresh_by_attack": {
                 attack: by_teacher({n: v for n, v in less.items() if n.endswith(attack)}, teachers)
@@ -222,6 +225,11 @@ def markdown(value: Mapping[str, Any]) -> str:
         for axis in (*results["axes"], "all")
     ]
     parts += ["**By what is held out**", table(head, rows)]
+    taught = arms[f"{ABLATED}/pretrained"]
+    parts += [
+        f"With a pre-trained encoder, networks held out: {shown(taught['over']['meta'], signed=True)} over meta, "
+        f"{shown(taught['over_fresh'], signed=True)} over fresh."
+    ]
     rows = [
         (
             space["name"],

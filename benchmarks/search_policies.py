@@ -19,7 +19,7 @@ from robustcompress.search.policy import Policy, _scaled, task_vector
 CHILDREN = 200
 """Random networks that the encoder is pre-trained on."""
 
-STEPS, CHOSEN, LR = 300, 16, 3e-3
+STEPS, CHOSEN, LR = 150, 16, 3e-3
 """Of pre-training: updates, children to each, Adam's rate."""
 
 

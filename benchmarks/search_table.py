@@ -205,7 +205,8 @@ def likeness(tasks: Sequence[Task]) -> dict[str, Any]:
         differ = [axis for axis, level in one.levels.items() if two.levels[axis] != level]
         if len(differ) == 1 and one.levels["network"] == two.levels["network"]:
             pair = [ranks([task.first[number] for number in task.numbers]) for task in (one, two)]
-            found.setdefault(differ[0], []).append(statistics.correlation(*pair))
+            if all(len(set(places)) > 1 for places in pair):
+                found.setdefault(differ[0], []).append(statistics.correlation(*pair))
     return {
         axis: {
             "pairs": len(values),
