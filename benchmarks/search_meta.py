@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with threads(options.threads):
         tasks = tasks_in(options.tables)
         if options.quick:
-            tasks = [task for task in tasks if task.levels["budget"] == "0.75"]
+            tasks = [task for task in tasks if task.levels["budget"] == "0.75" and task.levels["attack"] == "pgd"]
         if not tasks:
             raise SystemExit(
                 f"{options.tables.name} holds no table that is whole: run benchmarks.{search_tasks.MODULE}"
@@ -234,7 +234,10 @@ def markdown(value: Mapping[str, Any]) -> str:
         (
             space["name"],
             f"{space['networks']}",
-            *(f"{space[key]:.2f}" for key in ("spread", "noise", "uniform", "rule", "median")),
+            *(
+                "" if space[key] is None else f"{space[key]:.2f}"
+                for key in ("spread", "noise", "uniform", "rule", "median")
+            ),
         )
         for space in results["spaces"]
     ]

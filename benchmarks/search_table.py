@@ -193,7 +193,7 @@ def spread(task: Task) -> dict[str, Any]:
         "name": task.name,
         "networks": len(task.first),
         "spread": round(100 * statistics.pstdev(task.first), 3),
-        "noise": round(100 * statistics.pstdev(twice) / math.sqrt(2), 3) if len(twice) > 1 else math.nan,
+        "noise": round(100 * statistics.pstdev(twice) / math.sqrt(2), 3) if len(twice) > 1 else None,
         **{name: round(100 * (task.exhausted - value), 3) for name, value in lost.items()},
     }
 
