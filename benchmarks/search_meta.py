@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = out_path(options, MODULE)
     axes: Sequence[str] = AXES
     if options.quick:
-        options.seeds, options.rounds, axes = 2, 3, ("network",)
+        options.seeds, options.policies, options.rounds, axes = 2, 1, 3, ("network",)
     with threads(options.threads):
         tasks = tasks_in(options.tables)
         if options.quick:
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{arm}: {_area(curves[arm]):.2f}", file=sys.stderr, flush=True)
         for axis in axes:
             for arm in (*TRAINED, *(["pretrained"] if axis == ABLATED else [])):
-                curves[f"{axis}/{arm}"] = _held_out(tasks, axis, arm, options.seeds, options.rounds)
+                curves[f"{axis}/{arm}"] = _held_out(tasks, axis, arm, options)
                 print(f"{axis}, {arm}: {_area(curves[f'{axis}/{arm}']):.2f}", file=sys.stderr, flush=True)
-    value = record(MODULE, options, argv, _results(tasks, axes, curves, options.seeds, options.rounds))
+    value = record(MODULE, options, argv, _results(tasks, axes, curves, options))
     write_json(path, value)
     print(markdown(value))
     return 0
@@ -98,17 +98,20 @@ def _searched(task: Task, arm: str, seed: int) -> list[float]:
     return best_so_far(task, look(task, searcher, seed, CURVE), CURVE)
 
 
-def _held_out(tasks: Sequence[Task], axis: str, arm: str, seeds: int, rounds: int) -> Curves:
+def _held_out(tasks: Sequence[Task], axis: str, arm: str, options: argparse.Namespace) -> Curves:
     """Searches on every task, with policies that saw no task of its level of an axis."""
     found: Curves = {task.name: [] for task in tasks}
     for level in sorted({task.levels[axis] for task in tasks}):
         training = [task for task in tasks if task.levels[axis] != level]
-        for seed in range(seeds):
-            policy = trained(training, seed, rounds, blind=arm == "blind", pretrain=arm == "pretrained")
-            for task in tasks:
-                if task.levels[axis] == level:
-                    domain = unseen(task.domain) if arm == "blind" else task.domain
-                    searcher = make_searcher("reinforce", domain, seed, policy=policy)
+        policies = [
+            trained(training, number, options.rounds, blind=arm == "blind", pretrain=arm == "pretrained")
+            for number in range(options.policies)
+        ]
+        for task in tasks:
+            if task.levels[axis] == level:
+                domain = unseen(task.domain) if arm == "blind" else task.domain
+                for seed in range(options.seeds):
+                    searcher = make_searcher("reinforce", domain, seed, policy=policies[seed % len(policies)])
                     found[task.name].append(best_so_far(task, look(task, searcher, seed, CURVE), CURVE))
     return found
 
@@ -118,7 +121,7 @@ def _area(curves: Curves) -> float:
 
 
 def _results(
-    tasks: Sequence[Task], axes: Sequence[str], curves: Mapping[str, Curves], seeds: int, rounds: int
+    tasks: Sequence[Task], axes: Sequence[str], curves: Mapping[str, Curves], options: argparse.Namespace
 ) -> dict[str, Any]:
     teachers = {task.name: task.teacher for task in tasks}
     area = {
@@ -163,8 +166,9 @@ def _results(
             ],
         }
     return {
-        "seeds": seeds,
-        "rounds": rounds,
+        "seeds": options.seeds,
+        "policies": options.policies,
+        "rounds": options.rounds,
         "from": FROM,
         "curve": CURVE,
         "axes": list(axes),
@@ -200,8 +204,9 @@ def markdown(value: Mapping[str, Any]) -> str:
     results = value["results"]
     arms = results["arms"]
     about = (
-        f"{results['tasks']} tasks of {results['teachers']} teachers, {results['seeds']} seeds, {results['rounds']} "
-        f"rounds of meta-training: points of reward, mean over {results['from']} to {results['curve']} looks"
+        f"{results['tasks']} tasks of {results['teachers']} teachers, {results['seeds']} seeds, {results['policies']} "
+        f"policies of {results['rounds']} rounds for each held-out level: points of reward, mean over "
+        f"{results['from']} to {results['curve']} looks"
     )
     head = ("start", "below all", "better than fresh", "than evolution", "than random", f"at {results['from']}", "last")
 
@@ -303,8 +308,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     tables = RESULTS / search_tasks.MODULE
     add("--tables", type=Path, default=tables, help="directory that search_tasks wrote (default: the committed one)")
-    add("--seeds", type=positive, default=10, help="policies, and searches on each task (default: %(default)s)")
-    add("--rounds", type=positive, default=800, help="batches to meta-train on (default: %(default)s)")
+    add("--seeds", type=positive, default=10, help="searches on each task (default: %(default)s)")
+    add("--policies", type=positive, default=5, help="meta-trained for each held-out level (default: %(default)s)")
+    add("--rounds", type=positive, default=400, help="of meta-training (default: %(default)s)")
     return parser
 
 
