@@ -4,14 +4,17 @@ The searches of `rcnas` are run on the tables of `search_tasks`, where every net
 is the strategy's own (uniform widths and the rule first, then five proposals at a time); only the evaluation is
 replaced by the table. A task is a space and what is rewarded: clean accuracy, or `rcnas`'s reward under PGD-10.
   axes   tasks are held out by one level of an axis at a time (one data set, one network, the small or the large
-         radius, one budget), a policy is trained on all others, and a search on each held-out task begins with it
+         radius, one budget), policies are trained on all others, and searches on each held-out task begin with them
   arms   "meta"; "blind", trained alike, but shown one and the same domain for all tasks, so that it can know only what
-         is good on average; "pretrained", meta-trained after its encoder learned to tell the reward of 200 random
-         children from their tokens; "fresh", a new policy, and "fresh-slow" with the smaller steps of fine-tuning;
-         evolution and random; "rule" and "uniform" by themselves
+         is good on average; "pretrained" (held-out networks alone), meta-trained after its encoder learned to tell the
+         reward of 200 random children from their tokens; "fresh", a new policy, and "fresh-slow" with the smaller
+         steps of fine-tuning; evolution and random; "rule" and "uniform" by themselves; "known" goes through the
+         networks in the order of how good they are on average in the other tasks, of which it knows everything: what
+         a policy could learn of what is good on average (where another space has the same coordinates)
   score  the mean over 5 to 50 networks looked at of the true value of the best so far. It is chosen by the first look,
-         and its true value is the second, which no search saw (networks below the upper third have none: of these the
-         first counts). In points: hundredths of the reward, which is 1 for the teacher
+         and its true value is the second, which no search saw (networks below the upper quarter have none: of these
+         the first counts)
+Rewards of tasks differ in scale, so that the unit is the standard deviation of a task's networks at the first look.
 Differences are paired: same task, same seed. Intervals are of the bootstrap over teachers (95 %): tasks of one teacher
 are not independent of each other. "Below all" is what is lost against looking at every network.
 """
@@ -39,9 +42,9 @@ from benchmarks.common import (
     threads,
     write_json,
 )
-from benchmarks.search_policies import trained, unseen
+from benchmarks.search_policies import proposed, trained, unseen
 from benchmarks.search_race import shown
-from benchmarks.search_table import Task, best_so_far, likeness, look, spread, tasks_in
+from benchmarks.search_table import Task, best_so_far, by_rank, likeness, look, spread, tasks_in
 from robustcompress.search.reinforce import TUNING_LR
 from robustcompress.search.rule import Rule
 from robustcompress.search.searchers import make_searcher
@@ -56,7 +59,7 @@ UNTRAINED = ("fresh", "fresh-slow", "evolution", "random", "rule", "uniform")
 FROM, CURVE = 5, 50
 
 Curves = dict[str, list[list[float]]]
-"""By task, for each seed, the true value of the best so far after each look."""
+"""By task, for each seed, how far the best so far is below looking at all networks, after each look."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,96 +78,108 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{options.tables.name} holds no table that is whole: run benchmarks.{search_tasks.MODULE}"
             )
         curves: dict[str, Curves] = {}
+        proposals: dict[str, dict[str, float]] = {}
         for arm in UNTRAINED:
             curves[arm] = {task.name: [_searched(task, arm, seed) for seed in range(options.seeds)] for task in tasks}
-            print(f"{arm}: {_area(curves[arm]):.2f}", file=sys.stderr, flush=True)
+            print(f"{arm}: {_shown(curves[arm])}", file=sys.stderr, flush=True)
         for axis in axes:
+            curves[f"{axis}/known"] = _known(tasks, axis)
             for arm in (*TRAINED, *(["pretrained"] if axis == ABLATED else [])):
-                curves[f"{axis}/{arm}"] = _held_out(tasks, axis, arm, options)
-                print(f"{axis}, {arm}: {_area(curves[f'{axis}/{arm}']):.2f}", file=sys.stderr, flush=True)
-    value = record(MODULE, options, argv, _results(tasks, axes, curves, options))
+                name = f"{axis}/{arm}"
+                curves[name], proposals[name] = _held_out(tasks, axis, arm, options)
+                print(f"{name}: {_shown(curves[name])}", file=sys.stderr, flush=True)
+    value = record(MODULE, options, argv, _results(tasks, axes, curves, options) | {"proposals": proposals})
     write_json(path, value)
     print(markdown(value))
     return 0
 
 
+def _below(task: Task, looked: Sequence[int]) -> list[float]:
+    return [(task.exhausted - value) / (task.spread or 1.0) for value in best_so_far(task, looked, CURVE)]
+
+
 def _searched(task: Task, arm: str, seed: int) -> list[float]:
     if arm in ("rule", "uniform"):
         config = task.domain.whole if arm == "uniform" else Rule(task.domain, 0).ask()
-        return [task.value[task.number(config)]] * CURVE
+        return _below(task, [task.number(config)])
     name = arm if arm in ("evolution", "random") else "reinforce"
     options = {"lr": TUNING_LR} if arm == "fresh-slow" else {}
-    searcher = make_searcher(name, task.domain, seed, **options)
-    return best_so_far(task, look(task, searcher, seed, CURVE), CURVE)
+    return _below(task, look(task, make_searcher(name, task.domain, seed, **options), seed, CURVE))
 
 
-def _held_out(tasks: Sequence[Task], axis: str, arm: str, options: argparse.Namespace) -> Curves:
-    """Searches on every task, with policies that saw no task of its level of an axis."""
-    found: Curves = {task.name: [] for task in tasks}
-    for level in sorted({task.levels[axis] for task in tasks}):
-        training = [task for task in tasks if task.levels[axis] != level]
-        policies = [
-            trained(training, number, options.rounds, blind=arm == "blind", pretrain=arm == "pretrained")
-            for number in range(options.policies)
-        ]
-        for task in tasks:
-            if task.levels[axis] == level:
-                domain = unseen(task.domain) if arm == "blind" else task.domain
-                for seed in range(options.seeds):
-                    searcher = make_searcher("reinforce", domain, seed, policy=policies[seed % len(policies)])
-                    found[task.name].append(best_so_far(task, look(task, searcher, seed, CURVE), CURVE))
+def _known(tasks: Sequence[Task], axis: str) -> Curves:
+    found: Curves = {}
+    for task in tasks:
+        looked = by_rank(task, [other for other in tasks if other.levels[axis] != task.levels[axis]], CURVE)
+        if looked is not None:
+            found[task.name] = [_below(task, looked)]
     return found
 
 
-def _area(curves: Curves) -> float:
-    return statistics.fmean(100 * statistics.fmean(curve[FROM - 1 :]) for found in curves.values() for curve in found)
+def _held_out(
+    tasks: Sequence[Task], axis: str, arm: str, options: argparse.Namespace
+) -> tuple[Curves, dict[str, float]]:
+    """Searches on every task, with policies that saw no task of its level of an axis; and what those propose."""
+    found: Curves = {task.name: [] for task in tasks}
+    blind = arm == "blind"
+    worth: dict[str, list[float]] = {"trained": [], "held_out": []}
+    for level in sorted({task.levels[axis] for task in tasks}):
+        training = [task for task in tasks if task.levels[axis] != level]
+        policies = [
+            trained(training, number, options.rounds, blind=blind, pretrain=arm == "pretrained")
+            for number in range(options.policies)
+        ]
+        for task in tasks:
+            place = "trained" if task in training else "held_out"
+            worth[place] += [proposed(policy, task, blind=blind) for policy in policies]
+            if place == "held_out":
+                domain = unseen(task.domain) if blind else task.domain
+                for seed in range(options.seeds):
+                    searcher = make_searcher("reinforce", domain, seed, policy=policies[seed % len(policies)])
+                    found[task.name].append(_below(task, look(task, searcher, seed, CURVE)))
+    return found, {place: round(statistics.fmean(values), 4) for place, values in worth.items()}
+
+
+def _area(found: Sequence[Sequence[float]]) -> float:
+    """Of one task: the mean from `FROM` looks on, over its seeds."""
+    return statistics.fmean(statistics.fmean(curve[FROM - 1 :]) for curve in found)
+
+
+def _shown(curves: Curves) -> str:
+    return f"{statistics.fmean(map(_area, curves.values())):.3f} below all" if curves else "nothing like it is known"
 
 
 def _results(
     tasks: Sequence[Task], axes: Sequence[str], curves: Mapping[str, Curves], options: argparse.Namespace
 ) -> dict[str, Any]:
+    joined = dict(curves)
+    for arm in (*TRAINED, "known"):  # a task is held out once along each axis
+        parts = [curves[f"{axis}/{arm}"] for axis in axes]
+        joined[f"all/{arm}"] = {
+            task.name: [curve for part in parts for curve in part.get(task.name, [])]
+            for task in tasks
+            if any(task.name in part for part in parts)
+        }
     teachers = {task.name: task.teacher for task in tasks}
-    area = {
-        arm: {name: statistics.fmean(100 * statistics.fmean(c[FROM - 1 :]) for c in of) for name, of in found.items()}
-        for arm, found in curves.items()
-    }
-    for arm in TRAINED:  # a task is held out once along each axis
-        area[f"all/{arm}"] = {
-            task.name: statistics.fmean(area[f"{a}/{arm}"][task.name] for a in axes) for task in tasks
-        }
+    area = {arm: {name: _area(found) for name, found in by_task.items()} for arm, by_task in joined.items()}
     arms = {}
-    for arm, by_task in area.items():
-        found = [curves[arm]] if arm in curves else [curves[f"{axis}/{arm.split('/')[1]}"] for axis in axes]
+    for arm, ours in area.items():
         axis = arm.rpartition("/")[0]
-        less = {name: by_task[name] - area["fresh"][name] for name in by_task}
-        below = {task.name: 100 * task.exhausted - by_task[task.name] for task in tasks}
-        rivals = {other: area[other] for other in ("evolution", "random", "fresh-slow")}
-        rivals |= {other: area[f"{axis}/{other}"] for other in TRAINED if axis}
-        arms[arm] = {
-            "below": by_teacher(below, teachers),
-            "over_fresh": by_teacher(less, teachers),
-            "over": {
-                other: by_teacher({name: by_task[name] - theirs[name] for name in by_task}, teachers)
-                for other, theirs in rivals.items()
-                if theirs is not by_task
-            },
-            "over_fresh_by_attack": {
-                attack: by_teacher({n: v for n, v in less.items() if n.endswith(attack)}, teachers)
-                for attack in sorted({task.levels["attack"] for task in tasks})
-            },
-            "mean": [
-                round(
-                    statistics.fmean(
-                        100 * (task.exhausted - curve[n])
-                        for part in found
-                        for task in tasks
-                        for curve in part[task.name]
-                    ),
-                    4,
-                )
-                for n in range(CURVE)
-            ],
-        }
+        rivals = {name: area[name] for name in ("fresh", "fresh-slow", "evolution", "random") if name != arm}
+        rivals |= {name: area[f"{axis}/{name}"] for name in TRAINED if axis and f"{axis}/{name}" != arm}
+        if ours:
+            arms[arm] = {
+                "below": by_teacher(ours, teachers),
+                "over": {
+                    rival: by_teacher({name: theirs[name] - value for name, value in ours.items()}, teachers)
+                    for rival, theirs in rivals.items()
+                },
+                "mean": [
+                    round(statistics.fmean(statistics.fmean(c[n] for c in found) for found in joined[arm].values()), 4)
+                    for n in range(CURVE)
+                ],
+                "by_task": {name: round(value, 4) for name, value in ours.items()},
+            }
     return {
         "seeds": options.seeds,
         "policies": options.policies,
@@ -205,64 +220,66 @@ def markdown(value: Mapping[str, Any]) -> str:
     arms = results["arms"]
     about = (
         f"{results['tasks']} tasks of {results['teachers']} teachers, {results['seeds']} seeds, {results['policies']} "
-        f"policies of {results['rounds']} rounds for each held-out level: points of reward, mean over "
-        f"{results['from']} to {results['curve']} looks"
+        f"policies of {results['rounds']} rounds for each held-out level: in standard deviations of a task's networks, "
+        f"mean over {results['from']} to {results['curve']} looks; then after so many looks"
     )
-    head = ("start", "below all", "better than fresh", "than evolution", "than random", f"at {results['from']}", "last")
+    places = (results["from"], 10, 20, results["curve"])
 
-    def row(name: str, arm: str) -> tuple[str, ...]:
-        found = arms[arm]
-        over = [shown(found["over"][rival], signed=True) if rival in found["over"] else "" for rival in head_rivals]
-        own = "" if arm == "fresh" else shown(found["over_fresh"], signed=True)
-        at, last = found["mean"][results["from"] - 1], found["mean"][-1]
-        return name, shown(found["below"]), own, *over, f"{at:.2f}", f"{last:.2f}"
+    def over(arm: str, rival: str) -> str:
+        found = arms.get(arm, {}).get("over", {}).get(rival)
+        return "" if found is None else shown(found, signed=True)
 
-    head_rivals = ("evolution", "random")
-    rows = [row(arm, f"all/{arm}") for arm in TRAINED] + [row(arm, arm) for arm in UNTRAINED]
+    rows = [
+        (
+            name,
+            shown(arms[arm]["below"]),
+            *(over(arm, rival) for rival in ("fresh", "evolution", "random")),
+            *(f"{arms[arm]['mean'][n - 1]:.2f}" for n in places),
+        )
+        for name, arm in [*((arm, f"all/{arm}") for arm in TRAINED), *((arm, arm) for arm in UNTRAINED)]
+    ]
+    head = ("start", "below all", "better than fresh", "than evolution", "than random", *map(str, places))
     parts = [f"**Starts**, {about}", table(head, rows)]
-    head = ("held out", *(f"{arm} over fresh" for arm in TRAINED), "meta over blind", "meta over evolution")
     rows = [
         (
             axis,
-            *(shown(arms[f"{axis}/{arm}"]["over_fresh"], signed=True) for arm in TRAINED),
-            *(shown(arms[f"{axis}/meta"]["over"][rival], signed=True) for rival in ("blind", "evolution")),
+            *(over(f"{axis}/{arm}", "fresh") for arm in (*TRAINED, "known")),
+            over(f"{axis}/meta", "blind"),
+            over(f"{axis}/meta", "evolution"),
         )
         for axis in (*results["axes"], "all")
     ]
+    head = ("held out", "meta over fresh", "blind over fresh", "known over fresh", "meta over blind", "over evolution")
     parts += ["**By what is held out**", table(head, rows)]
-    taught = arms[f"{ABLATED}/pretrained"]
+    taught = f"{ABLATED}/pretrained"
     parts += [
-        f"With a pre-trained encoder, networks held out: {shown(taught['over']['meta'], signed=True)} over meta, "
-        f"{shown(taught['over_fresh'], signed=True)} over fresh."
+        f"With a pre-trained encoder, networks held out: {over(taught, 'meta')} over meta, "
+        f"{over(taught, 'fresh')} over fresh."
     ]
     rows = [
-        (
-            space["name"],
-            f"{space['networks']}",
-            *(
-                "" if space[key] is None else f"{space[key]:.2f}"
-                for key in ("spread", "noise", "uniform", "rule", "median")
-            ),
-        )
+        (name, *(f"{worth[place]:+.2f}" for place in ("trained", "held_out")))
+        for name, worth in results["proposals"].items()
+    ]
+    parts += [
+        "**What policies propose**, on average over the mean of a task's networks, in their standard deviations",
+        table(("policy", "tasks of its training", "tasks held out"), rows),
+    ]
+    keys = ("spread", "noise", "uniform", "rule", "median")
+    rows = [
+        (space["name"], f"{space['networks']}", *("" if space[key] is None else f"{space[key]:.2f}" for key in keys))
         for space in results["spaces"]
     ]
     head = ("task", "networks", "spread", "noise", "uniform below all", "rule below all", "median below all")
     parts += [
-        "**Tasks**: points of reward; spread and noise are standard deviations of the first look",
+        "**Tasks**: hundredths of the reward, which is 1 for the teacher; spread and noise are standard deviations",
         table(head, rows),
     ]
-    head = (
-        "two tasks of one network differ in",
-        "pairs",
-        "mean rank correlation of their networks",
-        "least",
-        "largest",
-    )
     rows = [
-        (words, f"{like['pairs']}", *(f"{like[key]:+.2f}" for key in ("mean", "least", "largest")))
-        for words, like in results["likeness"].items()
+        (axis, f"{like['pairs']}", *(f"{like[key]:+.2f}" for key in ("mean", "least", "largest")))
+        for axis, like in results["likeness"].items()
     ]
-    parts += ["**How alike tasks are**", table(head, rows)]
+    head = ("tasks that differ in", "pairs", "mean rank correlation", "least", "largest")
+    parts += ["**How alike tasks are**: rank correlation of the same configurations", table(head, rows)]
     return "\n\n".join([*parts, provenance(value)])
 
 
@@ -275,18 +292,19 @@ def plot(value: Mapping[str, Any], path: Path) -> Path:
     results = value["results"]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    order = [("meta", "all/meta"), ("blind", "all/blind"), *((arm, arm) for arm in UNTRAINED if arm != "fresh-slow")]
+    lines = [arm for arm in UNTRAINED if arm not in ("fresh-slow", "rule")]
+    order = [*((arm, f"all/{arm}") for arm in TRAINED), *((arm, arm) for arm in lines)]
     colours = dict(zip((name for name, _ in order), (*COLOURS, GREY, "#000000"), strict=False))
     for name, arm in order:
         curve = results["arms"][arm]["mean"][results["from"] - 1 :]
         left.plot(range(results["from"], results["curve"] + 1), curve, color=colours[name], label=name)
     left.set_xlabel("networks looked at")
-    left.set_ylabel("points of reward below looking at all")
+    left.set_ylabel("standard deviations below looking at all")
     left.set_title("held-out tasks", fontsize=11)
     left.legend(frameon=False, fontsize=9)
     groups = (*results["axes"], "all")
     for offset, name in ((-0.12, "meta"), (0.12, "blind")):
-        cells = [results["arms"][f"{axis}/{name}"]["over_fresh"] for axis in groups]
+        cells = [results["arms"][f"{axis}/{name}"]["over"]["fresh"] for axis in groups]
         means = [cell["mean"] for cell in cells]
         bars = [[c["mean"] - c["low"] for c in cells], [c["high"] - c["mean"] for c in cells]]
         places = [place + offset for place in range(len(groups))]

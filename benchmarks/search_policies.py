@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from benchmarks.search_table import Task
+from benchmarks.search_table import Task, standard
 from robustcompress.search import domain as parts
 from robustcompress.search.choices import uniform
 from robustcompress.search.domain import Config, Domain
@@ -38,6 +39,16 @@ def trained(tasks: Sequence[Task], seed: int, rounds: int, *, blind: bool = Fals
         taught(policy, tasks, seed)
     meta_train(policy, sample, lambda name, config: by_name[name].reward(config), rounds, seed=seed)
     return policy
+
+
+@torch.no_grad()
+def proposed(policy: Policy, task: Task, *, blind: bool = False) -> float:
+    """What a policy proposes is worth on average, over the mean of all networks, in their standard deviations."""
+    logs = policy(unseen(task.domain) if blind else task.domain)
+    chances = functools.reduce(
+        lambda all, log: (all[:, None] * log.double().exp()).flatten(), logs, torch.ones(1).double()
+    )
+    return float(chances @ torch.tensor(standard(task), dtype=torch.float64))
 
 
 def unseen(domain: Domain) -> Domain:

@@ -67,6 +67,11 @@ class Task:
         return self.value[max(range(len(self.first)), key=self.first.__getitem__)]
 
     @property
+    def spread(self) -> float:
+        """Standard deviation of the first look over the networks."""
+        return statistics.pstdev(self.first)
+
+    @property
     def starts(self) -> list[Config]:
         """What `rcnas` looks at first: uniform widths, and the rule."""
         return [self.domain.whole, Rule(self.domain, 0).ask()]
@@ -184,6 +189,36 @@ def best_so_far(task: Task, looked: Sequence[int], evaluations: int) -> list[flo
     return values + values[-1:] * (evaluations - len(values))
 
 
+def by_rank(task: Task, others: Sequence[Task], evaluations: int) -> list[int] | None:
+    """The networks in the order of how good their configurations are on average in other tasks, for all is known there.
+
+    What could be gained at most by knowing what is good elsewhere; no policy is in it. Uniform widths and the rule come
+    first here too.
+
+    Args:
+        task: What is searched.
+        others: Where everything is known; those with other coordinates are left out.
+        evaluations: How many networks.
+
+    Returns:
+        Networks; None where no other task has these coordinates.
+    """
+    known = [standard(other) for other in others if other.domain.sizes == task.domain.sizes]
+    if not known:
+        return None
+    found: dict[int, list[float]] = {}
+    for number, values in zip(task.numbers, zip(*known, strict=True), strict=True):
+        found.setdefault(number, []).append(statistics.fmean(values))
+    order = sorted(found, key=lambda number: -statistics.fmean(found[number]))
+    return list(dict.fromkeys([*map(task.number, task.starts), *order]))[:evaluations]
+
+
+def standard(task: Task) -> list[float]:
+    """By configuration, how far its reward is above the mean of the networks, in their standard deviations."""
+    mean, spread = statistics.fmean(task.first), task.spread or 1.0
+    return [(task.first[number] - mean) / spread for number in task.numbers]
+
+
 def spread(task: Task) -> dict[str, Any]:
     """How much there is to find in a task, in points: what networks differ by, what looks differ by, what is lost."""
     twice = [one - two for one, two, both in zip(task.first, task.value, task.again, strict=True) if both]
@@ -192,18 +227,21 @@ def spread(task: Task) -> dict[str, Any]:
     return {
         "name": task.name,
         "networks": len(task.first),
-        "spread": round(100 * statistics.pstdev(task.first), 3),
+        "spread": round(100 * task.spread, 3),
         "noise": round(100 * statistics.pstdev(twice) / math.sqrt(2), 3) if len(twice) > 1 else None,
         **{name: round(100 * (task.exhausted - value), 3) for name, value in lost.items()},
     }
 
 
 def likeness(tasks: Sequence[Task]) -> dict[str, Any]:
-    """Rank correlations of the rewards of the same configurations in two tasks that differ along one axis alone."""
+    """Rank correlations of the rewards of the same configurations in two tasks that differ along one axis alone.
+
+    Two networks can be compared where their spaces have the same coordinates.
+    """
     found: dict[str, list[float]] = {}
     for one, two in itertools.combinations(tasks, 2):
         differ = [axis for axis, level in one.levels.items() if two.levels[axis] != level]
-        if len(differ) == 1 and one.levels["network"] == two.levels["network"]:
+        if len(differ) == 1 and one.domain.sizes == two.domain.sizes:
             pair = [ranks([task.first[number] for number in task.numbers]) for task in (one, two)]
             if all(len(set(places)) > 1 for places in pair):
                 found.setdefault(differ[0], []).append(statistics.correlation(*pair))

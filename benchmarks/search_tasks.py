@@ -7,9 +7,9 @@ turns. Of the space of `rcnas` some options are left out, so that all networks o
 stage 5 (resnet8) or 3 stay, of its depths the least and the whole.
 
 Each network is evaluated by the ladder of `rcnas`: it inherits channels, its batch-norm statistics are estimated, it
-recovers for 20 steps of 32 images and is attacked by PGD-10 on 160 held-out images. The networks in the upper third by
-what a search would go by are looked at a second time with other batches and noise: a search sees the first look, and
-is judged by the second (see `search_meta`).
+recovers for 20 steps of 32 images and is attacked by PGD-10 on 160 held-out images. The networks in the upper quarter
+by what a search would go by are looked at a second time with other batches and noise: a search sees the first look,
+and is judged by the second (see `search_meta`).
 
 A file a space, written while it grows: a killed run goes on, and skips what is there. Teachers are kept beside them.
 """
@@ -138,7 +138,7 @@ def read_rows(path: Path) -> dict[str, Any] | None:
 
 
 def missing(rows: dict[str, Any], look: int) -> list[int]:
-    """Numbers of the networks to look at: all at first, then the upper third by any of the rewards."""
+    """Numbers of the networks to look at: all at first, then the upper quarter by any of the rewards."""
     first, again = rows["looks"]
     if look == 0:
         return [number for number, found in enumerate(first) if found is None]
@@ -147,7 +147,7 @@ def missing(rows: dict[str, Any], look: int) -> list[int]:
     wanted: set[int] = set()
     for alpha in ALPHAS.values():
         worth = [reward(found, rows["task"], alpha) for found in first]
-        least = sorted(worth)[2 * len(worth) // 3]
+        least = sorted(worth)[3 * len(worth) // 4]
         wanted |= {number for number, value in enumerate(worth) if value >= least}
     return [number for number in sorted(wanted) if again[number] is None]
 

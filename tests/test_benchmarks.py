@@ -240,13 +240,14 @@ def test_search_meta(tmp_path: Path) -> None:
     check_record(value, "search_meta")
     results = value["results"]
     assert set(results["arms"]) == {
-        *(f"{axis}/{arm}" for axis in ("network", "all") for arm in search_meta.TRAINED),
+        *(f"{axis}/{arm}" for axis in ("network", "all") for arm in (*search_meta.TRAINED, "known")),
         *search_meta.UNTRAINED,
         "network/pretrained",
     }
     for row in results["arms"].values():
-        assert len(row["mean"]) == search_meta.CURVE and row["below"]["n"] == results["teachers"]
-    assert results["arms"]["fresh"]["over_fresh"]["mean"] == 0
+        assert len(row["mean"]) == search_meta.CURVE and row["below"]["n"] <= results["teachers"]
+    meta, fresh = (results["arms"][arm]["below"]["mean"] for arm in ("all/meta", "fresh"))
+    assert results["arms"]["all/meta"]["over"]["fresh"]["mean"] == pytest.approx(fresh - meta, abs=2e-4)
     assert "By what is held out" in search_meta.markdown(value)
     assert search_meta.plot(value, tmp_path / "p.png").stat().st_size > 10_000
 
