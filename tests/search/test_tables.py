@@ -12,7 +12,7 @@ import torch
 from benchmarks import search_policies, search_tasks
 from benchmarks.search_meta import by_teacher
 from benchmarks.search_policies import child, trained, unseen
-from benchmarks.search_table import Task, best_so_far, likeness, look, ranks, spread, task_of
+from benchmarks.search_table import Task, best_so_far, by_rank, likeness, look, ranks, spread, standard, task_of
 from robustcompress.search.policy import Policy
 from robustcompress.search.searchers import make_searcher
 
@@ -148,3 +148,19 @@ def test_pre_training_touches_the_encoder_alone(task: Task, monkeypatch: pytest.
 def test_a_childs_tokens_are_its_own(task: Task) -> None:
     tokens = child(task.domain, (0, 1, 0)).tokens
     assert (tokens[0].depth, tokens[0].width, tokens[1].depth, tokens[1].width) == (1.0, 9.6, 2.0, pytest.approx(6.4))
+
+
+def test_who_knows_the_other_tasks_looks_at_what_is_good_there(task: Task) -> None:
+    """The same table with other noise: the best of it come first, after what always does."""
+    twin = task_of(rows(seed=1), "pgd")
+    looked = by_rank(task, [twin], 6)
+    assert looked is not None and looked[: len(set(looked[:2]))] == list(dict.fromkeys(map(task.number, task.starts)))
+    rest = [number for number in looked if number not in map(task.number, task.starts)]
+    worth = [statistics.fmean(v for v, n in zip(standard(twin), task.numbers, strict=True) if n == r) for r in rest]
+    assert worth == sorted(worth, reverse=True)
+    assert by_rank(task, [], 6) is None
+
+
+def test_what_a_uniform_policy_proposes_is_the_mean_of_the_configurations(task: Task) -> None:
+    assert search_policies.proposed(Policy(), task) == pytest.approx(statistics.fmean(standard(task)))
+    assert search_policies.proposed(trained([task], 0, 60), task) > statistics.fmean(standard(task)) + 0.5
