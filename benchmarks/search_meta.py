@@ -327,8 +327,8 @@ def _parser() -> argparse.ArgumentParser:
     tables = RESULTS / search_tasks.MODULE
     add("--tables", type=Path, default=tables, help="directory that search_tasks wrote (default: the committed one)")
     add("--seeds", type=positive, default=10, help="searches on each task (default: %(default)s)")
-    add("--policies", type=positive, default=5, help="meta-trained for each held-out level (default: %(default)s)")
-    add("--rounds", type=positive, default=400, help="of meta-training (default: %(default)s)")
+    add("--policies", type=positive, default=4, help="meta-trained for each held-out level (default: %(default)s)")
+    add("--rounds", type=positive, default=800, help="of meta-training (default: %(default)s)")
     return parser
 
 

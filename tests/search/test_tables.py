@@ -101,11 +101,10 @@ def test_only_what_may_win_is_looked_at_twice() -> None:
 
 def test_spaces_are_designed_evenly() -> None:
     spaces = search_tasks.settings()
-    assert len({s.name for s in spaces}) == len(spaces) == 24 and len({s.teacher for s in spaces}) == 12
-    for axis in ("data", "network", "eps"):
-        counts = [sum(getattr(s, axis) == level for s in spaces) for level in {getattr(s, axis) for s in spaces}]
-        assert len(set(counts)) == 1
-    assert [sum(s.budget == budget for s in spaces) for budget in (0.25, 0.5, 0.75)] == [6, 12, 6]
+    assert len({s.name for s in spaces}) == len(spaces) == 15 and len({s.teacher for s in spaces}) == 10
+    assert [sum(s.budget == budget for s in spaces) for budget in (0.5, 0.75)] == [10, 5]
+    small, large = ([s for s in spaces if s.eps in radii] for radii in ((4, 16), (8, 32)))
+    assert {s.network for s in small} == {s.network for s in large} and abs(len(small) - len(large)) == 1
 
 
 def test_likeness_is_a_rank_correlation() -> None:
