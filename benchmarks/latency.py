@@ -111,9 +111,9 @@ def compare(
     return rows
 
 
-def compacted(model: nn.Module, fraction: float, round_to: int) -> nn.Module:
+def compacted(model: nn.Module, fraction: float, round_to: int, shape: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:
     """A copy whose groups all keep the largest common share of their channels that meets the fraction of MACs."""
-    twin, example = copy.deepcopy(model), torch.zeros(2, 3, 32, 32)
+    twin, example = copy.deepcopy(model), torch.zeros(2, *shape)
     editor = StructuralEditor(twin, example)
     cost, floor = CostModel(editor, example), floor_widths(editor, round_to)
     limit = fraction * cost.predict({})[0]

@@ -17,6 +17,7 @@ from benchmarks import (
     any_model,
     compare_plots,
     compare_report,
+    deployment,
     latency,
     latency_budget,
     search_meta,
@@ -40,6 +41,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     search_tuning.MODULE: search_tuning.markdown,
     search_meta.MODULE: search_meta.markdown,
     latency.MODULE: latency.markdown,
+    deployment.MODULE: deployment.markdown,
     latency_budget.MODULE: latency_budget.markdown,
 }
 GRIDS = ROOT / "benchmarks" / "grids"

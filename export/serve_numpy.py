@@ -16,23 +16,49 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-def read_image(path: Path, height: int, width: int) -> np.ndarray:
-    """Read one image as float32 `[3, height, width]` in [0, 1]: short side resized, centre cropped."""
-    with Image.open(path) as image:
-        # Grey images become three equal channels, as in training; the graph itself normalises.
-        fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
-    pixels: np.ndarray = np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1)
-    return pixels / np.float32(255)
+class Classifier:
+    """One exported file: floats in NCHW or bytes in NHWC to logits or probabilities, as it says of itself.
+
+    Args:
+        path: ONNX file that `export_onnx()` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        stored = self._session.get_modelmeta().custom_metadata_map
+        self._facts = {key.removeprefix("robustcompress."): value for key, value in stored.items()}
+        self.classes: list[str] | None = json.loads(self._facts.get("classes", "null"))
+
+    def __call__(self, path: Path) -> np.ndarray:
+        """Return the probabilities of one image file, `[classes]`."""
+        node = self._session.get_inputs()[0]
+        nhwc = self._facts.get("layout") == "NHWC"
+        batch, height, width = node.shape[:3] if nhwc else (node.shape[0], *node.shape[2:])
+        with Image.open(path) as file:
+            # Grey images become three equal channels, as in training; the graph itself normalises.
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        if isinstance(height, int):  # else the graph resizes
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image)[None]
+        if not nhwc:
+            pixels = pixels.transpose(0, 3, 1, 2)
+        if node.type != "tensor(uint8)":
+            kind = np.float16 if node.type == "tensor(float16)" else np.float32
+            pixels = (pixels / np.float32(255)).astype(kind)
+        if isinstance(batch, int):  # a file of fixed batch
+            pixels = pixels.repeat(batch, 0)
+        scores: np.ndarray = self._session.run(None, {node.name: pixels})[0][0].astype(np.float32)
+        return scores if self._facts.get("output") == "probabilities" else softmax(scores)
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis."""
-    powers: np.ndarray = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Turn logits `[classes]` into probabilities."""
+    powers: np.ndarray = np.exp(logits - logits.max())
+    return powers / powers.sum()
 
 
 def main() -> int:
-    """Print, for each image, the most probable classes."""
+    """Print, for each image, the most probable classes; 1 where a file is missing or cannot be read."""
     parser = argparse.ArgumentParser(
         description="Classify image files with an exported model.",
         epilog="example: python serve_numpy.py model.onnx cat.jpg dog.png --top 3",
@@ -45,22 +71,20 @@ def main() -> int:
         if not path.is_file():
             print(f"error: {path} does not exist", file=sys.stderr)
             return 1
-    session = onnxruntime.InferenceSession(str(chosen.model), providers=["CPUExecutionProvider"])
-    batch, _, height, width = session.get_inputs()[0].shape
-    metadata = session.get_modelmeta().custom_metadata_map
-    classes = json.loads(metadata.get("robustcompress.classes", "null"))
     try:
-        images = np.stack([read_image(path, height, width) for path in chosen.images])
-    except OSError as error:  # pillow's own errors are OSErrors that name the file
-        print(f"error: an image cannot be read ({error})", file=sys.stderr)
+        classify = Classifier(chosen.model)
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        print(f"error: {chosen.model} cannot be opened ({str(error).splitlines()[0]})", file=sys.stderr)
         return 1
-    if isinstance(batch, int):  # a file of fixed batch: fill each call up with the first image
-        images = np.concatenate([images, np.repeat(images[:1], -len(images) % batch, axis=0)])
-    step = batch if isinstance(batch, int) else 64
-    calls = [session.run(["logits"], {"images": images[i : i + step]})[0] for i in range(0, len(images), step)]
-    for path, shares in zip(chosen.images, probabilities(np.concatenate(calls)), strict=False):
+    for path in chosen.images:
+        try:
+            shares = classify(path)
+        except OSError as error:  # pillow's own errors are OSErrors
+            print(f"error: {path} cannot be read ({error})", file=sys.stderr)
+            return 1
         best = np.argsort(-shares, kind="stable")[: chosen.top]
-        print(path.name, *(f"{classes[k] if classes else k} {shares[k]:.3f}" for k in best), sep="  ")
+        names = classify.classes
+        print(path.name, *(f"{names[k] if names else k} {shares[k]:.3f}" for k in best), sep="  ")
     return 0
 
 

@@ -10,11 +10,24 @@ Example:
 from __future__ import annotations
 
 from robustcompress.api import compress
+from robustcompress.artefact import (
+    ArtefactReport,
+    BenchReport,
+    QuantizeReport,
+    bench_onnx,
+    open_onnx,
+    plot_curve,
+    quantize_onnx,
+    verify_artefact,
+)
 from robustcompress.budget import Budget, Cost, measure
+from robustcompress.cuts import Sensitivity
 from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
+    AccuracyError,
     BudgetError,
     CheckpointError,
+    HubError,
     InputError,
     OutOfTime,
     ParityError,
@@ -23,13 +36,21 @@ from robustcompress.errors import (
     UnsupportedModelError,
 )
 from robustcompress.export import export_onnx, verify_onnx
+from robustcompress.front import Front
+from robustcompress.front_plot import plot_front
+from robustcompress.latency_table import export_latency
+from robustcompress.min_robust import MinRobust
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
+from robustcompress.pareto import pareto, read_front
 from robustcompress.plots import plot_results
 from robustcompress.practice import SearchTask, search_task, train_policy
+from robustcompress.publish import model_card, pull, push, write_report
 from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import RobustReport, ThreatModel, compare, evaluate
 from robustcompress.search_plot import plot_search
+from robustcompress.sensitivity import sensitivity
+from robustcompress.sensitivity_plot import plot_sensitivity
 from robustcompress.stability import Stability, hamming, stability
 from robustcompress.strategies import (
     AWT,
@@ -61,6 +82,9 @@ __all__ = [
     "RCNAS",
     "S2AP",
     "STRATEGIES",
+    "AccuracyError",
+    "ArtefactReport",
+    "BenchReport",
     "Budget",
     "BudgetError",
     "CheckpointError",
@@ -68,17 +92,21 @@ __all__ = [
     "Cost",
     "DataSplits",
     "Fixed",
+    "Front",
     "Grape",
     "Harp",
+    "HubError",
     "Hydra",
     "Images",
     "InputError",
     "LayerKind",
     "Magnitude",
+    "MinRobust",
     "ModelSpec",
     "Normalize",
     "OutOfTime",
     "ParityError",
+    "QuantizeReport",
     "RandomChannels",
     "Recipe",
     "Reference",
@@ -88,6 +116,7 @@ __all__ = [
     "RunRecipe",
     "Scaling",
     "SearchTask",
+    "Sensitivity",
     "Stability",
     "Strategy",
     "StructuralEditor",
@@ -96,23 +125,38 @@ __all__ = [
     "Uniform",
     "UnsupportedModelError",
     "__version__",
+    "bench_onnx",
     "build_model",
     "compare",
     "compress",
     "evaluate",
+    "export_latency",
     "export_onnx",
     "hamming",
     "list_models",
     "load",
     "load_data",
     "measure",
+    "model_card",
+    "open_onnx",
+    "pareto",
+    "plot_curve",
+    "plot_front",
     "plot_results",
     "plot_search",
+    "plot_sensitivity",
     "plot_widths",
+    "pull",
+    "push",
+    "quantize_onnx",
+    "read_front",
     "register_strategy",
     "search_task",
+    "sensitivity",
     "stability",
     "teach_layer",
     "train_policy",
+    "verify_artefact",
     "verify_onnx",
+    "write_report",
 ]

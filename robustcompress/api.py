@@ -24,10 +24,12 @@ from robustcompress.models import ModelSpec
 from robustcompress.reach import check_budget, default_rounding
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
-from robustcompress.robust import RobustReport, ThreatModel, evaluate
+from robustcompress.robust import RobustReport, ThreatModel, attack_by_name, evaluate
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
+from robustcompress.series import AUTOATTACK
 from robustcompress.session import Goal, Session
+from robustcompress.smallest import find_smallest, workplace
 from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import Progress, Recipe, augmentation, describe, set_memory_format
@@ -57,6 +59,7 @@ def compress(
     checkpoint: str | Path | None = None,
     checkpoint_every_s: float = 60.0,
     deadline: float | None = None,
+    latency_table: str | Path | None = None,
 ) -> CompressResult:
     """Make a compact network that withstands attacks.
 
@@ -73,7 +76,8 @@ def compress(
         data: None for the embedded handwritten digits; a name ("cifar10"), a directory of images, tensors, a Dataset,
             a DataLoader, or what `load_data` returns.
         budget: What it may cost; a number is a fraction of the reference's multiply-adds. A limit on latency has about
-            20 networks measured first.
+            20 networks measured first. `Budget(min_robust=0.45)` names no size: it is looked for, which takes several
+            compressions (see `MinRobust`).
         threat: What it must withstand; a number is an linf radius.
         objective: Loss of every phase; PGD-10 adversarial training by default.
         epochs: Passes over the training images, all phases together; by default 10 for fewer than 10,000 training
@@ -96,6 +100,8 @@ def compress(
         deadline: Seconds from this call after which it should have stopped: before the first epoch that would end
             later, as the one before it suggests, the run stops with `OutOfTime`. At least one epoch is trained first.
             Needs `checkpoint`. Evaluation at the end is not counted.
+        latency_table: Times that another device measured (see `export_latency`): a limit on latency is about that
+            device then, and the network is not timed again at the end.
 
     Returns:
         The result, whose `.model` is a plain module in eval mode on the CPU.
@@ -103,7 +109,8 @@ def compress(
     Raises:
         InputError: Something cannot work; all that was noticed is listed, before any training.
         UnsupportedModelError: The network holds layers that cannot be edited.
-        BudgetError: No widths meet the budget, or the model already does.
+        BudgetError: No widths meet the budget, or the model already does; or accuracy was demanded that the reference
+            does not have, or that no smaller network was found to keep.
         CheckpointError: The checkpoint is damaged.
         OutOfTime: The deadline was reached; call again to go on.
     """
@@ -127,6 +134,7 @@ def compress(
         checkpoint=checkpoint,
         checkpoint_every_s=checkpoint_every_s,
         deadline=deadline,
+        latency_table=latency_table,
     )
     return carry_out(request, progress=progress, started=started)
 
@@ -147,6 +155,8 @@ def carry_out(
         on_saved: Told where the result was saved, if it was: beside `out` if that place was taken meanwhile.
     """
     started = time.monotonic() if started is None else started
+    if request.budget.demand is not None:
+        return _carry_out_smallest(request, Progress(progress), started, on_saved)
     splits, chosen, seed = request.data, request.strategy, request.seed
     shown = Progress(progress, title=chosen.name)
     session, untouched, journal = open_session(request, shown, started)
@@ -154,7 +164,7 @@ def carry_out(
     example = torch.zeros(2, *splits.image_shape, device=request.device)
     stopwatch = Stopwatch(editor, splits.image_shape) if request.budget.limits_latency else None
     if stopwatch is not None:
-        limit_latency(session, chosen, stopwatch, example)
+        limit_latency(session, chosen, stopwatch, example, request.latency_table)
     with torch.random.fork_rng():  # dropout and the like draw from the global generator, which is the caller's
         torch.manual_seed(seed)
         chosen.run(session)
@@ -163,7 +173,7 @@ def carry_out(
     session.settle()
     compact = _close(session.model)
     _check_outcome(chosen, compact, example, request.budget, before)
-    times = final_latency(session, stopwatch, compact)
+    times = final_latency(session, stopwatch, compact, request.latency_table)
     report = _evaluate(compact, request, shown)
     cpu_example = torch.zeros(1, *splits.image_shape)
     sparse = request.budget.density is not None  # only zeros compress, and compressing takes its time
@@ -179,7 +189,8 @@ def carry_out(
         report=report,
         threat=request.threat,
         data=_describe_data(splits),
-        settings=_settings(goal, request.device),
+        settings=_settings(goal, request.device)
+        | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
     )
     if request.out is not None:
@@ -192,7 +203,7 @@ def carry_out(
 
 
 def open_session(request: Request, shown: Progress, started: float) -> tuple[Session, nn.Module, Journal | None]:
-    """What a strategy is given: the reference, its editor and its data, once the budget is known to be one for it.
+    """What a strategy is given, once the budget is known to be one for it.
 
     Args:
         request: What to do.
@@ -200,12 +211,7 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
         started: When the call came, on the clock of `time.monotonic`.
 
     Returns:
-        The session; a copy of the reference as it is before the strategy runs, on the CPU; and where the run is
-        recorded, None for nowhere.
-
-    Raises:
-        UnsupportedModelError: The network holds layers that cannot be edited.
-        BudgetError: No widths meet the budget, or the model already does.
+        The session, a copy of the untouched reference on the CPU, and where the run is recorded (None for nowhere).
     """
     splits, chosen, reference = request.data, request.strategy, request.model
     for note in splits.notes:
@@ -237,6 +243,32 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
     return Session(reference, editor, example, goal, progress=shown, journal=journal), untouched, journal
 
 
+def _carry_out_smallest(
+    request: Request, shown: Progress, started: float, on_saved: Callable[[Path], None] | None
+) -> CompressResult:
+    """Look for the smallest network that meets the demand; then, and only then, look at the test images."""
+    demand = request.budget.demand
+    assert demand is not None
+    for note in request.data.notes:
+        shown.say(note)
+    with workplace(request.checkpoint) as place:
+        found = find_smallest(request, place, carry_out, shown, started)
+        attacks = tuple(dict.fromkeys((*request.attacks, attack_by_name(demand.attack))))
+        report = _evaluate(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
+        result = replace(found, budget=request.budget.to_json(), report=report)
+        if not demand.holds(report) and report is not None:
+            final = report.result(demand.attack)
+            shown.say(
+                f"warning: on the test images {demand.attack} accuracy is {100 * final.accuracy:.1f} % "
+                f"({100 * final.low:.1f} to {100 * final.high:.1f}, n={final.n}), which does not show {demand}"
+            )
+        if request.out is not None:
+            saved = _save(result, request.out, shown)
+            if on_saved is not None:
+                on_saved(saved)
+    return result
+
+
 def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progress, started: float) -> Journal | None:
     """Where the run is recorded, with everything that its weights depend on; None where nobody asked for it."""
     if request.checkpoint is None:
@@ -252,6 +284,8 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
         "seed": goal.seed,
         **{name: settings[name] for name in ("objective", "recipe", "epochs", "pretrained", "round_to")},
     }
+    if request.latency_table is not None:
+        identity["latency_table"] = request.latency_table.sha256
     identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key != "compile"}  # how, not what
     return Journal(
         request.checkpoint,
@@ -318,7 +352,9 @@ def _check_outcome(
         raise RobustCompressError(f"{strategy.name} ended with weights that are not finite; lower the learning rate")
 
 
-def _evaluate(model: nn.Module, request: Request, progress: Progress) -> RobustReport | None:
+def _evaluate(
+    model: nn.Module, request: Request, progress: Progress, *, resume_dir: Path | None = None
+) -> RobustReport | None:
     if not request.attacks or len(request.data.test) == 0:
         return None
     report = evaluate(
@@ -329,6 +365,7 @@ def _evaluate(model: nn.Module, request: Request, progress: Progress) -> RobustR
         device=request.device,
         seed=request.seed,
         max_images=request.test_images,
+        resume_dir=resume_dir,
     )
     for warning in report.warnings:
         progress.say(f"warning: {warning}")

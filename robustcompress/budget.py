@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from robustcompress.errors import Problems
+from robustcompress.min_robust import MinRobust
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.groups import Axis, inside
 from robustcompress.structure.kinds import slots_of
@@ -83,6 +84,9 @@ class Budget:
         latency: Milliseconds of one image through onnxruntime on the CPU, one thread, as a fraction of the reference
             model's.
         max_latency_ms: Those milliseconds, on the machine that compresses.
+        min_robust: No limit but a demand: the smallest model that keeps this accuracy under attack, as the lower end of
+            its 95 % interval. A number is shorthand for `MinRobust(number)`. `compress()` then compresses several
+            times over.
     """
 
     macs: float | None = None
@@ -92,6 +96,7 @@ class Budget:
     density: float | None = None
     latency: float | None = None
     max_latency_ms: float | None = None
+    min_robust: MinRobust | float | None = None
 
     def __post_init__(self) -> None:
         problems = Problems("the budget makes no sense")
@@ -99,7 +104,12 @@ class Budget:
             value = getattr(self, field.name)
             if value is None:
                 continue
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+            if field.name == "min_robust":
+                demand = problems.attempt(lambda value=value: MinRobust.of(value))  # type: ignore[misc]
+                object.__setattr__(self, "min_robust", demand or value)
+            elif (
+                not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0
+            ):
                 problems.add(f"{field.name}={value!r}: must be a positive number")
             elif field.name in ("macs", "params", "latency") and value > 4:
                 absolute = "max_latency_ms" if field.name == "latency" else f"max_{field.name}"
@@ -112,6 +122,11 @@ class Budget:
         if all(getattr(self, field.name) is None for field in fields(self)):
             problems.add("no limit is given; for half the multiply-adds write Budget(macs=0.5)")
         problems.raise_if_any()
+
+    @property
+    def demand(self) -> MinRobust | None:
+        """What `min_robust` says in full; None where it says nothing."""
+        return None if self.min_robust is None else MinRobust.of(self.min_robust)
 
     def limits(self, reference: Cost) -> tuple[float, float]:
         """The absolute limits (MACs, parameters) this sets for a given reference; infinite where nothing is said."""
@@ -142,14 +157,16 @@ class Budget:
         sparse = self.density is None or (cost.nonzeros or 0) <= self.density * (reference.weights or 0)
         return cost.macs <= macs and cost.params <= params and quick and sparse
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """The limits that are given."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
         """The limits in words, for example "macs <= 50 % of the reference"."""
-        said = []
+        said = [str(self.demand)] if self.demand is not None else []
         for key, value in self.to_json().items():
+            if key == "min_robust":
+                continue
             absolute = key.startswith("max_")
             name, unit = key.removeprefix("max_").removesuffix("_ms"), " ms" if key.endswith("_ms") else ""
             said.append(f"{name} <= " + (f"{human(value)}{unit}" if absolute else f"{value:.3g} x reference"))
@@ -274,7 +291,8 @@ class CostModel:
     own (pooling) is bounded from above: it stays where groups shrink, and grows with the group that grows most. So a
     network that is predicted to keep a budget keeps it.
 
-    Blocks that leave the network after this was made leave the prediction too.
+    Blocks that leave the network after this was made leave the prediction too. When parts have been inserted, it is
+    made anew from the network as it is then.
 
     Args:
         editor: The editor of the model as it is now.
@@ -282,8 +300,13 @@ class CostModel:
     """
 
     def __init__(self, editor: StructuralEditor, example: torch.Tensor) -> None:
-        self._editor, self._layout, self._start = editor, editor.layout, editor.widths
-        self._macs, self._per_layer = _profile(editor.model, example)
+        self._editor, self._example = editor, example
+        self._count()
+
+    def _count(self) -> None:
+        editor = self._editor
+        self._layout, self._start, self._inserted = editor.layout, editor.widths, editor.inserted
+        self._macs, self._per_layer = _profile(editor.model, self._example)
         self._params = {name: p.numel() for name, p in editor.model.named_parameters()}
         self._layers: list[_Share] = []
         by_module: dict[str, list[Axis]] = {}
@@ -314,7 +337,7 @@ class CostModel:
         """MACs and parameters of the network with these group widths.
 
         Args:
-            widths: Of groups that are not named, those from when this was made count.
+            widths: Of groups that are not named, those from when this was made count (or made anew).
             without: Blocks to leave out, beside those that the editor has bypassed.
         """
         macs, params = self._sums(widths, without)
@@ -330,6 +353,7 @@ class CostModel:
         No layer is counted twice: one that writes several groups is shared out by positions. What is counted for layers
         that write none (pooling) is in none.
         """
+        self._refresh()
         found = dict.fromkeys(self._start, 0.0)
         for layer in self._layers:
             for axis in layer.axes:
@@ -341,7 +365,12 @@ class CostModel:
                         found[segment.group] += layer.macs * segment.positions(self._start[segment.group]) / width
         return found
 
+    def _refresh(self) -> None:
+        if self._editor.inserted != self._inserted:
+            self._count()
+
     def _sums(self, widths: Mapping[str, Any], without: Iterable[str] = ()) -> tuple[Any, Any]:
+        self._refresh()
         widths = {**self._start, **widths}
         most = max((widths[name] / width for name, width in self._start.items()), default=1.0)
         macs, params, unowned, layers = self._left(frozenset((*self._editor.bypassed, *without)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from robustcompress.budget import NOISE, Budget, Cost
 from robustcompress.checkpoint import fingerprint
 from robustcompress.errors import BudgetError, Problems
 from robustcompress.export.timing import Stopwatch
-from robustcompress.latency import LatencyLimit, LatencyModel, fit, layers_of, sample_widths
+from robustcompress.latency import LatencyLimit, LatencyModel, Timing, fit, layers_of, sample_widths
+from robustcompress.latency_table import LatencyTable
 from robustcompress.session import Session
 from robustcompress.shapes import Widths, steps_of
 from robustcompress.strategies import Strategy
@@ -34,7 +36,13 @@ WIDEST = 2
 _known: dict[str, dict[str, Any]] = {}  # runs of one process over one reference share a table
 
 
-def limit_latency(session: Session, strategy: Strategy, stopwatch: Stopwatch, example: torch.Tensor) -> None:
+def limit_latency(
+    session: Session,
+    strategy: Strategy,
+    stopwatch: Stopwatch,
+    example: torch.Tensor,
+    device: LatencyTable | None = None,
+) -> None:
     """Give a session its limit on latency, decided once in a run, where its budget has one and the strategy heeds it.
 
     Args:
@@ -42,8 +50,10 @@ def limit_latency(session: Session, strategy: Strategy, stopwatch: Stopwatch, ex
         strategy: What it will run.
         stopwatch: Of its reference.
         example: One image batch of the right shape.
+        device: What another device measured; then nothing is measured here, and its predictions count.
 
     Raises:
+        InputError: That device measured another network.
         BudgetError: No widths take so little time, or the reference takes no more.
     """
     budget, editor, round_to = session.goal.budget, session.editor, session.goal.round_to
@@ -52,20 +62,29 @@ def limit_latency(session: Session, strategy: Strategy, stopwatch: Stopwatch, ex
     full, largest = editor.widths, strategy.largest(editor.widths)
     floor = {**full, **strategy.narrowest(editor, round_to)}
     most = {**full, **{g.name: min(largest[g.name], WIDEST * g.width) for g in editor.editable}}
-    record = session.decide(
-        "latency table", lambda: _table(editor, example, floor, most, round_to, stopwatch, session.progress)
-    )
-    model = LatencyModel.from_json(record)
+
+    def table() -> dict[str, Any]:
+        if device is not None:
+            return device.fitted(layers_of(editor, example), example.shape[1:]).to_json()
+        return _table(editor, example, floor, most, round_to, stopwatch, session.progress)
+
+    def timed(widths: Mapping[str, int]) -> Timing:
+        if device is not None:  # it is elsewhere: what its table predicts is all there is
+            return Timing(model.predict(widths, without=editor.bypassed), model.reference_ms)
+        network = stopwatch.resized(widths, without=editor.bypassed)
+        return stopwatch.time(network, seconds=2 * SECONDS, precision=PRECISION)
+
+    model = LatencyModel.from_json(session.decide("latency table", table))
     limit = LatencyLimit(
         model,
         budget.latency_limit(model.reference_ms),
-        lambda widths: stopwatch.time(
-            stopwatch.resized(widths, without=editor.bypassed), seconds=2 * SECONDS, precision=PRECISION
-        ),
+        timed,
         without=lambda: editor.bypassed,
+        source="measured" if device is None else "predicted",
     )
+    where = "one thread" if device is None else f"{device.device.get('cpu', 'another device')}, from its table"
     session.say(
-        f"latency (onnxruntime, one image, one thread): the reference takes {model.reference_ms:.3g} ms; reachable: "
+        f"latency (onnxruntime, one image, {where}): the reference takes {model.reference_ms:.3g} ms; reachable: "
         f"{model.narrowest_ms:.3g} to {model.predict(most):.3g} ms; asked for at most {limit.limit:.3g} ms; predicted "
         f"from {model.networks} networks within {100 * model.held_out:.1f} % (held out)"
     )
@@ -114,7 +133,7 @@ def _table(
 
 
 def final_latency(
-    session: Session, stopwatch: Stopwatch | None, model: torch.nn.Module
+    session: Session, stopwatch: Stopwatch | None, model: torch.nn.Module, device: LatencyTable | None = None
 ) -> tuple[float | None, float | None]:
     """Measure the trained network again, where there is a limit; a miss beyond noise is said and throws no run away.
 
@@ -122,6 +141,7 @@ def final_latency(
         session: At its end.
         stopwatch: Of its reference.
         model: The network.
+        device: What another device measured: then its prediction stands, and it is said.
 
     Returns:
         Milliseconds of the reference and of the network, on the scale of the limit.
@@ -130,6 +150,13 @@ def final_latency(
     if limit is None or stopwatch is None:
         return None, None
     reference_ms = limit.model.reference_ms
+    if device is not None:
+        ms = limit.model.predict(session.editor.widths, without=session.editor.bypassed)
+        session.progress.say(
+            f"the network is predicted to take {ms:.3g} ms on the device of the table, within "
+            f"{100 * limit.model.held_out:.1f} % (held out); it was not measured: time it there"
+        )
+        return reference_ms, ms
     ms = stopwatch.time(model, seconds=4 * SECONDS, precision=PRECISION).ratio * reference_ms
     if ms > limit.limit * (1 + NOISE):
         session.progress.say(

@@ -22,7 +22,7 @@ exit codes:
   1    something failed that should not have
   2    bad input: an argument, a file, a model or a saved result cannot be used
   3    the budget cannot be reached, or the model already meets it
-  4    the exported file does not compute what the model computes
+  4    the written file does not compute what the model computes, or loses more accuracy than it may
   130  interrupted"""
 
 EXAMPLES = """\

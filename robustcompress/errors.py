@@ -35,8 +35,16 @@ class OutOfTime(RobustCompressError):  # noqa: N818 - no failure: the run goes o
     """A run reached its deadline; its checkpoint is written, and the same call with it goes on from there."""
 
 
+class HubError(RobustCompressError):
+    """A hub cannot be reached, or failed."""
+
+
 class ParityError(RobustCompressError):
     """The exported file does not compute what the model computes."""
+
+
+class AccuracyError(ParityError):
+    """A smaller file loses more accuracy than it may, clean or under attack."""
 
 
 class Problems:

@@ -195,7 +195,7 @@ def _course(result: CompressResult) -> tuple[list[tuple[float, float]], list[tup
     training: list[tuple[float, float]] = []
     validation: list[tuple[float, float]] = []
     events: list[float] = []
-    for epoch, record in _timed(result):
+    for epoch, record in timed(result):
         if record.get("event") in ("grow", "prune"):
             events.append(epoch)
         if "robust" in record:
@@ -205,7 +205,7 @@ def _course(result: CompressResult) -> tuple[list[tuple[float, float]], list[tup
     return training, validation, events
 
 
-def _timed(result: CompressResult) -> Iterator[tuple[float, Mapping[str, Any]]]:
+def timed(result: CompressResult) -> Iterator[tuple[float, Mapping[str, Any]]]:
     """Each record of the history with the epochs that had passed; a record counts steps within its own phase."""
     train, batch = int(result.data["train"]), int(result.settings["recipe"]["batch_size"])
     steps_per_epoch = max(1, train // min(batch, train))

@@ -64,7 +64,7 @@ class SearchTask:
             job = Job(architecture, self._strategy.recovery_steps, FIRST_LOOK, seed)
             self.outcomes[architecture.key] = self._evaluator.evaluate(job)
         outcome = self.outcomes[architecture.key]
-        return self._strategy.reward(self._session, outcome, architecture, self.domain.task, 0.0)
+        return self._strategy.reward(self._space, outcome, architecture, self.domain.task, 0.0)
 
 
 def search_task(
@@ -113,7 +113,9 @@ def search_task(
         problems.add(f"strategy={strategy!r}: give an RCNAS, such as RCNAS(recovery_steps=20)")
     elif strategy.feasibility != "project":
         problems.add("feasibility='penalty': penalties change while a search goes on; practise with 'project'")
-    if isinstance(budget, Budget) and budget.limits_latency:
+    if isinstance(budget, Budget) and budget.demand is not None:
+        problems.add(f"{budget}: names no size, and a task has one; give macs or params")
+    elif isinstance(budget, Budget) and budget.limits_latency:
         problems.add(f"{budget}: latency cannot be limited here; limit macs or params")
     problems.raise_if_any()
     request = resolve(

@@ -22,7 +22,7 @@ from robustcompress.budget import Budget, human
 from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, ParityError
 from robustcompress.export import ExportReport, export_onnx, load_session
-from robustcompress.export.parity import INPUT, OUTPUT
+from robustcompress.export.ends import INPUT, LOGITS
 from robustcompress.machine import hardware, versions
 from robustcompress.models import resnet8
 from robustcompress.plots import plot_results
@@ -303,13 +303,13 @@ def _serve(directory: Path, results: Mapping[str, CompressResult], data: DataSpl
         single = images[index % len(images)][None].numpy()
         for name, session in sessions.items():
             at = time.perf_counter()
-            session.run([OUTPUT], {INPUT: single})
+            session.run([LOGITS], {INPUT: single})
             times[name].append(1000 * (time.perf_counter() - at))
     return {name: Served(accuracy=accuracies[name], ms_per_image=statistics.median(times[name])) for name in sessions}
 
 
 def _right(session: Any, images: Tensor, labels: Tensor) -> int:
-    calls = [session.run([OUTPUT], {INPUT: chunk.numpy()})[0] for chunk in torch.split(images, 64)]
+    calls = [session.run([LOGITS], {INPUT: chunk.numpy()})[0] for chunk in torch.split(images, 64)]
     logits = torch.cat([torch.from_numpy(call) for call in calls])
     return int((logits.argmax(1) == labels).sum())
 

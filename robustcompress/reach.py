@@ -9,6 +9,7 @@ from torch import nn
 
 from robustcompress.budget import Budget, Cost, CostModel, human
 from robustcompress.errors import BudgetError, Problems
+from robustcompress.export.timing import Stopwatch
 from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.weights import maskable_weights
@@ -19,6 +20,30 @@ def default_rounding(editor: StructuralEditor) -> int:
     """The largest of 8, 4, 2, 1 that is at most an eighth of the narrowest group."""
     narrowest = min((group.width for group in editor.editable if group.kind != "heads"), default=1)
     return next(step for step in (8, 4, 2, 1) if step <= max(1, narrowest // 8))
+
+
+def least_fraction(
+    strategy: Strategy, editor: StructuralEditor, example: torch.Tensor, axis: str, round_to: int
+) -> float:
+    """The smallest fraction of the reference's size that a strategy can reach, about.
+
+    Args:
+        strategy: Says how narrow it can go.
+        editor: Of the reference.
+        example: One image batch.
+        axis: What size is: "macs", "params", "latency" (which is measured), "density".
+        round_to: Steps of widths.
+    """
+    if axis == "density":
+        weights = [p.numel() for p in maskable_weights(editor.model).values()]
+        return len(weights) / max(1, sum(weights))
+    narrowest = strategy.narrowest(editor, round_to)
+    if axis == "latency":
+        channels, height, width = example.shape[1:]
+        stopwatch = Stopwatch(editor, (channels, height, width))
+        return min(1.0, stopwatch.time(stopwatch.resized(narrowest)).ratio)
+    cost_model, place = CostModel(editor, example), ("macs", "params").index(axis)
+    return cost_model.predict(narrowest)[place] / cost_model.predict(editor.widths)[place]
 
 
 def check_budget(
@@ -32,6 +57,8 @@ def check_budget(
 ) -> None:
     """Tell what widths can reach, and refuse a budget that none of them meets, or that asks for nothing.
 
+    The strategy's own objections come first.
+
     Args:
         strategy: Says how narrow and how wide it can go, and whether channels or weights leave.
         editor: Of the reference.
@@ -43,7 +70,12 @@ def check_budget(
 
     Raises:
         BudgetError: It cannot be met, or is met already.
+        InputError: The strategy objects to the network or the budget.
     """
+    objections = Problems(f"{strategy.name} cannot run")
+    for objection in strategy.objections(editor, budget):
+        objections.add(objection)
+    objections.raise_if_any()
     if strategy.direction == "none":
         return
     if strategy.granularity == "weight":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from robustcompress.budget import Budget
 from robustcompress.checkpoint import check_directory
 from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems
+from robustcompress.latency_table import LatencyTable, read_latency_table
+from robustcompress.min_robust import WORKPLACE
 from robustcompress.models import ModelSpec, build_model, check_image_size, identify
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
@@ -51,6 +53,7 @@ class Request:
         checkpoint: Where the run is recorded while it lasts; None for nowhere.
         checkpoint_every_s: Least seconds between two checkpoints within a phase.
         deadline: Seconds after which to stop; None for never.
+        latency_table: Times of another device; None where this machine's own count.
     """
 
     model: nn.Module
@@ -72,6 +75,7 @@ class Request:
     checkpoint: Path | None
     checkpoint_every_s: float
     deadline: float | None
+    latency_table: LatencyTable | None = None
 
 
 def resolve(
@@ -94,13 +98,15 @@ def resolve(
     checkpoint: Any = None,
     checkpoint_every_s: Any = 60.0,
     deadline: Any = None,
+    problems: Problems | None = None,
+    latency_table: Any = None,
 ) -> Request:
-    """Turn the arguments of compress() into a `Request`.
+    """Turn the arguments of compress() into a `Request`; what else was complained about comes as `problems`.
 
     Raises:
         InputError: Naming every argument that cannot work, with its remedy.
     """
-    problems = Problems("compress() cannot start")
+    problems = problems or Problems("compress() cannot start")
     _check_whole(problems, "seed", seed, least=0)
     for name, value in (("round_to", round_to), ("test_images", test_images)):
         if value is not None:
@@ -112,18 +118,26 @@ def resolve(
     chosen = problems.attempt(lambda: make_strategy(strategy))
     limits = problems.attempt(lambda: _budget(budget))
     if chosen is not None and limits is not None:
-        _check_granularity(problems, chosen, limits, round_to)
+        check_granularity(problems, chosen, _as_limits(problems, chosen, limits), round_to)
     adversary = problems.attempt(lambda: _threat(threat))
     loss = problems.attempt(lambda: _objective(objective))
     specs = _attacks(problems, attacks)
     target = problems.attempt(lambda: resolve_device(device))
     if out is not None:
         problems.attempt(lambda: check_target(Path(out)))
-    _check_checkpoint(problems, checkpoint, checkpoint_every_s, deadline, out)
+    demand = limits.demand if limits is not None else None
+    _check_checkpoint(problems, checkpoint, checkpoint_every_s, deadline, out, also=WORKPLACE if demand else "")
+    table = None if latency_table is None else problems.attempt(lambda: read_latency_table(latency_table))
+    if latency_table is not None and limits is not None and not limits.limits_latency:
+        problems.add("latency_table is given, but the budget says nothing of latency: Budget(max_latency_ms=...)")
     splits = problems.attempt(lambda: load_data(data))
+    if isinstance(splits, DataSplits) and demand is not None:
+        for part, use in (("val", "chosen on validation"), ("test", "judged in the end on test")):
+            if len(getattr(splits, part)) == 0:
+                problems.add(f"min_robust: networks are {use} images, and there are none: give data with some")
     if isinstance(splits, DataSplits) and adversary is not None and len(splits.test):
         check_images(splits.test.pixels, splits.test.labels, adversary, problems)
-        if any(spec.kind == "autoattack" for spec in specs):
+        if any(spec.kind == "autoattack" for spec in specs) or (demand is not None and demand.attack == "autoattack"):
             for item in check_autoattack(adversary, splits.image_shape[1:]).items:
                 problems.add(item)
     reference, spec = problems.attempt(lambda: _reference(model, seed)) or (None, None)
@@ -151,22 +165,30 @@ def resolve(
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         checkpoint_every_s=checkpoint_every_s,
         deadline=deadline,
+        latency_table=table,
     )
 
 
-def _check_checkpoint(problems: Problems, checkpoint: Any, every_s: Any, deadline: Any, out: Any) -> None:
+def _check_checkpoint(
+    problems: Problems, checkpoint: Any, every_s: Any, deadline: Any, out: Any, *, also: str = ""
+) -> None:
     if not isinstance(checkpoint, str | Path | None):
         problems.add(f"checkpoint={checkpoint!r}: name a directory")
     elif checkpoint is not None:
-        problems.attempt(lambda: check_directory(Path(checkpoint)))
+        problems.attempt(lambda: check_directory(Path(checkpoint), also=also))
         if out is not None and Path(checkpoint).resolve() == Path(out).resolve():
             problems.add(f"checkpoint={checkpoint} is where the result goes (out); choose another directory")
+    check_times(problems, every_s, deadline)
+    if deadline is not None and checkpoint is None:
+        problems.add(f"deadline={deadline!r} without a checkpoint would throw the work away: pass checkpoint=DIR too")
+
+
+def check_times(problems: Problems, every_s: Any, deadline: Any) -> None:
+    """Note what is no number of seconds."""
     if not _is_number(every_s) or every_s < 0:
         problems.add(f"checkpoint_every_s={every_s!r}: must be a number of seconds, at least 0")
     if deadline is not None and (not _is_number(deadline) or deadline < 0):
         problems.add(f"deadline={deadline!r}: must be a number of seconds from now, at least 0")
-    elif deadline is not None and checkpoint is None:
-        problems.add(f"deadline={deadline!r} without a checkpoint would throw the work away: pass checkpoint=DIR too")
 
 
 def _is_number(value: object) -> bool:
@@ -189,8 +211,27 @@ def _budget(budget: object) -> Budget:
     )
 
 
-def _check_granularity(problems: Problems, strategy: Strategy, budget: Budget, round_to: object) -> None:
-    """Zeros in a network of the same shape are counted by density, removed channels by everything else."""
+def _as_limits(problems: Problems, strategy: Strategy, budget: Budget) -> Budget:
+    """What each network has to keep that a demand for accuracy has compressed; without one, the budget itself."""
+    demand = budget.demand
+    if demand is None:
+        return budget
+    if strategy.direction == "none" or strategy.given_shape:
+        problems.add(
+            f"min_robust looks for a size, and {strategy.name} has but one: take another strategy, such as 'magnitude'"
+        )
+    if (strategy.granularity == "weight") != (demand.axis == "density"):
+        wanted = "axis='density'" if strategy.granularity == "weight" else "axis='macs', 'params' or 'latency'"
+        problems.add(
+            f"min_robust: axis={demand.axis!r} is no size that granularity={strategy.granularity!r} changes: give "
+            f"MinRobust({demand.accuracy:g}, {wanted})"
+        )
+        return Budget(density=0.5) if strategy.granularity == "weight" else Budget(macs=0.5)
+    return replace(budget, min_robust=None, **{demand.axis: getattr(budget, demand.axis) or 0.5})
+
+
+def check_granularity(problems: Problems, strategy: Strategy, budget: Budget, round_to: object) -> None:
+    """Note limits that a strategy cannot move: zeros in a network of the same shape are counted by density alone."""
     others = [name for name in budget.to_json() if name != "density"]
     if strategy.direction == "none":
         return

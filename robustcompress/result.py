@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,15 +17,15 @@ from torch import nn
 
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.errors import InputError, ResultError
+from robustcompress.hub import fetch, is_address
+from robustcompress.min_robust import lines_of, trials_of
 from robustcompress.models import ModelSpec
+from robustcompress.records import checked_cost, checked_data, checked_strategy
 from robustcompress.robust import RobustReport, ThreatModel
-from robustcompress.structure import AnyEdit, Bypass, StructuralEditor, edit_from_json
+from robustcompress.structure import AnyEdit, StructuralEditor, edit_from_json
 
-FORMAT = 2
-"""The newest format that is read. What every version can read is written as 1: all without edits of the depth."""
-MAX_PIXELS = 1 << 24
-"""An image read from a file may not be larger: a damaged record must not exhaust the memory."""
-
+FORMAT = 3
+"""The newest that is read. What is written has the oldest that can hold its edits, and its demand for accuracy."""
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError)
 """What a record that nobody wrote can provoke; RecursionError is a RuntimeError."""
 
@@ -49,7 +48,7 @@ class CompressResult:
         report: Accuracy, clean and under attack, on the test images; None when nothing was evaluated.
         threat: What it was trained to withstand.
         data: Name, hash, classes and sizes of the data.
-        settings: Objective, training recipe, epochs, versions and hardware.
+        settings: Objective, training recipe, epochs, versions and hardware; what `robustcompress run` ran and measured.
         seed: The seed.
     """
 
@@ -59,7 +58,7 @@ class CompressResult:
     edits: tuple[AnyEdit, ...]
     before: Cost
     after: Cost
-    budget: Mapping[str, float]
+    budget: Mapping[str, Any]
     history: tuple[Mapping[str, Any], ...]
     report: RobustReport | None
     threat: ThreatModel
@@ -80,8 +79,10 @@ class CompressResult:
 
     @property
     def meets_budget(self) -> bool:
-        """Whether every limit is kept; always true for strategy "none", to which no budget applies."""
-        return self.strategy["name"] == "none" or Budget(**self.budget).allows(self.after, self.before)
+        """Whether every limit is kept, on accuracy under attack by the report; strategy "none" has no other."""
+        budget = Budget(**self.budget)
+        small = self.strategy["name"] == "none" or budget.allows(self.after, self.before)
+        return small and (budget.demand is None or budget.demand.holds(self.report))
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write the result to a directory: JSON, safetensors, no pickle.
@@ -122,8 +123,9 @@ class CompressResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights and the history, as plain JSON."""
+        formats = [edit.result_format for edit in self.edits] + [FORMAT if "min_robust" in self.budget else 1]
         return {
-            "format": FORMAT if any(isinstance(edit, Bypass) for edit in self.edits) else 1,
+            "format": max(formats),
             "model": self.spec.to_json() if self.spec else None,
             "strategy": dict(self.strategy),
             "budget": dict(self.budget),
@@ -170,16 +172,11 @@ class CompressResult:
             if before.compressed and after.compressed:
                 ratio = f"{after.compressed / before.compressed:.3f}"
                 rows.append(("size, compressed", f"{human(before.compressed)}B", f"{human(after.compressed)}B", ratio))
-        if before.latency_ms and after.latency_ms:
-            slower = after.latency_ms / before.latency_ms
-            rows.append(
-                ("latency (torch, CPU)", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", f"{slower:.3f}")
-            )
-        if before.onnx_ms and after.onnx_ms:
-            faster = after.onnx_ms / before.onnx_ms
-            rows.append(
-                ("latency (onnxruntime)", f"{before.onnx_ms:.3f} ms", f"{after.onnx_ms:.3f} ms", f"{faster:.3f}")
-            )
+        where = "predicted" if "latency" in self.settings else "onnxruntime"
+        for what, key, digits in (("latency (torch, CPU)", "latency_ms", 2), (f"latency ({where})", "onnx_ms", 3)):
+            old, new = getattr(before, key), getattr(after, key)
+            if old and new:
+                rows.append((what, f"{old:.{digits}f} ms", f"{new:.{digits}f} ms", f"{new / old:.3f}"))
         return rows
 
     def __str__(self) -> str:
@@ -188,8 +185,10 @@ class CompressResult:
         lines = [f"{name} compressed by {self.strategy['name']} on {self.data['name']} (seed {self.seed})", ""]
         lines.append(f"{'':22}{'before':>12}{'after':>12}{'ratio':>8}")
         lines += [f"{what:<22}{before:>12}{after:>12}{ratio:>8}" for what, before, after, ratio in self.rows()]
+        if tried := trials_of(self.history):
+            lines += ["", "networks tried, judged on validation images:", *lines_of(tried)]
         if not self.meets_budget:
-            lines += ["", f"over its budget: {Budget(**self.budget)}"]
+            lines += ["", f"misses its budget: {Budget(**self.budget)}"]
         if self.report is not None:
             lines += ["", str(self.report)]
         return "\n".join(lines)
@@ -249,10 +248,9 @@ def load(
     """Read a result back: the reference's factory, the edits, then the weights. No pickle is involved.
 
     Args:
-        directory: What `CompressResult.save` wrote.
+        directory: What `CompressResult.save` wrote; or "hf://owner/name", perhaps "@revision": what `push` sent there.
         model: The reference, or its factory, for a result whose reference is no built-in model and none of
-            torchvision's or timm's.
-            A factory named in the file is never imported on the file's word alone.
+            torchvision's or timm's. A factory named in the file is never imported on the file's word alone.
 
     Returns:
         The result; `.model` computes the same logits, bit for bit, as the one that was saved.
@@ -260,7 +258,7 @@ def load(
     Raises:
         ResultError: There is no result, or it is truncated, tampered with, or of a newer format.
     """
-    directory = Path(directory)
+    directory = Path(fetch(directory, (RESULT, WEIGHTS), optional=[HISTORY]) if is_address(directory) else directory)
     record = _read(directory)
     history = _history(directory)
     try:
@@ -268,14 +266,14 @@ def load(
         edits = tuple(edit_from_json(edit) for edit in record["edits"])
         parts: dict[str, Any] = {
             "spec": spec,
-            "strategy": _checked_strategy(record["strategy"]),
+            "strategy": checked_strategy(record["strategy"]),
             "edits": edits,
-            "before": _checked_cost(record["before"]),
-            "after": _checked_cost(record["after"]),
+            "before": checked_cost(record["before"]),
+            "after": checked_cost(record["after"]),
             "budget": Budget(**record["budget"]).to_json(),
             "report": RobustReport.from_json(record["report"]) if record["report"] is not None else None,
             "threat": ThreatModel.from_json(record["threat"]),
-            "data": _checked_data(record["data"]),
+            "data": checked_data(record["data"]),
             "settings": dict(record["settings"]),
             "seed": int(record["seed"]),
         }
@@ -289,35 +287,6 @@ def load(
         raise ResultError(f"the edits in {directory / RESULT} do not fit the reference model: {error}") from error
     _load_weights(directory, fresh)
     return CompressResult(model=fresh.eval(), history=tuple(history), **parts)
-
-
-def _checked_cost(record: Any) -> Cost:
-    cost = Cost(**record)
-    counts = [cost.macs, cost.params, cost.size]
-    counts += [n for n in (cost.weights, cost.nonzeros, cost.compressed) if n is not None]
-    times = [ms for ms in (cost.latency_ms, cost.onnx_ms) if ms is not None]
-    timed = all(type(ms) in (int, float) and ms >= 0 for ms in times)
-    if not all(type(n) is int and n > 0 for n in counts) or not timed or not isinstance(cost.note, str):
-        raise ValueError(f"not a cost: {str(record)[:200]}")
-    return cost
-
-
-def _checked_strategy(record: Any) -> dict[str, Any]:
-    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
-        raise ValueError(f"not a strategy: {str(record)[:200]}")
-    return dict(record)
-
-
-def _checked_data(record: Any) -> dict[str, Any]:
-    texts = [record["name"], record["sha256"], *record["classes"]]
-    shape = record["image_shape"]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(record["classes"], list):
-        raise ValueError("data names and classes must be text")
-    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"image_shape {shape!r} is not [channels, height, width]")
-    if math.prod(shape) > MAX_PIXELS:
-        raise ValueError(f"image_shape {shape} is larger than any image this package trains on")
-    return dict(record)
 
 
 def _read(directory: Path) -> dict[str, Any]:

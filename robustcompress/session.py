@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from robustcompress.budget import Cost, CostModel, measure
 from robustcompress.checkpoint import Journal, State
 from robustcompress.data import Batches
+from robustcompress.errors import InputError
 from robustcompress.goal import Goal
 from robustcompress.latency import LatencyLimit
 from robustcompress.robust.attacks import eval_mode, pgd
@@ -112,7 +113,16 @@ class Session(Run):
         return self._ema.module if self._ema is not None else self.model
 
     def fits(self, widths: Mapping[str, int], *, without: Sequence[str] = ()) -> bool:
-        """Whether the network with these widths, and without these blocks, keeps the budget."""
+        """Whether the network with these widths, and without these blocks, keeps the budget.
+
+        Raises:
+            InputError: Latency is limited, and parts were inserted, of which the predictor does not know.
+        """
+        if self.latency is not None and self.editor.inserted:
+            raise InputError(
+                "a limit on latency cannot be kept here: parts were inserted, whose time is not predicted; give a "
+                "budget in multiply-adds or parameters"
+            )
         if not self._affords(widths, without):
             return False
         return self.latency is None or self.latency.predict(widths, without=without) <= self.latency.limit

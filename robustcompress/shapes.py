@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
-from robustcompress.session import Session
+from torch import nn
+
+from robustcompress.session import Goal, Session
 from robustcompress.structure import StructuralEditor
 
 Widths = dict[str, int]
+
+
+class Network(Protocol):
+    """As much of a session as widths are chosen by."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+
+    @property
+    def editor(self) -> StructuralEditor:
+        """Its editor."""
+
+    @property
+    def goal(self) -> Goal:
+        """What the run is for."""
+
+    def fits(self, widths: Mapping[str, int], *, without: Sequence[str] = ()) -> bool:
+        """Whether the network with these widths, and without these modules, keeps the budget."""
 
 
 def steps_of(editor: StructuralEditor, round_to: int) -> Widths:
@@ -58,7 +80,7 @@ def uniform_widths(session: Session, *, only: Collection[str] | None = None) -> 
 
 
 def shaped_widths(
-    session: Session, factors: Mapping[str, float], *, cap: float = 1.0, without: Sequence[str] = ()
+    session: Network, factors: Mapping[str, float], *, cap: float = 1.0, without: Sequence[str] = ()
 ) -> Widths:
     """A shape brought to the budget: every group scaled by one ratio times its own factor, the largest that keeps it.
 
@@ -87,7 +109,7 @@ def shaped_widths(
 
 
 def largest(
-    session: Session, widths_at: Callable[[float], Widths], high: float = 1.0, *, without: Sequence[str] = ()
+    session: Network, widths_at: Callable[[float], Widths], high: float = 1.0, *, without: Sequence[str] = ()
 ) -> Widths:
     """Bisect for the largest ratio in [0, high] whose widths keep the budget."""
     low = 0.0
@@ -100,7 +122,7 @@ def largest(
 
 
 def fill_budget(
-    session: Session,
+    session: Network,
     widths: Widths,
     caps: Mapping[str, int],
     order: list[str] | None = None,

@@ -64,6 +64,7 @@ class Widths:
         cost: What the network costs now.
         before: What the reference of a result costs on such an image; None where that is not known.
         bypassable: Blocks that can leave, where that was asked for.
+        insertable: Blocks into which a part can be inserted, where that was asked for.
     """
 
     groups: tuple[GroupWidth, ...]
@@ -71,6 +72,7 @@ class Widths:
     cost: Cost
     before: Cost | None
     bypassable: tuple[str, ...] = ()
+    insertable: tuple[str, ...] = ()
 
 
 def widths_of(
@@ -82,7 +84,7 @@ def widths_of(
         model_or_result: A network, or a result, whose widths are then shown beside those of its reference.
         example: An image batch `[N, 3, H, W]`. By default images as the result was trained on, or of the size that the
             network was made for.
-        depth: Also say which blocks can be bypassed, which is proven block by block.
+        depth: Also say which blocks can be bypassed, which is proven block by block, and which can have parts.
 
     Raises:
         UnsupportedModelError: The network holds layers that cannot be edited.
@@ -122,6 +124,7 @@ def widths_of(
         cost=cost,
         before=cost_before,
         bypassable=editor.bypassable if depth else (),
+        insertable=editor.insertable if depth else (),
     )
 
 

@@ -19,8 +19,10 @@ from torch import nn
 from benchmarks import (
     any_model,
     common,
+    deployment,
     latency,
     latency_budget,
+    onnx_files,
     report,
     search_meta,
     search_step,
@@ -31,13 +33,14 @@ from benchmarks import (
     trace_memory,
     training_step,
 )
-from robustcompress import StructuralEditor, build_model, measure
+from robustcompress import StructuralEditor, build_model, calibration, measure
+from tests.latency.fake import Clockwork
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
     *(search_tasks, search_meta),
-    *(latency, latency_budget, any_model),
+    *(latency, latency_budget, deployment, any_model, onnx_files),
 )
 
 
@@ -97,6 +100,29 @@ def test_trace_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (row,) = value["results"]
     assert row["params"] * 4 < row["bytes"] < row["trace"] < 200 * row["bytes"] and row["forward"] >= 0
     assert trace_memory.markdown(value) in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_onnx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "onnx_files.json"
+    assert onnx_files.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "onnx_files")
+    check_anonymous(out, str(tmp_path))
+    (counted,) = value["results"]["nodes"]
+    assert counted["translated"] > counted["exported"] >= counted["onnxruntime"] > 10
+    assert all(row["torch"]["largest"] <= 1 and row["pillow"]["largest"] <= 1 for row in value["results"]["resize"])
+    assert len(value["results"]["quantized"]) == 7
+    said = capsys.readouterr().out
+    assert all(onnx_files.markdown(value, section) in said for section in value["results"])
+
+
+def test_the_page_on_onnx_files_holds_the_committed_figures() -> None:
+    value = read(ROOT / "benchmarks" / "results" / "onnx_files.json")
+    page = (ROOT / "docs" / "onnx.md").read_text()
+    for section in value["results"]:
+        shown = page.split(f"<!-- {section} -->")[1].split(f"<!-- /{section} -->")[0]
+        assert shown.strip() == onnx_files.markdown(value, section).strip()
 
 
 def test_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +200,11 @@ def test_the_words_of_the_model_table() -> None:
     ]
 
 
-def test_latency_budget(tmp_path: Path) -> None:
+def test_latency_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Beside other tests a real stopwatch never comes to rest, and its own tests are elsewhere.
+    for place in ("robustcompress.api", "robustcompress.reach", "benchmarks.latency_budget"):
+        monkeypatch.setattr(f"{place}.Stopwatch", Clockwork)
+    monkeypatch.setattr(calibration, "_known", {})
     out = tmp_path / "latency_budget.json"
     assert latency_budget.main(["--quick", "--out", str(out)]) == 0
     value = read(out)
@@ -296,6 +326,22 @@ def test_latency(tmp_path: Path) -> None:
     assert compact["params"] < dense["params"] == zeros["params"]
     assert zeros["macs_ratio"] == pytest.approx(0.1, abs=0.01)
     assert set(dense["latency"]) == {"1", "8"}
+
+
+@pytest.mark.slow
+def test_deployment(tmp_path: Path) -> None:
+    out = tmp_path / "deployment.json"
+    assert deployment.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "deployment")
+    check_anonymous(out, str(tmp_path))
+    (network,) = value["results"]
+    rows = {row["variant"]: row for row in network["rows"]}
+    assert rows["dense"]["ratio"] == 1.0 and rows["dense"]["macs_ratio"] == 1.0
+    assert 1 > rows["0.5 of the MACs"]["macs_ratio"] >= rows["0.25 of the MACs"]["macs_ratio"]  # 16 is wide for it
+    assert rows["90 % zeros"]["zeros"] > 0.85 and rows["90 % zeros"]["macs_ratio"] == pytest.approx(0.1)
+    assert network["round_to"] in (8, 16) and set(network["gain_kept_by_multiple"]) == {"8", "16"}
+    assert "gain kept" in deployment.markdown(value)
 
 
 def test_compact_variants_keep_their_fraction_and_rounding() -> None:

@@ -132,6 +132,7 @@ def test_recipes_of_dependent_cells(tmp_path: Path) -> None:
         "name": "fixed",
         "widths": {"conv1": 8, "layers.0.0.conv1": 20},
         "bypassed": (),
+        "inserted": (),
     }
     assert retrained.seed == 3 and retrained.budget.macs == 0.5
     assert grid.recipe(cells["uniform_0.5_matched_s3"], finished).epochs == 48.0

@@ -225,7 +225,8 @@ def test_report_reads_well(exported: tuple[nn.Module, ExportReport]) -> None:
     report = exported[1]
     text = str(report)
     assert "small.onnx" in text and "opset 20" in text and "adversarial" in text and "100.00 %" in text
-    assert len({len(line) for line in text.splitlines()[1:]}) == 1, "columns do not line up"
+    assert "images: float32 [batch, 3, 16, 16] in [0, 1] -> logits" in text
+    assert len({len(line) for line in text.splitlines()[2:]}) == 1, "columns do not line up"
     data = json.loads(json.dumps(report.to_json()))
     assert data["opset"] == 20 and data["bytes"] == report.bytes and data["path"] == str(report.path)
     assert data["parity"][0]["relative_diff"] == report.parity[0].max_abs_diff / report.parity[0].scale
@@ -274,6 +275,26 @@ def test_serving_without_torch_gives_the_probabilities_of_torch(
     assert done.returncode == 1 and "broken.png" in done.stderr and "Traceback" not in done.stderr
     done = serve(report.path, str(tmp_path / "absent.png"))
     assert done.returncode == 1 and "absent.png does not exist" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"input": "uint8"}, {"input": "uint8", "resize": True, "softmax": True, "batch": 2}],
+    ids=["bytes", "all"],
+)
+def test_serving_reads_from_the_file_what_it_takes(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = small().eval()
+    report = export_onnx(model, tmp_path / "m.onnx", image_shape=(3, 16, 16), classes=CLASSES, **options)
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "2.png")
+    done = serve(report.path, *(str(tmp_path / f"{number}.png") for number in range(3)))
+    assert done.returncode == 0, done.stderr
+    x = torch.cat([torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.zeros(1, 3, 16, 16)])
+    shares, classes = model(x).softmax(1).max(1)
+    expected = [f"{i}.png  {CLASSES[k]} {p:.3f}" for i, (k, p) in enumerate(zip(classes, shares, strict=True))]
+    assert done.stdout.splitlines() == expected
 
 
 def test_to_onnx_goes_through_the_public_api(

@@ -13,7 +13,6 @@ from torch import nn
 
 from robustcompress.errors import InputError, ParityError
 from robustcompress.export import ExportReport, ParityCheck, export_onnx, load_session, verify_onnx
-from robustcompress.export import request as request_module
 from robustcompress.export.graph import check_proto
 from tests.test_export import Small, images, small
 
@@ -233,12 +232,6 @@ def test_no_write_permission(tmp_path: Path) -> None:
             pytest.skip("no directory here that cannot be written to")
     with pytest.raises(InputError, match="cannot be written to"):
         export_onnx(small(), folder / "m.onnx", image_shape=(3, 16, 16))
-
-
-def test_models_beyond_one_protobuf_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_module, "LARGEST", 1000)
-    with pytest.raises(InputError, match="external data files"):
-        export_onnx(small(), tmp_path / "m.onnx", image_shape=(3, 16, 16))
 
 
 def test_files_that_cannot_be_verified(exported: tuple[nn.Module, ExportReport], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: a killed run goes on where it was."""
 
 from robustcompress.checkpoint.files import Checkpoint, check_directory, read, remove, shrink, write
-from robustcompress.checkpoint.identity import fingerprint
+from robustcompress.checkpoint.identity import fingerprint, same_run
 from robustcompress.checkpoint.journal import Journal
 from robustcompress.checkpoint.state import State, Stateful
 
@@ -14,6 +14,7 @@ __all__ = [
     "fingerprint",
     "read",
     "remove",
+    "same_run",
     "shrink",
     "write",
 ]

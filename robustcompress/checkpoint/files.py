@@ -164,8 +164,13 @@ def remove(directory: str | Path) -> None:
         directory.rmdir()
 
 
-def check_directory(directory: Path) -> None:
-    """Raise one InputError when a checkpoint cannot be kept in `directory`."""
+def check_directory(directory: Path, *, also: str = "") -> None:
+    """Raise one InputError when a checkpoint cannot be kept in `directory`.
+
+    Args:
+        directory: May not exist yet; its parent must.
+        also: Regular expression of names that may lie there beside a checkpoint's own.
+    """
     if not directory.parent.is_dir():
         raise InputError(f"checkpoint={directory}: there is no directory {directory.parent}; create it first")
     if not directory.exists():
@@ -175,7 +180,8 @@ def check_directory(directory: Path) -> None:
     else:
         place = directory
         known = {INDEX, f"{INDEX}.part"}
-        others = sorted(p.name for p in directory.iterdir() if p.name not in known and _ours(p) is None)
+        strange = (path for path in directory.iterdir() if path.name not in known and _ours(path) is None)
+        others = sorted(path.name for path in strange if not re.fullmatch(also, path.name))
         if others:
             raise InputError(
                 f"checkpoint={directory} also holds {', '.join(others[:5])}: choose a directory for checkpoints alone"

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 
 from robustcompress.checkpoint.files import Checkpoint, read, write
+from robustcompress.checkpoint.identity import same_run
 from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.checkpoint.state import State
-from robustcompress.errors import CheckpointError, InputError, OutOfTime, Problems
+from robustcompress.errors import CheckpointError, OutOfTime
 
 T = TypeVar("T")
 
@@ -216,16 +217,7 @@ class Journal:
             sound = False
         if not sound:
             raise CheckpointError(f"the checkpoint in {self.directory} is damaged; {self._remedy}")
-        problems = Problems(
-            f"checkpoint={self.directory} is of another run; give the same arguments, or another directory, "
-            "or remove it to begin anew"
-        )
-        for name in sorted(identity.keys() | self._identity.keys()):
-            then, now = identity.get(name), self._identity.get(name)
-            if then != now:
-                then, now = _differing(then, now)
-                problems.add(f"{name}: {_short(then)} there, {_short(now)} here")
-        problems.raise_if_any(InputError)
+        same_run(f"checkpoint={self.directory}", identity, self._identity)
         for name in sorted(versions.keys() | self._versions.keys()):
             if versions.get(name) != self._versions.get(name):
                 self._say(
@@ -253,16 +245,3 @@ class Journal:
             "this point. Did the code change? A strategy must put what it decides by looking at weights through "
             f"session.decide(); {self._remedy}"
         )
-
-
-def _differing(then: Any, now: Any) -> tuple[Any, Any]:
-    """Of two mappings only what differs: the rest would hide it."""
-    if not isinstance(then, Mapping) or not isinstance(now, Mapping):
-        return then, now
-    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    return {key: then.get(key) for key in keys}, {key: now.get(key) for key in keys}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 160 else f"{text[:150]}..."

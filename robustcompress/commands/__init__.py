@@ -6,8 +6,30 @@ value, and the frame in `cli.py` prints it.
 
 from __future__ import annotations
 
-from robustcompress.commands import catalogue, compress, evaluate, export, inspect, quickstart, run
+from robustcompress.commands import (
+    bench,
+    card,
+    catalogue,
+    compress,
+    evaluate,
+    export,
+    inspect,
+    latency,
+    pareto,
+    pull,
+    push,
+    quantize,
+    quickstart,
+    report,
+    run,
+    sensitivity,
+)
 
-COMMANDS = (quickstart, compress, run, evaluate, export, inspect, catalogue)
+COMMANDS = (
+    *(quickstart, compress, run, pareto, evaluate),
+    *(export, quantize, bench, latency),
+    *(report, card, push, pull),
+    *(inspect, sensitivity, catalogue),
+)
 
 __all__ = ["COMMANDS"]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems
 from robustcompress.result import CompressResult, load
+from robustcompress.train import Recipe
 
 
 def fraction(text: str) -> float:
@@ -63,6 +68,99 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names a reference, and its weights."""
+    parser.add_argument("model", metavar="MODEL", help="the reference model")
+    parser.add_argument(
+        "--model-arg", type=assignment, action="append", default=[], metavar="K=V", help="an argument of its factory"
+    )
+    parser.add_argument(
+        "--pretrained-weights",
+        type=Path,
+        metavar="FILE",
+        help="safetensors with the reference's robust weights: pruning strategies skip their pretraining",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add seed, device, and whether progress is shown."""
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seeds everything (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a network must withstand, and how it is trained."""
+    threat = parser.add_argument_group("threat")
+    threat.add_argument("--eps", type=fraction, default=8 / 255, help="radius, such as 8/255 or 0.1 (default: 8/255)")
+    threat.add_argument("--norm", default="linf", help="linf or l2 (default: %(default)s)")
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--objective", default="pgd-at", help="`robustcompress list objectives` (default: %(default)s)"
+    )
+    training.add_argument("--attack-steps", type=int, metavar="K", help="steps of the objective's attack")
+    training.add_argument(
+        "--epochs", type=float, metavar="F", help="passes over the training images (default: 10 or 30)"
+    )
+    training.add_argument("--lr", type=float, default=Recipe().lr, metavar="F", help="peak (default: %(default)s)")
+    training.add_argument(
+        "--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="images a step (default: %(default)s)"
+    )
+    training.add_argument(
+        "--awp",
+        type=float,
+        default=Recipe().awp,
+        metavar="GAMMA",
+        help="radius of adversarial weight perturbation, such as 0.005; 0 is off (default: %(default)g)",
+    )
+    training.add_argument(
+        "--awp-warmup",
+        type=float,
+        default=Recipe().awp_warmup,
+        metavar="F",
+        help="share of the epochs before it begins (default: %(default)g)",
+    )
+
+
+def recipe_from(arguments: argparse.Namespace) -> Recipe:
+    """The training settings that the arguments say."""
+    return Recipe(lr=arguments.lr, batch_size=arguments.batch_size, awp=arguments.awp, awp_warmup=arguments.awp_warmup)
+
+
+def load_weights(model: nn.Module, path: Path, *, option: str = "--pretrained-weights") -> None:
+    """Put the weights of a safetensors file into a model.
+
+    Raises:
+        InputError: They are of another model, or cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{option} {path} cannot be used ({reason}); it must be a safetensors file of this very model"
+        ) from error
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError where a file cannot be written to `path`."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: name a file in a directory that exists")
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file, which is whole at every moment."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:
@@ -128,10 +226,18 @@ def _few(classes: Sequence[str]) -> str:
     return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
-def add_result_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the directory of a saved result, and how to name a factory of one's own that it began with."""
+def add_result_argument(parser: argparse.ArgumentParser, *, or_file: bool = False) -> None:
+    """Add the directory of a saved result, and how to name a factory of one's own that it began with.
+
+    Args:
+        parser: Of the command.
+        or_file: Whether the command also takes an ONNX file in its place.
+    """
     parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="a result that `robustcompress compress --out` left"
+        "directory",
+        type=Path,
+        metavar="DIR|FILE.onnx" if or_file else "DIR",
+        help="a result that `robustcompress compress --out` left" + (", or an ONNX file" if or_file else ""),
     )
     parser.add_argument(
         "--model",
@@ -147,6 +253,9 @@ def result_from(arguments: argparse.Namespace) -> CompressResult:
         InputError: It began with a factory of the user's own, and `--model` does not name it.
         ResultError: There is none, or it is damaged.
     """
+    place = str(arguments.directory)
+    if place.startswith("hf:"):
+        raise InputError(f"{place}: fetch it first, with `robustcompress pull hf://owner/name DIR`, then name DIR")
     try:
         return load(arguments.directory, model=arguments.model)
     except InputError as error:

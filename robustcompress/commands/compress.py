@@ -5,29 +5,34 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
-from torch import nn
 
 from robustcompress.api import carry_out
 from robustcompress.budget import Budget
 from robustcompress.commands.arguments import (
     add_data_arguments,
+    add_model_arguments,
+    add_run_arguments,
+    add_training_arguments,
     assignment,
     count_or_all,
     data_from,
-    fraction,
+    load_weights,
     names,
+    recipe_from,
 )
 from robustcompress.errors import InputError, Problems
+from robustcompress.min_robust import Axis, MinRobust, trials_of
 from robustcompress.models import build_model
 from robustcompress.resolve import resolve
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.objectives import objective_from_name
-from robustcompress.strategies import make_strategy
+from robustcompress.strategies import Strategy, make_strategy
 from robustcompress.terminal import Output
-from robustcompress.train import Recipe, resolve_device
+from robustcompress.train import resolve_device
 
 NAME = "compress"
 SUMMARY = "make a compact, robust model"
@@ -42,6 +47,8 @@ examples:
   robustcompress compress resnet8 --model-arg stem_stride=2 --epochs 5 --out runs/digits
   robustcompress compress resnet20 --data cifar10 --root data --strategy hydra --macs 0.5 --out runs/hydra
   robustcompress compress resnet20 --data cifar10 --root data --latency 0.5 --round-to 8 --out runs/fast
+  robustcompress compress resnet20 --data cifar10 --root data --min-robust 0.45 --checkpoint runs/c --out runs/smallest
+  robustcompress compress resnet20 --data cifar10 --max-latency-ms 4 --latency-table phone/times.json --out runs/phone
   robustcompress compress resnet18 --data photos --image-size 32 --max-params 1000000 --epochs 20 --out runs/photos
   robustcompress compress resnet8 --strategy grape --option order=random --option events=6 --eps 0.1
   robustcompress compress resnet8 --strategy hydra --option granularity=weight --density 0.1 --eps 0.1
@@ -52,16 +59,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("model", metavar="MODEL", help="the reference model")
-    parser.add_argument(
-        "--model-arg", type=assignment, action="append", default=[], metavar="K=V", help="an argument of its factory"
-    )
-    parser.add_argument(
-        "--pretrained-weights",
-        type=Path,
-        metavar="FILE",
-        help="safetensors with the reference's robust weights: pruning strategies skip their pretraining",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--strategy", default="grape", help="`robustcompress list strategies` (default: %(default)s)")
     parser.add_argument(
         "--option", type=assignment, action="append", default=[], metavar="K=V", help="an option of the strategy"
@@ -73,9 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep a checkpoint here every minute; the same command goes on from it after a kill",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seeds everything (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_run_arguments(parser)
     budget = parser.add_argument_group("budget", "every limit given must hold; half the multiply-adds where none is")
     budget.add_argument("--macs", type=float, metavar="F", help="multiply-adds, as a fraction of the reference")
     budget.add_argument("--params", type=float, metavar="F", help="parameters, as a fraction of the reference")
@@ -86,38 +82,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget.add_argument("--max-latency-ms", type=float, metavar="MS", help="onnxruntime's time for one image, here")
     budget.add_argument(
+        "--latency-table",
+        type=Path,
+        metavar="FILE",
+        help="times.json of another device (`robustcompress latency`): the latency is about that device then",
+    )
+    budget.add_argument(
         "--density", type=float, metavar="F", help="share of the weights that stay, for granularity=weight"
     )
-    budget.add_argument("--round-to", type=int, metavar="N", help="widths become multiples of N (default: by size)")
-    threat = parser.add_argument_group("threat")
-    threat.add_argument("--eps", type=fraction, default=8 / 255, help="radius, such as 8/255 or 0.1 (default: 8/255)")
-    threat.add_argument("--norm", default="linf", help="linf or l2 (default: %(default)s)")
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--objective", default="pgd-at", help="`robustcompress list objectives` (default: %(default)s)"
-    )
-    training.add_argument("--attack-steps", type=int, metavar="K", help="steps of the objective's attack")
-    training.add_argument(
-        "--epochs", type=float, metavar="F", help="passes over the training images (default: 10 or 30)"
-    )
-    training.add_argument("--lr", type=float, default=Recipe().lr, metavar="F", help="peak (default: %(default)s)")
-    training.add_argument(
-        "--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="images a step (default: %(default)s)"
-    )
-    training.add_argument(
-        "--awp",
+    budget.add_argument(
+        "--min-robust",
         type=float,
-        default=Recipe().awp,
-        metavar="GAMMA",
-        help="radius of adversarial weight perturbation, such as 0.005; 0 is off (default: %(default)g)",
-    )
-    training.add_argument(
-        "--awp-warmup",
-        type=float,
-        default=Recipe().awp_warmup,
         metavar="F",
-        help="share of the epochs before it begins (default: %(default)g)",
+        help="look for the smallest model whose accuracy under attack stays at least this, as the lower end of its "
+        "95%% interval; takes several compressions",
     )
+    defaults = MinRobust(0.5)
+    budget.add_argument("--smallest-by", choices=get_args(Axis), help="what smallest means (default: macs, or density)")
+    budget.add_argument("--robust-attack", metavar="A", help=f"attack of --min-robust (default: {defaults.attack})")
+    budget.add_argument(
+        "--robust-images",
+        type=count_or_all,
+        default=defaults.images,
+        metavar="N",
+        help="choose on N validation images, or all (default: %(default)s)",
+    )
+    budget.add_argument(
+        "--trials", type=int, metavar="N", help=f"compress N times at most (default: {defaults.trials})"
+    )
+    budget.add_argument("--round-to", type=int, metavar="N", help="widths become multiples of N (default: by size)")
+    add_training_arguments(parser)
     add_data_arguments(parser, default="the embedded handwritten digits")
     report = parser.add_argument_group("report")
     report.add_argument(
@@ -141,9 +135,9 @@ def run(arguments: argparse.Namespace) -> Output:
     problems = Problems("compress cannot start")
     strategy = problems.attempt(lambda: make_strategy(arguments.strategy, **dict(arguments.option)))
     threat = problems.attempt(lambda: ThreatModel(arguments.norm, arguments.eps))
-    budget = problems.attempt(lambda: _budget(arguments))
+    budget = problems.attempt(lambda: _budget(arguments, strategy))
     objective = problems.attempt(lambda: objective_from_name(arguments.objective, steps=arguments.attack_steps))
-    recipe = problems.attempt(lambda: _recipe(arguments))
+    recipe = problems.attempt(lambda: recipe_from(arguments))
     problems.attempt(lambda: resolve_device(arguments.device))
     for attack in arguments.attacks:
         problems.attempt(lambda attack=attack: attack_by_name(attack))  # type: ignore[misc]
@@ -152,7 +146,7 @@ def run(arguments: argparse.Namespace) -> Output:
     torch.manual_seed(arguments.seed)  # the reference's first weights belong to the seed
     built = problems.attempt(lambda: build_model(arguments.model, **dict(arguments.model_arg)))
     if built is not None and arguments.pretrained_weights is not None:
-        problems.attempt(lambda: _load_weights(built[0], arguments.pretrained_weights))
+        problems.attempt(lambda: load_weights(built[0], arguments.pretrained_weights))
     data = problems.attempt(lambda: data_from(arguments, name=arguments.data, seed=arguments.seed))
     problems.raise_if_any()
     model, spec = built
@@ -173,6 +167,7 @@ def run(arguments: argparse.Namespace) -> Output:
         device=arguments.device,
         out=arguments.out,
         checkpoint=arguments.checkpoint,
+        latency_table=arguments.latency_table,
     )
     request = replace(request, spec=spec)  # a factory of the user's own is known here, though not from the model alone
     places: list[Path] = []
@@ -184,26 +179,25 @@ def run(arguments: argparse.Namespace) -> Output:
         "meets_budget": result.meets_budget,
         "out": str(places[0]) if places else None,
     }
+    if budget.demand is not None:
+        document["tried"] = [trial.to_json() for trial in trials_of(result.history)]
     return Output(document=document, parts=(str(result), "", saved))
 
 
-def _budget(arguments: argparse.Namespace) -> Budget:
+def _budget(arguments: argparse.Namespace, strategy: Strategy | None) -> Budget:
     limits = {field.name: getattr(arguments, field.name) for field in fields(Budget)}
-    return Budget(**limits) if any(limit is not None for limit in limits.values()) else Budget(macs=0.5)
-
-
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    return Recipe(lr=arguments.lr, batch_size=arguments.batch_size, awp=arguments.awp, awp_warmup=arguments.awp_warmup)
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        model.load_state_dict(load_file(path), strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    told: dict[str, Any] = {
+        "axis": arguments.smallest_by,
+        "attack": arguments.robust_attack,
+        "trials": arguments.trials,
+    }
+    told = {name: value for name, value in told.items() if value is not None}
+    if limits["min_robust"] is not None:
+        sparse = strategy is not None and strategy.granularity == "weight"
+        axis = {"axis": "density"} if sparse else {}
+        limits["min_robust"] = MinRobust(limits["min_robust"], **axis | told, images=arguments.robust_images)
+    elif told or arguments.robust_images != MinRobust(0.5).images:
         raise InputError(
-            f"--pretrained-weights {path} cannot be used ({reason}); it must be a safetensors file of this very model"
-        ) from error
+            "--smallest-by, --robust-attack, --robust-images and --trials go with --min-robust: give it too"
+        )
+    return Budget(**limits) if any(limit is not None for limit in limits.values()) else Budget(macs=0.5)

@@ -1,4 +1,4 @@
-"""`robustcompress evaluate`: how robust a saved model is, and whether another one differs."""
+"""`robustcompress evaluate`: how robust a saved model or a deployed file is, and whether another model differs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from robustcompress.commands import evaluate_file
 from robustcompress.commands.arguments import (
     add_data_arguments,
     add_result_argument,
@@ -25,32 +26,39 @@ from robustcompress.robust import PairedTest, RobustReport, ThreatModel, attack_
 from robustcompress.terminal import Output, evaluation_bar, say
 
 NAME = "evaluate"
-SUMMARY = "attack a saved model, or compare two"
+SUMMARY = "attack a saved model or an ONNX file, or compare two models"
 DESCRIPTION = """\
 Measure the accuracy of a saved model without and with an adversary, on the test images.
 
 AutoAttack is costly: it judges --autoattack-images of them, in chunks that are kept in DIR/.autoattack, so that a
-stopped evaluation goes on where it was when the same command is given again."""
+stopped evaluation goes on where it was when the same command is given again.
+
+Of an ONNX file the artefact itself is judged, in onnxruntime: Square attacks its scores, and adversarial images of its
+torch twin (--twin, or the result whose directory it lies in) are replayed on it."""
 EXAMPLES = """\
 examples:
   robustcompress evaluate runs/digits
   robustcompress evaluate runs/digits --attacks clean,pgd-20 --images 100
   robustcompress evaluate runs/hydra --data cifar10 --root data --autoattack-images all --save
-  robustcompress evaluate runs/grape --compare runs/none --time-limit 300 --json"""
+  robustcompress evaluate runs/grape --compare runs/none --time-limit 300 --json
+  robustcompress evaluate runs/digits/model.onnx --curve --plot curve.png
+  robustcompress evaluate model.int8.onnx --twin runs/hydra --data cifar10 --attacks pgd-20,square-5000 --save
+  robustcompress evaluate foreign.onnx --data photos --image-size 224 --eps 4/255"""
 
-AUTOATTACK_IMAGES = 100
+ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
+AUTOATTACK_IMAGES = evaluate_file.AUTOATTACK_IMAGES
 CACHE = ".autoattack"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    add_result_argument(parser)
+    add_result_argument(parser, or_file=True)
     parser.add_argument(
         "--attacks",
         type=names,
-        default=("clean", "fgsm", "pgd-20", "autoattack"),
         metavar="A,B",
-        help="`robustcompress list attacks` (default: clean,fgsm,pgd-20,autoattack)",
+        help="`robustcompress list attacks`, and for files square-N: Square with N queries (default: "
+        "clean,fgsm,pgd-20,autoattack; for files pgd-20,square-1000)",
     )
     parser.add_argument(
         "--images", type=count_or_all, default=None, metavar="N", help="judge N test images, or all (default: all)"
@@ -60,23 +68,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count_or_all,
         default=AUTOATTACK_IMAGES,
         metavar="N",
-        help="judge N of those with AutoAttack, or all (default: %(default)s)",
+        help="of DIR: judge N of those with AutoAttack, or all (default: %(default)s)",
     )
     parser.add_argument(
-        "--time-limit", type=float, metavar="S", help="start no chunk of AutoAttack that would not end in S seconds"
+        "--time-limit",
+        type=float,
+        metavar="S",
+        help="of DIR: start no chunk of AutoAttack that would not end in S seconds",
     )
     parser.add_argument("--eps", type=fraction, help="another radius than the model was trained for, such as 4/255")
     parser.add_argument("--norm", help="another norm: linf or l2")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="evaluate this result too, and test the difference")
-    parser.add_argument("--save", action="store_true", help="replace the report in DIR by this one")
+    parser.add_argument(
+        "--save", action="store_true", help="replace the report in DIR by this one; of a file, write FILE.verify.json"
+    )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the attacks (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
-    add_data_arguments(parser, default="the embedded digits, for a result that was trained on them")
+    add_data_arguments(parser, default="the embedded digits, for what was trained on them")
+    evaluate_file.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> Output:
-    """Evaluate one result, or two on the same images."""
+    """Evaluate one result, or two on the same images; or a file."""
+    if evaluate_file.is_file(arguments.directory):
+        return evaluate_file.run(arguments)
+    evaluate_file.refuse(arguments)
+    if arguments.attacks is None:
+        arguments.attacks = ATTACKS
     result = result_from(arguments)
     other = None if arguments.compare is None else load(arguments.compare, model=arguments.model)
     threat = _checked(arguments, result)

@@ -1,9 +1,9 @@
-"""`robustcompress inspect`: the channel groups of a model, how wide each is and what it costs; searches, compared."""
+"""`robustcompress inspect`: the channel groups of a model and what each costs; searches, compared; an ONNX file."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,20 @@ import torch
 
 from robustcompress.budget import human
 from robustcompress.commands.arguments import assignment
+from robustcompress.commands.onnx_table import inspect_onnx
 from robustcompress.errors import Problems
 from robustcompress.models import build_model, check_image_size
 from robustcompress.plots import check_picture
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.search_plot import candidate_records, plot_search, search_records
 from robustcompress.stability import stability
-from robustcompress.structure import Bypass
+from robustcompress.structure import Bypass, Insert
 from robustcompress.terminal import Output, table
 from robustcompress.width_plot import draw_widths
 from robustcompress.widths import GroupWidth, Widths, widths_of
 
 NAME = "inspect"
-SUMMARY = "show the channel groups of a model, or compare what searches kept"
+SUMMARY = "show the channel groups of a model, what an ONNX file is, or what searches kept"
 DESCRIPTION = """\
 Show which channels of a model can only change together, how wide each group is, what one channel of it costs, and
 whether it can be edited, which is to say pruned and grown. --plot draws the widths, and where the multiply-adds go.
@@ -33,7 +34,10 @@ of its reference.
 
 For several results: how far their masks are apart, as normalised Hamming distances. Between results that were not cut
 out of one pretrained network, expect the distance of chance. --plot then draws the searches of those that learnt
-scores; more is recorded for it where the strategy was given the option diagnose=True."""
+scores; more is recorded for it where the strategy was given the option diagnose=True.
+
+For an ONNX file, of this package or any other: what goes in and out, its operators, size and precision, and what it
+says of itself: classes, threat, accuracies with their intervals, strategy, costs."""
 EXAMPLES = """\
 examples:
   robustcompress inspect resnet20
@@ -41,13 +45,14 @@ examples:
   robustcompress inspect timm:resnet26 --image-size 64
   robustcompress inspect resnet8 --model-arg width=0.5 --json
   robustcompress inspect runs/digits --plot widths.svg
+  robustcompress inspect digits.int8.onnx
   robustcompress inspect runs/hydra runs/s2ap --plot search.png"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL|DIR", help="a model's name, or directories of saved results"
+        "models", nargs="+", metavar="MODEL|DIR|FILE", help="a model's name, directories of saved results, or a file"
     )
     parser.add_argument(
         "--model-arg", type=assignment, action="append", default=[], metavar="K=V", help="an argument of its factory"
@@ -68,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Output:
     """Trace the model and list its groups; or compare results."""
+    if any(name.lower().endswith(".onnx") for name in arguments.models):
+        return inspect_onnx(_onnx_file(arguments))
     results = _results(arguments)
     if arguments.plot is not None:
         check_picture(arguments.plot)
@@ -79,6 +86,16 @@ def run(arguments: argparse.Namespace) -> Output:
     names = _short(results)
     path = plot_search({names[name]: result for name, result in results.items()}, arguments.plot)
     return _with_plot(output, path, f"the searches are drawn in {path}")
+
+
+def _onnx_file(arguments: argparse.Namespace) -> Path:
+    problems = Problems("inspect cannot start")
+    if len(arguments.models) > 1:
+        problems.add("several names: an ONNX file is inspected on its own")
+    if arguments.model_arg or arguments.image_size is not None or arguments.plot is not None:
+        problems.add("--model-arg, --image-size and --plot are for models: leave them out for an ONNX file")
+    problems.raise_if_any()
+    return Path(arguments.models[0])
 
 
 def _with_plot(output: Output, path: Path, said: str) -> Output:
@@ -155,14 +172,23 @@ def _searches(searches: Mapping[str, list[Mapping[str, Any]]]) -> Any:
 
 def _candidates(name: str, records: list[Mapping[str, Any]]) -> Any:
     """The best networks of a search over architectures."""
-    rows = []
+    chosen, rows = any("inserted" in record for record in records), []
     for number, record in sorted(enumerate(records, 1), key=lambda numbered: -numbered[1]["reward"])[:BEST]:
         gone = ", ".join(record["bypassed"]) or "-"
         accuracies = (f"{100 * record[key]:.1f}" for key in ("val_clean", "val_robust"))
-        rows.append((str(number), *accuracies, f"{record['reward']:.3f}", human(record["macs"]), gone))
+        typed = [_types(record["inserted"])] if "inserted" in record else ["plain"] if chosen else []
+        rows.append((str(number), *accuracies, f"{record['reward']:.3f}", human(record["macs"]), gone, *typed))
     title = f"The best {len(rows)} of {len(records)} networks that {name} looked at, on validation images"
-    columns = ("number", "clean %", "PGD-10 %", "reward", "MACs", "blocks that left")
-    return table(title, columns, rows, left=("blocks that left",))
+    left = ("blocks that left", *(["block types"] if chosen else []))
+    return table(title, ("number", "clean %", "PGD-10 %", "reward", "MACs", *left), rows, left=left)
+
+
+def _types(inserted: Iterable[Sequence[str]]) -> str:
+    """Which blocks have which part, by kind: "se: layers.0.0, layers.0.1"."""
+    blocks: dict[str, list[str]] = {}
+    for block, kind in inserted:
+        blocks.setdefault(kind, []).append(block)
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in sorted(blocks.items()))
 
 
 def _one(arguments: argparse.Namespace, name: str, result: CompressResult | None) -> Output:
@@ -176,6 +202,9 @@ def _one(arguments: argparse.Namespace, name: str, result: CompressResult | None
     if result is not None and (gone := [edit.module for edit in result.edits if isinstance(edit, Bypass)]):
         parts = (*output.parts, f"blocks that have left: {', '.join(gone)}")
         output = Output(document={**output.document, "bypassed": gone}, parts=parts)
+    if result is not None and (put := [[e.module, e.kind] for e in result.edits if isinstance(e, Insert)]):
+        parts = (*output.parts, f"parts that were inserted: {_types(put)}")
+        output = Output(document={**output.document, "inserted": put}, parts=parts)
     if result is not None and (records := search_records(result)):
         document = {**output.document, "search": records}
         output = Output(document=document, parts=(*output.parts, _searches({name: records})))
@@ -224,6 +253,10 @@ def _groups(widths: Widths, name: str) -> Output:
         "before": before.to_json() if before is not None else None,
         "groups": [group.to_json() for group in widths.groups],
         "bypassable": list(widths.bypassable),
+        "insertable": list(widths.insertable),
     }
-    blocks = f"blocks that can be bypassed: {', '.join(widths.bypassable) or 'none'}"
+    blocks = (
+        f"blocks that can be bypassed: {', '.join(widths.bypassable) or 'none'}\n"
+        f"blocks that can have parts inserted: {', '.join(widths.insertable) or 'none'}"
+    )
     return Output(document=document, parts=(shown, totals, blocks, *filter(None, [cost.note])))

@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> Output:
         with evaluation_bar(recipe.strategy.name) as advance:
             report = recipe.judge(result, data, device=device, progress=advance)
     curve = recipe.security_curve(result, data, device=device)
-    result = replace(result, report=report)
+    said = {"run": _without_places(recipe.to_json()), **({"curve": curve} if curve else {})}
+    result = replace(result, report=report, settings={**result.settings, **said})
     saved = "nothing was saved: pass --out DIR to keep the model"
     if arguments.out is not None:
         result.save(arguments.out, overwrite=True)  # now with the report; the network was saved before it was attacked
@@ -90,6 +91,14 @@ def run(arguments: argparse.Namespace) -> Output:
         "out": str(arguments.out) if arguments.out is not None else None,
     }
     return Output(document=document, parts=(*parts, saved))
+
+
+def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe as a result keeps it, without directories of this machine: a result may be sent to others."""
+    data = {key: value for key, value in recipe["data"].items() if key != "root"}
+    if isinstance(source := data.get("source"), str):
+        data["source"] = Path(source).name
+    return {**recipe, "data": data}
 
 
 def _setting(text: str) -> tuple[tuple[str, ...], Any]:

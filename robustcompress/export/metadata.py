@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from robustcompress.export.ends import Ends
 from robustcompress.robust import ThreatModel
 
 PREFIX = "robustcompress."
 
 FACTS = frozenset(
-    ("version", "classes", "image_shape", "input_range", "layout", "normalisation", "threat", "torch", "onnx")
+    (
+        *("version", "classes", "image_shape", "input_range", "input_type", "layout", "normalisation", "threat"),
+        *("output", "resize", "precision", "torch", "onnx"),
+    )
 )
 """Keys that the export itself writes; whatever a result says under them is replaced by what is true of this file."""
 
@@ -27,6 +31,7 @@ def file_metadata(
     classes: Sequence[str] | None,
     threat: ThreatModel | None,
     told: Mapping[str, str],
+    ends: Ends | None = None,
 ) -> dict[str, str]:
     """Put together every key and value of one file, in a fixed order.
 
@@ -36,6 +41,7 @@ def file_metadata(
         threat: What the model was made to withstand, or None.
         told: What the caller and the result add; keys get the prefix when they lack it. Paths of this machine are cut
             down to their last part.
+        ends: What stands around the network; nothing where None.
 
     Returns:
         Keys `robustcompress.*`, sorted. Lists and objects are JSON.
@@ -47,8 +53,8 @@ def file_metadata(
     facts = {
         "version": robustcompress.__version__,
         "image_shape": json.dumps(list(image_shape)),
-        "input_range": "[0, 1]",
-        "layout": "NCHW",
+        **(ends or Ends()).facts(),
+        "precision": "float32",
         "normalisation": "inside the graph",
         "torch": torch.__version__,
         "onnx": onnx.__version__,

@@ -1,4 +1,4 @@
-"""The exported file against the model it came from. The only file that imports onnxruntime."""
+"""The exported file against the model it came from, both read as their users read them."""
 
 from __future__ import annotations
 
@@ -6,58 +6,22 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustcompress.errors import InputError, ParityError, Problems, first_line
+from robustcompress.errors import ParityError, Problems
+from robustcompress.export.ends import INPUT, LOGITS, PROBABILITIES, preprocessing_of, reference_resize
+from robustcompress.export.reading import SMALLEST, OnnxFile, open_onnx
 from robustcompress.export.report import ParityCheck
-
-INPUT, OUTPUT = "images", "logits"
-"""The names that every exported file gives its input and output."""
+from robustcompress.export.session import open_session
 
 ODD_BATCH = 7
 """Beside batch 1: a size that no example had, so that a frozen batch dimension shows."""
 
 _TIE = 1e-5  # share of the logit scale within which float32 cannot tell two classes apart
 _SMALLEST_SCALE = 1e-6  # keeps a network whose logits are all zero from dividing by zero
-
-
-def load_session(path: str | Path, threads: int | None = None) -> Any:
-    """Open an ONNX file with onnxruntime on the CPU.
-
-    Args:
-        path: The file.
-        threads: Threads within one operator; onnxruntime's own choice where None.
-
-    Returns:
-        An `onnxruntime.InferenceSession`.
-
-    Raises:
-        InputError: There is no such file, it is torn or no ONNX file, or `threads` is not positive.
-    """
-    import onnxruntime
-
-    path = Path(path)
-    problems = Problems("this ONNX file cannot be opened")
-    if threads is not None and threads < 1:
-        problems.add(f"threads={threads}: must be at least 1, or None for onnxruntime's choice")
-    if not path.is_file():
-        kind = "is a directory" if path.is_dir() else "does not exist"
-        problems.add(f"{path} {kind}; give a file that export_onnx() wrote")
-    problems.raise_if_any()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about its own optimiser, and go past Python to the terminal
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise InputError(
-            f"{path} cannot be opened ({first_line(error)}); it is torn, no ONNX file, or needs a newer onnxruntime "
-            f"than {onnxruntime.__version__}: export it again"
-        ) from error
+_FLIPPED = 0.02  # share of resized pixels that may be one of 255 off: they lie halfway, up to float32's rounding
 
 
 def verify_onnx(
@@ -87,13 +51,15 @@ def verify_onnx(
         InputError: The file is missing, torn, or has other inputs or outputs; or the images do not fit it.
         ParityError: A difference above the tolerance, another class, or logits that are not finite.
     """
-    session = load_session(path)
-    fixed = _check_interface(session, Path(path), images, tolerance, batches)
+    file = open_onnx(path)
+    _check_interface(file, images, tolerance, batches)
     if batches is None:
-        batches = (1, ODD_BATCH) if fixed is None else (fixed,)
+        batches = (1, ODD_BATCH) if file.batch is None else (file.batch,)
     images = images.detach().to("cpu", torch.float32).contiguous()
-    expected = torch_logits(model, images)
-    checks = tuple(_compare(session, images, expected, batch, name) for batch in batches)
+    expected = torch_logits(model, _seen(file, images))
+    if file.output_kind == "probabilities":
+        expected = expected.log_softmax(1).clamp_min(math.log(SMALLEST))
+    checks = tuple(_compare(file, images, expected, batch, name) for batch in batches)
     _judge(checks, tolerance)
     return checks
 
@@ -105,11 +71,49 @@ def torch_logits(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([twin(chunk) for chunk in torch.split(images, 64)])
 
 
-def _compare(session: Any, images: Tensor, expected: Tensor, batch: int, name: str) -> ParityCheck:
+def _seen(file: OnnxFile, images: Tensor) -> Tensor:
+    """What the network within the file should get to see of these images."""
+    if file.input_type == "uint8":
+        images = images.mul(255).round().clamp(0, 255).div(255)
+    if images.shape[1:] == file.image_shape or not file.resizes:
+        return images
+    return _resized(file, images)
+
+
+def _resized(file: OnnxFile, images: Tensor) -> Tensor:
+    """The pixels that the file's own resize makes, once they are seen to be those of torch.
+
+    A pixel that lies halfway between two of 256 values may be rounded up here and down there, which moves the logits
+    by more than the arithmetic does. So the resize is compared on its own, and the network on what came out of it.
+    """
+    import onnx
+
+    alone = preprocessing_of(onnx.load(str(file.path), load_external_data=False))
+    if alone is None:
+        raise ParityError(f"{file.path} takes images of any size, and not by the resize that export_onnx() writes")
+    session = open_session(alone.SerializeToString())
+    found = torch.cat([torch.from_numpy(session.run(None, {INPUT: file.feed(one)})[0]) for one in _calls(file, images)])
+    found = found[: len(images)]
+    apart = (found * 255 - reference_resize(images * 255, *file.image_shape[1:])).abs()
+    flipped = float((apart > 0.5).double().mean())
+    if not float(apart.max()) < 1.5 or flipped > _FLIPPED:
+        raise ParityError(
+            f"{file.path} resizes {images.shape[2]}x{images.shape[3]} unlike torch: {100 * flipped:.2g} % of the "
+            f"pixels differ, by up to {float(apart.max()):.3g} of 255"
+        )
+    return found
+
+
+def _calls(file: OnnxFile, images: Tensor) -> Sequence[Tensor]:
+    size = file.batch or len(images)
+    index = torch.arange(math.ceil(len(images) / size) * size) % len(images)
+    return [images[chunk] for chunk in torch.split(index, size)]
+
+
+def _compare(file: OnnxFile, images: Tensor, expected: Tensor, batch: int, name: str) -> ParityCheck:
     count = len(images)
     index = torch.arange(math.ceil(count / batch) * batch) % count
-    calls = [session.run([OUTPUT], {INPUT: images[chunk].numpy()})[0] for chunk in torch.split(index, batch)]
-    found = torch.cat([torch.from_numpy(logits) for logits in calls])
+    found = torch.cat([file.scores(images[chunk]) for chunk in torch.split(index, batch)])
     wanted = expected[index]
     if found.shape != wanted.shape:
         raise ParityError(f"the file returns {tuple(found.shape)} where torch returns {tuple(wanted.shape)}")
@@ -143,26 +147,21 @@ def _judge(checks: Sequence[ParityCheck], tolerance: float) -> None:
     problems.raise_if_any(ParityError)
 
 
-def _check_interface(
-    session: Any, path: Path, images: Tensor, tolerance: float, batches: Sequence[int] | None
-) -> int | None:
-    """Return the batch size that the file is fixed to, or None; raise when file and images do not belong together."""
-    problems = Problems(f"{path} cannot be verified")
+def _check_interface(file: OnnxFile, images: Tensor, tolerance: float, batches: Sequence[int] | None) -> None:
+    """Raise when file and images do not belong together."""
+    problems = Problems(f"{file.path} cannot be verified")
     if not tolerance > 0:
         problems.add(f"tolerance={tolerance!r}: must be positive")
-    inputs, outputs = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
-    if inputs != [INPUT] or outputs != [OUTPUT]:
+    if file.input != INPUT or file.output not in (LOGITS, PROBABILITIES):
         problems.add(
-            f"it maps {', '.join(inputs)} to {', '.join(outputs)}; files of export_onnx() map {INPUT} to {OUTPUT}"
+            f"it maps {file.input} to {file.output}; files of export_onnx() map {INPUT} to {LOGITS} or {PROBABILITIES}"
         )
-    shape = tuple(session.get_inputs()[0].shape)
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4 or not len(images):
         problems.add("images: give a float tensor [N, C, H, W] in [0, 1] with at least one image")
-    elif len(shape) != 4 or shape[1:] != tuple(images.shape[1:]):
-        problems.add(f"it reads images of shape {shape[1:]}; these have shape {tuple(images.shape[1:])}")
-    fixed = shape[0] if shape and isinstance(shape[0], int) else None
+    elif images.shape[1] != file.image_shape[0] or (not file.resizes and images.shape[1:] != file.image_shape):
+        problems.add(f"it reads images of shape {file.image_shape}; these have shape {tuple(images.shape[1:])}")
     for batch in batches or ():
-        if batch < 1 or (fixed is not None and batch != fixed):
-            problems.add(f"batch {batch}: the file accepts {'any from 1' if fixed is None else f'only {fixed}'}")
+        if batch < 1 or (file.batch is not None and batch != file.batch):
+            accepted = "any from 1" if file.batch is None else f"only {file.batch}"
+            problems.add(f"batch {batch}: the file accepts {accepted}")
     problems.raise_if_any()
-    return fixed

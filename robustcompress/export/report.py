@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ class ExportReport:
 
     Attributes:
         path: The file.
-        bytes: Its size.
+        data: The second file, which holds its weights, where it has one.
+        bytes: Its size; of both files together.
         compressed_bytes: Its size after zlib, as a download or an archive of it would be.
         zeros: Share of zeros among the entries of its weight matrices and kernels.
         opset: The operator set that it really has, as read back.
@@ -62,9 +64,14 @@ class ExportReport:
     batch: str
     parity: tuple[ParityCheck, ...]
     metadata: Mapping[str, str]
+    data: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         head = f"{self.path}  {_size(self.bytes)}, opset {self.opset}, batch {self.batch}"
+        if self.signature:
+            head += f"\n{self.signature}"
+        if self.data:
+            head += f"\nits weights are in {', '.join(file.name for file in self.data)}: keep both files together"
         if self.zeros > 0.01:
             head += (
                 f"\n{100 * self.zeros:.1f} % of the weights are zeros: {_size(self.compressed_bytes)} compressed; "
@@ -72,21 +79,36 @@ class ExportReport:
             )
         if not self.parity:
             return f"{head}\nnot verified against torch (verify=False)"
+        width = max(12, *(len(check.name) for check in self.parity))
         lines = [
             head,
-            f"{'images':<12} {'batch':>5} {'n':>4} {'max |difference|':>17} {'relative':>9} {'same class':>11}",
+            f"{'images':<{width}} {'batch':>5} {'n':>4} {'max |difference|':>17} {'relative':>9} {'same class':>11}",
         ]
         lines += [
-            f"{c.name:<12} {c.batch:>5} {c.images:>4} {c.max_abs_diff:>17.2e} {c.relative_diff:>9.1e} "
+            f"{c.name:<{width}} {c.batch:>5} {c.images:>4} {c.max_abs_diff:>17.2e} {c.relative_diff:>9.1e} "
             f"{100 * c.argmax_agreement:>9.2f} %"
             for c in self.parity
         ]
         return "\n".join(lines)
 
+    @property
+    def signature(self) -> str:
+        """What goes in and what comes out, in one line; empty where the metadata do not say."""
+        said = {key.rpartition(".")[2]: value for key, value in self.metadata.items()}
+        if "image_shape" not in said:
+            return ""
+        channels, height, width = json.loads(said["image_shape"])
+        resizes = said["resize"] != "none"
+        sides = "H, W" if resizes else f"{height}, {width}"
+        shape = f"{channels}, {sides}" if said["layout"] == "NCHW" else f"{sides}, {channels}"
+        line = f"images: {said['input_type']} [batch, {shape}] in {said['input_range']} -> {said['output']}"
+        return f"{line}; any size, resized to {height}x{width} inside ({said['resize']})" if resizes else line
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON; the path as a string."""
         return {
             "path": str(self.path),
+            "data": [str(file) for file in self.data],
             "bytes": self.bytes,
             "compressed_bytes": self.compressed_bytes,
             "zeros": self.zeros,

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.errors import Problems, first_line
+from robustcompress.export.ends import Ends
 from robustcompress.export.metadata import FACTS, PREFIX
 from robustcompress.robust import ThreatModel
 
 LARGEST = 1_900_000_000
-"""Bytes of weights that still fit one protobuf file, whose own limit is 2 GiB."""
+"""Bytes of weights that still fit one protobuf file, whose own limit is 2 GiB; more go to a second file."""
 
 LOWEST_OPSET = 18
 """Asked for less, torch's exporter leaves 18 in the file and only logs it."""
@@ -39,6 +40,8 @@ class Request:
         opset: The operator set.
         batch: "dynamic" or a fixed size.
         sample: Clean images, float32 `[N, C, H, W]` on the CPU, or None.
+        ends: What stands around the network.
+        external_data: Whether the weights go to a second file.
     """
 
     model: nn.Module
@@ -50,6 +53,8 @@ class Request:
     opset: int
     batch: Literal["dynamic"] | int
     sample: Tensor | None
+    ends: Ends
+    external_data: bool
 
 
 def prepare(
@@ -65,6 +70,8 @@ def prepare(
     threat: ThreatModel | None,
     tolerance: float,
     overwrite: bool,
+    ends: Ends | None = None,
+    external_data: bool = False,
 ) -> Request:
     """Check everything at once. The arguments are those of `export_onnx`.
 
@@ -72,8 +79,9 @@ def prepare(
         InputError: Naming every argument at fault, each with its remedy. Nothing has been written then.
     """
     problems = Problems("the ONNX export cannot start")
-    target = Path(path)
-    _check_path(target, overwrite, problems)
+    target, ends = Path(path), ends or Ends()
+    ends.check(problems)
+    check_path(target, overwrite, problems)
     if image_shape is None:
         seen = sample.shape[1:] if isinstance(sample, Tensor) and sample.dim() == 4 else DEFAULT_SHAPE
         image_shape = getattr(model_or_result, "image_shape", None) or tuple(seen)
@@ -105,10 +113,13 @@ def prepare(
         opset=opset,
         batch=batch,
         sample=None if sample is None else sample.detach().to("cpu", torch.float32).contiguous(),
+        ends=ends,
+        external_data=external_data or weight_bytes(twin) > LARGEST,
     )
 
 
-def _check_path(path: Path, overwrite: bool, problems: Problems) -> None:
+def check_path(path: Path, overwrite: bool, problems: Problems) -> None:
+    """Note what keeps a file from being written to `path`."""
     if path.suffix.lower() != ".onnx":
         problems.add(f"path {str(path)!r}: must end in .onnx")
     if path.is_dir():
@@ -181,13 +192,7 @@ def _private_copy(model_or_result: Any, problems: Problems) -> nn.Module | None:
     narrow = sorted({str(t.dtype) for t in tensors if t.is_floating_point()} - {"torch.float32", "torch.float64"})
     if narrow:
         problems.add(f"the model holds {', '.join(narrow)} weights; call model.float() first")
-    size = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in tensors)
-    if size > LARGEST:
-        problems.add(
-            f"the model's weights take {size / 1e9:.1f} GB; one ONNX file holds at most {LARGEST / 1e9:.1f} GB, beyond "
-            "that ONNX needs external data files, which this export does not write: compress the model further"
-        )
-    if narrow or size > LARGEST:
+    if narrow:
         return None
     try:
         twin = copy.deepcopy(model)
@@ -196,6 +201,12 @@ def _private_copy(model_or_result: Any, problems: Problems) -> nn.Module | None:
         return None
     twin = twin.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     return twin.eval().requires_grad_(False)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that a model's parameters and buffers take in float32."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in tensors)
 
 
 def _check_sample(sample: Tensor | None, shape: tuple[int, int, int], problems: Problems) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustcompress.export.ends import INPUT
 from robustcompress.export.graph import to_proto
-from robustcompress.export.parity import INPUT
 from robustcompress.latency import Timing
 from robustcompress.structure import NEW, StructuralEditor
 from robustcompress.train import set_memory_format

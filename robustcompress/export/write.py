@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from robustcompress.errors import InputError
-from robustcompress.export.graph import check_proto, count_zeros, opset_of, to_proto
+from robustcompress.export.ends import Ends
+from robustcompress.export.files import data_files, drafting, put_in_place, write_proto
+from robustcompress.export.graph import check_network, check_proto, count_zeros, opset_of, to_proto
 from robustcompress.export.metadata import file_metadata
 from robustcompress.export.parity import torch_logits, verify_onnx
 from robustcompress.export.report import ExportReport, ParityCheck
-from robustcompress.export.request import Request, prepare, temporary
+from robustcompress.export.request import Request, prepare
 from robustcompress.robust import ThreatModel, pgd
 
 _COMPARED = 14  # images: enough for two calls of the odd batch, and quick at batch 1
@@ -31,6 +33,10 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     opset: int = 20,
     batch: Literal["dynamic"] | int = "dynamic",
+    input: Literal["float32", "uint8"] = "float32",
+    resize: bool = False,
+    softmax: bool = False,
+    external_data: bool = False,
     verify: bool = True,
     sample: torch.Tensor | None = None,
     threat: ThreatModel | None = None,
@@ -53,11 +59,19 @@ def export_onnx(
             cut down to their last part.
         opset: ONNX operator set, 18 or later.
         batch: "dynamic", or the one batch size that the file shall accept.
-        verify: Compare the file with the model in onnxruntime, at batch 1 and 7 (or the fixed batch).
+        input: "uint8" makes a file that takes images as they are decoded: bytes [batch, H, W, C], 0 to 255.
+        resize: With bytes: leave H and W free, and resize inside the graph as the training data are: bilinear with
+            antialiasing, the short side to the model's, the centre cropped, rounded to whole bytes.
+        softmax: Give `probabilities` [batch, K] in place of `logits`.
+        external_data: Write the weights to a second file beside `path`, which its name ties to it. A model too large
+            for one file always gets two.
+        verify: Compare the file with the model in onnxruntime, at batch 1 and 7 (or the fixed batch); a file that
+            resizes also on larger and smaller images of odd sizes.
         sample: Clean images for that comparison, float `[N, C, H, W]` in [0, 1]; the first 14 are used. Random ones
             where None.
         threat: Also compare on adversarial images within this threat (PGD-5 against the model's own predictions).
-        tolerance: Largest difference between two logits, as a share of the largest absolute logit.
+        tolerance: Largest difference between two logits, as a share of the largest absolute logit. Of files that give
+            probabilities their logarithms are compared.
         overwrite: Whether `path` may exist.
 
     Returns:
@@ -80,20 +94,24 @@ def export_onnx(
         threat=threat,
         tolerance=tolerance,
         overwrite=overwrite,
+        ends=Ends(input=input, resize=resize, softmax=softmax),
+        external_data=external_data,
     )
     pairs = file_metadata(
-        image_shape=request.image_shape, classes=request.classes, threat=request.threat, told=request.metadata
+        image_shape=request.image_shape,
+        classes=request.classes,
+        threat=request.threat,
+        told=request.metadata,
+        ends=request.ends,
     )
-    draft = temporary(request.path)
-    try:
+    with drafting(request.path) as draft:
         opset, zeros = _write(request, draft, pairs)
         parity = _compare(request, draft, tolerance) if verify else ()
-        size, compressed = draft.stat().st_size, len(zlib.compress(draft.read_bytes()))
-        os.replace(draft, request.path)  # noqa: PTH105
-    finally:
-        draft.unlink(missing_ok=True)
+        size, compressed = _sizes([draft, *data_files(draft)])
+        data = put_in_place(draft, request.path)
     return ExportReport(
         path=request.path,
+        data=data,
         bytes=size,
         compressed_bytes=compressed,
         zeros=zeros,
@@ -109,13 +127,19 @@ def _write(request: Request, draft: Path, pairs: Mapping[str, str]) -> tuple[int
     import onnx
 
     proto = to_proto(request.model, request.image_shape, opset=request.opset, batch=request.batch)
+    check_network(proto, request.image_shape, opset=request.opset, batch=request.batch)
+    request.ends.put_around(proto, "batch" if request.batch == "dynamic" else request.batch, request.image_shape)
     onnx.helper.set_model_props(proto, dict(pairs))
-    try:
-        draft.write_bytes(proto.SerializeToString())
-    except OSError as error:
-        raise InputError(f"{request.path} cannot be written ({error.strerror}); free some space") from error
+    write_proto(proto, draft, external_data=request.external_data)
     written = onnx.load(str(draft))
-    check_proto(written, request.image_shape, opset=request.opset, batch=request.batch)
+    check_proto(
+        written,
+        request.image_shape,
+        opset=request.opset,
+        batch=request.batch,
+        ends=request.ends,
+        path=draft if request.external_data else None,
+    )
     entries, zeros = count_zeros(written)
     return opset_of(written), zeros / max(1, entries)
 
@@ -127,8 +151,32 @@ def _compare(request: Request, draft: Path, tolerance: float) -> tuple[ParityChe
     else:
         name, images = "clean", request.sample[:_COMPARED]
     checks = verify_onnx(draft, request.model, images, tolerance=tolerance, name=name)
+    if request.ends.resize:
+        for odd in _odd_sizes(images):
+            called = f"{name}, {odd.shape[2]}x{odd.shape[3]}"
+            checks += verify_onnx(draft, request.model, odd, tolerance=tolerance, name=called)
     if request.threat is None:
         return checks
     labels = torch_logits(request.model, images).argmax(1)
     attacked = pgd(request.model, images, labels, request.threat, steps=_PGD_STEPS, generator=generator)
     return checks + verify_onnx(draft, request.model, attacked, tolerance=tolerance, name="adversarial")
+
+
+def _odd_sizes(images: Tensor) -> list[Tensor]:
+    """The same images stretched: larger and upright, smaller and lying; no side a multiple of another."""
+    height, width = images.shape[2:]
+    sizes = ((3 * height + 5, 2 * width + 1), (max(2, height * 2 // 3), width + 3))
+    return [F.interpolate(images, size=size, mode="bilinear", align_corners=False) for size in sizes]
+
+
+def _sizes(files: Sequence[Path]) -> tuple[int, int]:
+    """Bytes of all files, and after zlib."""
+    size = compressed = 0
+    for file in files:
+        packer = zlib.compressobj()
+        with file.open("rb") as opened:
+            while chunk := opened.read(1 << 24):
+                size += len(chunk)
+                compressed += len(packer.compress(chunk))
+        compressed += len(packer.flush())
+    return size, compressed

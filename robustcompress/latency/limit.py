@@ -73,6 +73,7 @@ class LatencyLimit:
         limit: Milliseconds, on the scale of the predictor's reference.
         measure: Measures the network of these widths against the reference.
         without: Tells which blocks have left the network since the reference; none by default.
+        source: What the milliseconds are, for people: "measured", or "predicted" from another device's table.
 
     Attributes:
         model: The predictor.
@@ -88,12 +89,14 @@ class LatencyLimit:
         measure: Callable[[Mapping[str, int]], Timing],
         *,
         without: Callable[[], tuple[str, ...]] = tuple,
+        source: str = "measured",
     ) -> None:
         self.model, self.limit = model, limit
         self.factor = 1.0
         self.measured: float | None = None
         self._measure = measure
         self._without = without
+        self._source = source
         self._settled: Choice | None = None
         self._settled_without: tuple[str, ...] = ()
 
@@ -136,8 +139,8 @@ class LatencyLimit:
         self.measured, self._settled, self._settled_without = choice.ms, choice, self._without()
         self.factor = min(choice.factor, self.limit / self._uncorrected(choice.widths))
         say(
-            f"{name}: {choice.ms:.3g} ms measured, at most {self.limit:.3g} ms asked for "
-            f"({choice.rounds} networks measured, {choice.factor:.3f} of what was predicted)"
+            f"{name}: {choice.ms:.3g} ms {self._source}, at most {self.limit:.3g} ms asked for "
+            f"({choice.rounds} networks {self._source}, {choice.factor:.3f} of what was predicted)"
         )
         return choice.widths
 

@@ -148,13 +148,14 @@ class RunRecipe:
         )
 
     def judge(self, result: CompressResult, data: DataSplits, **options: Any) -> RobustReport:
-        """Attack the test images as the recipe says; `options` go to `evaluate()`."""
-        judged = self.evaluate
+        """Attack the test images as the recipe says, and its budget; `options` go to `evaluate()`."""
+        judged, demand = self.evaluate, self.budget.demand
+        extra = () if demand is None or demand.attack in judged.attacks else (demand.attack,)
         return evaluate(
             result.model,
             data.test,
             self.threat,
-            attacks=judged.attacks,
+            attacks=(*judged.attacks, *extra),
             max_images=judged.images,
             autoattack_images=judged.autoattack_images,
             **options,

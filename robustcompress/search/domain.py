@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["depth", "width"]
+Kind = Literal["depth", "width", "block"]
+
+BLOCKS = ("rir", "se", "plain")
+"""Types that the blocks of a stage can have, each by its number here; plain is as in the reference."""
 
 Config = tuple[int, ...]
 """One choice: for each coordinate of a domain, the number of an option."""
@@ -18,8 +21,9 @@ class Coordinate:
 
     Attributes:
         stage: Number of the stage it belongs to.
-        kind: "depth", the share of a stage's removable blocks that stays, or "width", a multiplier of its widths.
-        options: Shares, ascending, in [0, 1]; the last leaves the reference as it is.
+        kind: "depth", the share of a stage's removable blocks that stays; "width", a multiplier of its widths; or
+            "block", the type of its blocks.
+        options: Shares, ascending, in [0, 1]; or numbers of `BLOCKS`, ascending. The last leaves the reference as is.
     """
 
     stage: int
@@ -74,7 +78,7 @@ class Domain:
     """Everything that a search may choose among, and what it may know of it.
 
     Attributes:
-        coordinates: What to choose; the coordinates of a stage lie together, depth before width.
+        coordinates: What to choose; the coordinates of a stage lie together: depth, width, block.
         tokens: The stages, from the image on.
         task: What for.
     """
@@ -89,7 +93,7 @@ class Domain:
         return tuple(len(coordinate.options) for coordinate in self.coordinates)
 
     def shares(self, config: Sequence[int]) -> dict[tuple[int, Kind], float]:
-        """By stage and kind, the share that a choice stands for."""
+        """By stage and kind, the share (or the number of a type) that a choice stands for."""
         return {
             (coordinate.stage, coordinate.kind): coordinate.options[option]
             for coordinate, option in zip(self.coordinates, config, strict=True)

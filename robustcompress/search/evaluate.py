@@ -16,10 +16,12 @@ from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objectives import FGSMRS
 from robustcompress.robust.probe import accuracies
 from robustcompress.robust.threat import ThreatModel
+from robustcompress.search.dressed import Dressed
 from robustcompress.search.recovery import Distilled
 from robustcompress.search.space import Architecture
 from robustcompress.session import Session
 from robustcompress.structure.gates import top_channels
+from robustcompress.structure.groups import inside
 from robustcompress.structure.magnitudes import group_norms
 from robustcompress.train import (
     TrainingError,
@@ -86,12 +88,15 @@ class Evaluator:
         recovery: "distill" towards the teacher, or "fgsm-rs" on the labels.
         lr: Peak learning rate of recovery.
         workers: Candidates evaluated at a time, each in a thread of its own.
+        kinds: Of parts that candidates may have; a part begins alike in all of them.
 
     Attributes:
         recovery: As given.
     """
 
-    def __init__(self, session: Session, *, recovery: Recovery, lr: float, workers: int = 1) -> None:
+    def __init__(
+        self, session: Session, *, recovery: Recovery, lr: float, workers: int = 1, kinds: Sequence[str] = ()
+    ) -> None:
         goal = session.goal
         self.recovery = recovery
         self._session, self._lr, self._workers = session, lr, workers
@@ -99,7 +104,10 @@ class Evaluator:
         self._teacher = copy.deepcopy(session.model).eval().requires_grad_(False)
         objective = Distilled(self._teacher) if recovery == "distill" else FGSMRS()
         self._objective = with_auxiliary(objective, session.editor)
-        self._norms = group_norms(session.editor)
+        self._dressed = Dressed(session, kinds) if kinds else None
+        # Which channels of a block are large is not for its parts to say, whose weights are drawn.
+        known = group_norms(session.editor)
+        self._norms = group_norms(self._dressed.editor) | known if self._dressed is not None else known
         self._train = goal.data.train.to(self._device)
         self._held_out = goal.data.val.first(goal.recipe.val_images).to(self._device)
         self._autocast = computes_in_bf16(goal.recipe.bf16, self._device)
@@ -163,13 +171,20 @@ class Evaluator:
 
     def cost(self, architecture: Architecture) -> tuple[float, float]:
         """Multiply-adds and parameters of a candidate."""
-        return self._session.cost_model.predict(architecture.widths, without=architecture.bypassed)
+        if self._dressed is None:
+            return self._session.cost_model.predict(architecture.widths, without=architecture.bypassed)
+        without = (*architecture.bypassed, *self._dressed.lacking(architecture.inserted))
+        return self._dressed.costs.predict(architecture.widths, without=without)
 
     def _inherit(self, architecture: Architecture) -> nn.Module:
-        """The teacher without some blocks, and of the rest the channels of the largest norm."""
-        editor = self._session.editor.fork()
+        """The teacher without some blocks and with some parts, and of the rest the channels of the largest norm."""
+        dressed = self._dressed
+        editor = (self._session if dressed is None else dressed).editor.fork()
         for block in architecture.bypassed:
             editor.bypass(block)
+        for part in () if dressed is None else dressed.lacking(architecture.inserted):
+            if not inside(part, architecture.bypassed):
+                editor.bypass(part)
         for name, width in architecture.widths.items():
             if width < editor.widths[name]:
                 editor.prune(name, top_channels(self._norms[name], width).tolist())

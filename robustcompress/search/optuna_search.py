@@ -7,7 +7,7 @@ from typing import Any
 
 from robustcompress.errors import InputError
 from robustcompress.search.choices import at_least, checked
-from robustcompress.search.domain import Config, Domain
+from robustcompress.search.domain import Config, Coordinate, Domain
 
 
 class OptunaSearch:
@@ -88,8 +88,15 @@ class OptunaSearch:
             logging.set_verbosity(verbosity)
 
     def _space(self) -> dict[str, Any]:
-        integer = self._optuna.distributions.IntDistribution
-        return {str(place): integer(0, size - 1) for place, size in enumerate(self.domain.sizes)}
+        known = self._optuna.distributions
+
+        def options(coordinate: Coordinate) -> Any:
+            count = len(coordinate.options)
+            if coordinate.kind == "block":  # types have no order
+                return known.CategoricalDistribution(tuple(range(count)))
+            return known.IntDistribution(0, count - 1)
+
+        return {str(place): options(coordinate) for place, coordinate in enumerate(self.domain.coordinates)}
 
     def _add(self, config: Config, reward: float | None) -> None:
         state = self._optuna.trial.TrialState

@@ -2,13 +2,14 @@
 
 After Wang et al. 2024, "Reinforced Compressive Neural Architecture Search for Versatile Adversarial Robustness"
 (arXiv 2406.06792): its figures show the tokens of the stages, the bidirectional LSTM over them, the features that are
-joined to its states, and one head per action. Sizes, scales, the split into a head for depth and one for width, and the
-interpolation between shares are ours.
+joined to its states, and one head per action. Sizes, scales, the split into heads for depth, width and the type of
+blocks, and the interpolation between shares are ours.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from robustcompress.checkpoint.files import save_tensors
 from robustcompress.errors import Problems, ResultError, first_line, nearest
-from robustcompress.search.domain import Domain, Task
+from robustcompress.search.domain import BLOCKS, Coordinate, Domain, Task
 
 ATTACKS = ("clean", "fgsm", "pgd", "cw", "autoattack")
 """What robustness may be measured by, weakest first."""
@@ -24,7 +25,8 @@ ATTACKS = ("clean", "fgsm", "pgd", "cw", "autoattack")
 SHARES = 9
 """Logits of a head: they stand at the shares 0, 1/8, ..., 1."""
 
-VERSION = 1
+VERSION = 2
+"""The newest that is read. A policy whose head for types was never trained is written as 1, without that head."""
 _FORMAT = "robustcompress-policy"
 _TOKEN = 4
 _TASK = 4 + len(ATTACKS) + 2
@@ -36,8 +38,8 @@ class Policy(nn.Module):
 
     Each stage's token and the task make its encoding; a bidirectional LSTM reads the encodings. Of every stage its
     forward and backward state, the Lipschitz constant, the cost over the budget, the task and the stage's place go
-    through one small network that all stages share, to `SHARES` logits for depth and as many for width. An option takes
-    the logit interpolated at its share. A new policy is uniform.
+    through one small network that all stages share, to `SHARES` logits for depth, as many for width, and one for each
+    type of block. An option takes the logit interpolated at its share, or that of its type. A new policy is uniform.
 
     Args:
         hidden: Width of all layers.
@@ -54,9 +56,15 @@ class Policy(nn.Module):
             self.mix = nn.Linear(2 * hidden + _TASK + 3, hidden)
             self.depth = nn.Linear(hidden, SHARES)
             self.width = nn.Linear(hidden, SHARES)
-        for head in (self.depth, self.width):
+            self.block = nn.Linear(hidden, len(BLOCKS))
+        for head in self.heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+
+    @property
+    def heads(self) -> tuple[nn.Linear, ...]:
+        """The last layers."""
+        return self.depth, self.width, self.block
 
     def forward(self, domain: Domain) -> list[Tensor]:
         """Log-probabilities of the options of each coordinate.
@@ -73,17 +81,31 @@ class Policy(nn.Module):
         place = torch.linspace(0, 1, count)[:, None] if count > 1 else torch.ones(1, 1)
         features = torch.cat([net[:1].expand(count, 1), states, net[1:].expand(count, 1)], 1)
         mixed = torch.tanh(self.mix(torch.cat([features, task.expand(count, -1), place], 1)))
-        heads = {"depth": self.depth(mixed), "width": self.width(mixed)}
+        heads = {"depth": self.depth(mixed), "width": self.width(mixed), "block": self.block(mixed)}
         return [
-            _interpolated(heads[coordinate.kind][coordinate.stage], coordinate.options).log_softmax(0)
+            _logits(heads[coordinate.kind][coordinate.stage], coordinate).log_softmax(0)
             for coordinate in domain.coordinates
         ]
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take these weights over; where the head for types of blocks is not among them, it is neutral.
+
+        Raises:
+            RuntimeError: They are those of another policy.
+        """
+        neutral = {f"block.{name}": torch.zeros_like(p) for name, p in self.block.named_parameters()}
+        self.load_state_dict({**neutral, **tensors})
 
     def save(self, path: str | Path) -> Path:
         """Write weights and sizes to one safetensors file, whole or not at all."""
         path = Path(path)
-        metadata = {"format": _FORMAT, "version": str(VERSION), "hidden": str(self.hidden), "shares": str(SHARES)}
-        save_tensors(path, {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, metadata)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        neutral = not any(bool(parameter.any()) for parameter in self.block.parameters())
+        if neutral:  # then versions before types of blocks read it, too
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("block.")}
+        version = 1 if neutral else VERSION
+        metadata = {"format": _FORMAT, "version": str(version), "hidden": str(self.hidden), "shares": str(SHARES)}
+        save_tensors(path, tensors, metadata)
         return path
 
     @classmethod
@@ -107,7 +129,7 @@ class Policy(nn.Module):
         hidden = _hidden(path, metadata)
         policy = cls(hidden=hidden)
         try:
-            policy.load_state_dict(tensors)
+            policy.take(tensors)
         except RuntimeError as error:
             raise ResultError(f"the policy {path} has other tensors than its sizes say; copy it anew") from error
         broken = sorted(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
@@ -150,6 +172,13 @@ def task_vector(task: Task) -> Tensor:
 
 def _scaled(stride: float, depth: float, width: float, robust_block: float) -> tuple[float, ...]:
     return math.log2(stride), math.log(depth + 1) - 1, math.log(width + 1) - 4, robust_block
+
+
+def _logits(logits: Tensor, coordinate: Coordinate) -> Tensor:
+    """Of a head's logits, those of a coordinate's options: `[len(options)]`."""
+    if coordinate.kind == "block":
+        return logits[[int(option) for option in coordinate.options]]
+    return _interpolated(logits, coordinate.options)
 
 
 def _interpolated(logits: Tensor, shares: tuple[float, ...]) -> Tensor:

@@ -151,7 +151,7 @@ class Reinforce:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, which a searcher of the same settings gave."""
         weights = {name.removeprefix("policy/"): value for name, value in state.items() if name.startswith("policy/")}
-        self.policy.load_state_dict(weights)
+        self.policy.take(weights)
         parameters = list(self.policy.parameters())
         self._optimizer.state.clear()
         for key, value in state.items():
@@ -204,7 +204,7 @@ class Reinforce:
     def _restart(self) -> None:
         self.stalls += 1
         with torch.no_grad():
-            for head in (self.policy.depth, self.policy.width):
+            for head in self.policy.heads:
                 for parameter in head.parameters():
                     parameter.mul_(_FLATTER)
         self._optimizer.state.clear()

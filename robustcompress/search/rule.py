@@ -14,7 +14,8 @@ Wide residual networks have 1 : 1 : 1 in the same multiples, so that it is the s
 
 
 class Rule:
-    """Proposes one configuration again and again: whole depth, the last stage's width at `LAST_STAGE` of the others'.
+    """Proposes one configuration again and again: whole depth, plain blocks, the last stage's width at `LAST_STAGE` of
+    the others'.
 
     Of the published rule this is what concerns the last stage's width alone, which costs most when it is wrong; its
     depths (2 : 2 : 1) are left to the searches. In a domain of one stage it proposes to leave all as it is.
@@ -30,6 +31,8 @@ class Rule:
         last = len(domain.tokens) - 1
 
         def option(coordinate: Coordinate) -> int:
+            if coordinate.kind == "block":
+                return len(coordinate.options) - 1  # plain
             cut = coordinate.kind == "width" and coordinate.stage == last > 0
             share = LAST_STAGE if cut else 1.0
             return min(range(len(coordinate.options)), key=lambda i: abs(coordinate.options[i] - share))

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from robustcompress.search.domain import Config, Coordinate, Domain, Task, Token
+from robustcompress.search.domain import BLOCKS, Config, Coordinate, Domain, Task, Token
+from robustcompress.search.dressed import Dressed, Pick
 from robustcompress.search.stages import Stage, alive
-from robustcompress.session import Session
-from robustcompress.shapes import capped, floor_widths, rounded, shaped_widths, steps_of
+from robustcompress.shapes import Network, capped, floor_widths, rounded, shaped_widths, steps_of
+from robustcompress.structure.groups import inside
 
 LEVELS = 9
 """Of a width multiplier, and of a depth at most: as many bins as keep ratios commonly have."""
@@ -26,35 +27,41 @@ class Architecture:
     Attributes:
         bypassed: Blocks that leave.
         widths: By group; of groups within those blocks nothing is said.
+        inserted: Blocks that are not plain, each with the kind of the part in it.
     """
 
     bypassed: tuple[str, ...]
     widths: Mapping[str, int]
+    inserted: tuple[Pick, ...] = ()
 
     @property
     def key(self) -> str:
         """The same for the same network."""
-        return f"{sorted(self.bypassed)} {sorted(self.widths.items())}"
+        typed = f" {sorted(self.inserted)}" if self.inserted else ""
+        return f"{sorted(self.bypassed)} {sorted(self.widths.items())}{typed}"
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
-        return {"bypassed": list(self.bypassed), "widths": dict(self.widths)}
+        typed = {"inserted": [list(pick) for pick in self.inserted]} if self.inserted else {}
+        return {"bypassed": list(self.bypassed), "widths": dict(self.widths), **typed}
 
 
 class Space:
-    """What a search may make of a reference: for each stage a depth and a width.
+    """What a search may make of a reference: for each stage a depth, a width, and a type of blocks.
 
-    A configuration is a *shape*: how many of a stage's blocks stay, and how the stages' widths relate. `project` scales
-    all widths by one ratio so that the network just keeps the budget, whatever the depths; where it would be below the
-    budget at its widest, blocks come back. So every configuration stands for a network that may be built, and all are
-    compared at one cost.
+    A configuration is a *shape*: how many of a stage's blocks stay, how the stages' widths relate, and which part, if
+    any, the blocks of a stage have in their residual branch. `project` scales all widths by one ratio so that the
+    network just keeps the budget, whatever the depths and parts; where it would be below the budget at its widest,
+    blocks come back. So every configuration stands for a network that may be built, and all are compared at one cost.
 
     Args:
-        session: The network under compression, with the shape of the reference.
+        session: The network under compression, with the shape of the reference; with all parts in it (see `Dressed`)
+            where types may be chosen.
         stages: Its stages.
         order: The blocks that may leave, the first to leave first: the last to leave is the first to come back.
         task: What the search is for.
         cap: No group becomes wider than this multiple of its width.
+        kinds: Of parts among which types may be chosen.
 
     Attributes:
         stages: As given.
@@ -62,13 +69,22 @@ class Space:
     """
 
     def __init__(
-        self, session: Session, stages: Sequence[Stage], order: Sequence[str], task: Task, *, cap: float = 1.0
+        self,
+        session: Network,
+        stages: Sequence[Stage],
+        order: Sequence[str],
+        task: Task,
+        *,
+        cap: float = 1.0,
+        kinds: Sequence[str] = (),
     ) -> None:
         self.stages = tuple(stages)
         self._order = {name: number for number, name in enumerate(order)}
         self._session = session
         self._cap = cap
         self._full = session.editor.widths
+        self._parts = session.parts if isinstance(session, Dressed) else {}
+        types = tuple(float(number) for number, name in enumerate(BLOCKS) if name in ("plain", *kinds))
         coordinates = []
         wide = [number for number, stage in enumerate(self.stages) if stage.groups]
         for number, stage in enumerate(self.stages):
@@ -78,6 +94,8 @@ class Space:
             if stage.groups and len(wide) > 1:  # of one width alone the budget decides
                 levels = (LEAST + (1 - LEAST) * level / (LEVELS - 1) for level in range(LEVELS))
                 coordinates.append(Coordinate(number, "width", tuple(round(level, 3) for level in levels)))
+            if stage.sites and len(types) > 1:
+                coordinates.append(Coordinate(number, "block", types))
         widths = [max((self._full[name] for name in stage.groups), default=0) for stage in self.stages]
         tokens = (
             Token(stage.stride, float(stage.depth), float(width))
@@ -100,13 +118,24 @@ class Space:
         editor = self._session.editor
         full = {group.name: group.width for group in editor.editable}
         widest = capped(full, self._cap, steps_of(editor, self._session.goal.round_to))
-        while gone and self._session.fits(widest, without=gone):
+        lacking = self._lacking(config)
+        while gone and self._session.fits(widest, without=(*gone, *lacking)):
             gone.remove(max(gone, key=self._order.__getitem__))
-        return Architecture(tuple(gone), self.widths(config, gone))
+        return Architecture(tuple(gone), self.widths(config, gone), self._inserted(config, gone))
+
+    def fits(self, architecture: Architecture) -> bool:
+        """Whether a network keeps the budget."""
+        chosen = set(architecture.inserted)
+        lacking = (name for pick, name in self._parts.items() if pick not in chosen)
+        return self._session.fits(architecture.widths, without=(*architecture.bypassed, *lacking))
 
     def share(self, config: Config, stage: int) -> str:
         """What a configuration says of a stage, in words."""
-        said = [f"{kind} {share:g}" for (number, kind), share in self.domain.shares(config).items() if number == stage]
+        said = [
+            f"{kind} {BLOCKS[int(share)]}" if kind == "block" else f"{kind} {share:g}"
+            for (number, kind), share in self.domain.shares(config).items()
+            if number == stage
+        ]
         return ", ".join(said) or "as it is"
 
     def widths(self, config: Config, gone: Sequence[str]) -> dict[str, int]:
@@ -117,17 +146,35 @@ class Space:
             gone: The blocks that leave.
         """
         _, factors = self._shape(config)
-        factors = {name: factors[name] for name in alive(self._session, factors, gone)}
-        return shaped_widths(self._session, factors, cap=self._cap, without=gone)
+        without = (*gone, *self._lacking(config))
+        factors = {name: factors[name] for name in alive(self._session, factors, without)}
+        return shaped_widths(self._session, factors, cap=self._cap, without=without)
 
     def literal(self, config: Config) -> Architecture:
         """The network whose multipliers are a configuration's own, whatever it costs."""
         gone, factors = self._shape(config)
-        factors = {name: factors[name] for name in alive(self._session, factors, gone)}
+        without = (*gone, *self._lacking(config))
+        factors = {name: factors[name] for name in alive(self._session, factors, without)}
         editor, round_to = self._session.editor, self._session.goal.round_to
         floor, steps = floor_widths(editor, round_to), steps_of(editor, round_to)
         full = {name: self._full[name] for name in factors}
-        return Architecture(tuple(gone), {n: rounded(factors[n] * w, steps[n], floor[n], w) for n, w in full.items()})
+        widths = {n: rounded(factors[n] * w, steps[n], floor[n], w) for n, w in full.items()}
+        return Architecture(tuple(gone), widths, self._inserted(config, gone))
+
+    def _inserted(self, config: Config, gone: Sequence[str]) -> tuple[Pick, ...]:
+        """The parts that a configuration has, in blocks that stay; none in a block that has one of the kind already."""
+        return tuple(
+            (site, BLOCKS[int(number)])
+            for (stage, kind), number in self.domain.shares(config).items()
+            if kind == "block"
+            for site in self.stages[stage].sites
+            if (site, BLOCKS[int(number)]) in self._parts and not inside(site, gone)
+        )
+
+    def _lacking(self, config: Config) -> tuple[str, ...]:
+        """The names of the parts that a configuration does not have."""
+        chosen = set(self._inserted(config, ()))
+        return tuple(name for pick, name in self._parts.items() if pick not in chosen)
 
     def _shape(self, config: Config) -> tuple[list[str], dict[str, float]]:
         gone: list[str] = []
@@ -136,7 +183,7 @@ class Space:
             stage = self.stages[number]
             if kind == "depth":
                 gone += stage.blocks[: len(stage.blocks) - round(share * len(stage.blocks))]
-            else:
+            elif kind == "width":
                 # Groups of blocks that have left since this space was laid out are there no more.
                 factors |= {name: share for name in stage.groups if name in factors}
         return gone, factors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.session import Session
+from robustcompress.shapes import Network
 from robustcompress.structure.groups import inside
 
 
@@ -25,6 +26,7 @@ class Stage:
         blocks: Blocks that can leave, the first to leave first.
         stride: The resolution before it over its own.
         depth: How many blocks it has, or layers where it has no blocks, those that cannot leave among them.
+        sites: Blocks whose type can be chosen, in the model's order.
     """
 
     name: str
@@ -32,9 +34,10 @@ class Stage:
     blocks: tuple[str, ...]
     stride: float
     depth: int
+    sites: tuple[str, ...] = ()
 
 
-def discover(session: Session, order: Sequence[str]) -> tuple[Stage, ...]:
+def discover(session: Network, order: Sequence[str], sites: Sequence[str] = ()) -> tuple[Stage, ...]:
     """Divide a network into stages: by resolution where there are several, else each group by itself.
 
     Groups without a resolution of their own (squeeze and excitation, hidden linear layers) belong with the group before
@@ -44,10 +47,11 @@ def discover(session: Session, order: Sequence[str]) -> tuple[Stage, ...]:
     Args:
         session: The network under compression.
         order: The blocks that may leave, the first to leave first.
+        sites: The blocks whose type may be chosen; those without a resolution of a stage belong with the first stage.
     """
     editable = [group.name for group in session.editor.editable]
     by_place = find_stages(session)
-    places = _places(session, order) if len(by_place) > 1 else {}
+    places = _places(session, (*order, *sites)) if len(by_place) > 1 else {}
     placeless = tuple(name for name in order if places.get(name) not in by_place)
     stage_of = {group: place for place, groups in by_place.items() for group in groups} if len(by_place) > 1 else {}
     if stage_of and not placeless:
@@ -59,14 +63,18 @@ def discover(session: Session, order: Sequence[str]) -> tuple[Stage, ...]:
         groups = tuple(name for name in editable if stage_of.get(name) == place)
         blocks = tuple(name for name in order if places.get(name) == place)
         rows = float(place.split("x")[0])
-        stages.append(Stage(place, groups, blocks, height / rows, _depth(session, groups, blocks)))
+        typed = tuple(name for name in sites if places.get(name) == place)
+        stages.append(Stage(place, groups, blocks, height / rows, _depth(session, groups, blocks), typed))
         height = rows
     if placeless:
         stages.append(Stage("depth", (), placeless, 1.0, len(placeless)))
-    return (*stages, *(Stage(name, (name,), (), 1.0, 1) for name in editable if name not in stage_of))
+    stages += [Stage(name, (name,), (), 1.0, 1) for name in editable if name not in stage_of]
+    if rest := tuple(name for name in sites if not any(name in stage.sites for stage in stages)):
+        stages[0] = replace(stages[0], sites=(*stages[0].sites, *rest))
+    return tuple(stages)
 
 
-def _depth(session: Session, groups: Sequence[str], blocks: Sequence[str]) -> int:
+def _depth(session: Network, groups: Sequence[str], blocks: Sequence[str]) -> int:
     """Blocks that can leave, and one for those that cannot (a stage begins with one); else layers."""
     if blocks:
         return len(blocks) + 1
@@ -119,13 +127,13 @@ def first_to_leave(session: Session, images: Tensor) -> list[str]:
     return session.decide("order in which blocks leave", ranked) if blocks else []
 
 
-def alive(session: Session, groups: Iterable[str], without: Sequence[str]) -> list[str]:
+def alive(session: Network, groups: Iterable[str], without: Sequence[str]) -> list[str]:
     """The groups that reach beyond the blocks that leave."""
     members = {name: session.editor.groups[name].members for name in groups}
     return [name for name, axes in members.items() if not all(inside(axis.module, without) for axis in axes)]
 
 
-def find_stages(session: Session) -> dict[str, list[str]]:
+def find_stages(session: Network) -> dict[str, list[str]]:
     """Editable groups by the resolution at which convolutions write them, the largest first.
 
     Groups that no convolution writes at a place of its own have no stage: hidden linear layers, and 1x1 convolutions on
@@ -160,7 +168,7 @@ def find_stages(session: Session) -> dict[str, list[str]]:
     return stages
 
 
-def _places(session: Session, modules: Sequence[str]) -> dict[str, str]:
+def _places(session: Network, modules: Sequence[str]) -> dict[str, str]:
     """At which resolution each module gives its output."""
     found: dict[str, str] = {}
 
@@ -176,7 +184,7 @@ def _places(session: Session, modules: Sequence[str]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _look(session: Session, handles: Sequence[RemovableHandle]) -> None:
+def _look(session: Network, handles: Sequence[RemovableHandle]) -> None:
     """Run the network once, on nothing, for hooks to see shapes; then they are gone."""
     parameter = next(session.model.parameters())
     example = torch.zeros(2, *session.goal.data.image_shape, device=parameter.device, dtype=parameter.dtype)

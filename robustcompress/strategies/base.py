@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from robustcompress.budget import Budget
 from robustcompress.errors import Problems, nearest
 from robustcompress.session import Session
 from robustcompress.shapes import Widths, floor_widths
@@ -47,6 +48,10 @@ class Strategy(ABC):
     def narrowest(self, editor: StructuralEditor, round_to: int) -> Widths:
         """The narrowest."""
         return floor_widths(editor, round_to)
+
+    def objections(self, editor: StructuralEditor, budget: Budget) -> tuple[str, ...]:
+        """What speaks against running it on this network under this budget; asked before anything takes long."""
+        return ()
 
     def to_json(self) -> dict[str, Any]:
         """The strategy's name and options as plain JSON."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
-from robustcompress.budget import human
+from robustcompress.budget import Budget, human
 from robustcompress.errors import BudgetError, Problems, nearest
 from robustcompress.session import Session
 from robustcompress.shapes import Widths, fill_budget, floor_widths, largest, rounded, steps_of
 from robustcompress.strategies.base import Direction, Strategy
 from robustcompress.strategies.scratch import plant
-from robustcompress.structure import AnyEdit, Bypass, Edit, StructuralEditor
+from robustcompress.structure import AnyEdit, Bypass, Edit, Insert, StructuralEditor
 from robustcompress.structure.groups import inside
 
 WIDEST = 8
@@ -53,6 +53,7 @@ class Fixed(Strategy):
             channels are added before training. Groups that are not named share what the named ones leave of the
             budget, as in `uniform`.
         bypassed: Residual blocks that leave first, by name, in this order (see `StructuralEditor.bypass`).
+        inserted: Parts that come before all else: pairs of a block and a kind (see `StructuralEditor.insert`).
     """
 
     name: ClassVar[str] = "fixed"
@@ -60,6 +61,7 @@ class Fixed(Strategy):
     given_shape: ClassVar[bool] = True
     widths: Mapping[str, int] = field(default_factory=dict)
     bypassed: tuple[str, ...] = ()
+    inserted: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         problems = Problems("fixed cannot run")
@@ -72,12 +74,19 @@ class Fixed(Strategy):
         listed = isinstance(self.bypassed, list | tuple) and all(isinstance(name, str) for name in self.bypassed)
         if not listed:
             problems.add(f"bypassed={self.bypassed!r}: give a list of block names, such as ['layers.0.1']")
+        pairs = isinstance(self.inserted, list | tuple) and all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+            for pair in self.inserted
+        )
+        if not pairs:
+            problems.add(f"inserted={self.inserted!r}: give pairs of block and kind, such as [['layers.0.1', 'se']]")
         problems.raise_if_any()
         object.__setattr__(self, "widths", dict(self.widths))  # its own, and plain for JSON
         object.__setattr__(self, "bypassed", tuple(self.bypassed))
+        object.__setattr__(self, "inserted", tuple((block, kind) for block, kind in self.inserted))
 
     def __hash__(self) -> int:
-        return hash((self.name, *sorted(self.widths.items()), *self.bypassed))
+        return hash((self.name, *sorted(self.widths.items()), *self.bypassed, *self.inserted))
 
     @classmethod
     def of(cls, result: Compressed) -> Fixed:
@@ -93,7 +102,19 @@ class Fixed(Strategy):
             # A group of a block that left is not there to be given a width, though it may have had one.
             if isinstance(edit, Edit) and edit.group not in editor.layout.outputs and not inside(edit.group, bypassed):
                 widths[edit.group] = len(edit.sources)
-        return cls(widths=widths, bypassed=bypassed)
+        inserted = tuple((edit.module, edit.kind) for edit in result.edits if isinstance(edit, Insert))
+        return cls(widths=widths, bypassed=bypassed, inserted=inserted)
+
+    def objections(self, editor: StructuralEditor, budget: Budget) -> tuple[str, ...]:
+        """Inserted parts need a budget that does not limit latency."""
+        if self.inserted and budget.limits_latency:
+            return ("inserted: the time of parts is not predicted; limit multiply-adds or parameters instead",)
+        return ()
+
+    def identity(self) -> dict[str, Any]:
+        """Checkpoints from before parts could be inserted go on."""
+        options = self.to_json()
+        return options if self.inserted else {name: value for name, value in options.items() if name != "inserted"}
 
     def largest(self, widths: Widths) -> Widths:
         """The given widths, where they are wider."""
@@ -124,8 +145,9 @@ class Fixed(Strategy):
         session.train("train", share=1.0, select=True)
 
     def _shorten(self, session: Session) -> None:
-        """Take the blocks out, and check the widths against the groups that are left."""
+        """Put parts in and take blocks out, and check the widths against the groups that there are then."""
         problems = Problems("fixed cannot run")
+        problems.attempt(partial(session.editor.insert_all, self.inserted))
         for module in self.bypassed:
             problems.attempt(partial(session.editor.bypass, module))
         groups = session.editor.groups

@@ -1,4 +1,4 @@
-"""RC-NAS: a reinforced search for the compact network within a robust teacher, over depth and width."""
+"""RC-NAS: a reinforced search for the compact network within a robust teacher, over depth, width and block types."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from robustcompress.errors import InputError, Problems
-from robustcompress.search.domain import Config, Task
+from robustcompress.budget import Budget
+from robustcompress.errors import Problems, nearest
+from robustcompress.search.domain import BLOCKS, Config, Task
+from robustcompress.search.dressed import Dressed
 from robustcompress.search.evaluate import Evaluator, Outcome, Recovery, local_lipschitz
 from robustcompress.search.hunt import Hunt
 from robustcompress.search.policy import Policy
@@ -23,6 +25,7 @@ from robustcompress.search.stages import discover, first_to_leave
 from robustcompress.session import Session
 from robustcompress.shapes import Widths, capped
 from robustcompress.strategies.base import Direction, Strategy, check_choices, check_numbers, prune_by
+from robustcompress.structure import StructuralEditor
 from robustcompress.structure.magnitudes import group_norms
 
 Feasibility = Literal["project", "penalty"]
@@ -35,7 +38,7 @@ PROBE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RCNAS(Strategy):
-    """Search over depth and width within a robust teacher (after RC-NAS, Wang et al., KDD 2024, arXiv 2406.06792).
+    """Search over depth, width and block types in a robust teacher (after RC-NAS, Wang et al., KDD 2024, 2406.06792).
 
     The paper's released code holds no search, so this is an implementation of what is known. From the paper and its
     figures: the task (attack, data, teacher, budget), one token a stage, a bidirectional LSTM over the stages, a policy
@@ -67,6 +70,10 @@ class RCNAS(Strategy):
         workers: Candidates evaluated at a time, in threads. It changes no result, unless the network itself draws in
             its forward, as dropout does.
         depth: Whether blocks may leave.
+        blocks: Types among which each stage chooses for its blocks: "plain", as in the reference; "se", with residual
+            squeeze-and-excitation at the end of their residual branch; "rir", with a small residual branch there (see
+            `StructuralEditor.insert`). What parts cost is in the budget. The robust block type of the paper is not
+            public; these two are after the blocks of RobustResNet.
         recovery: "distill" towards the teacher, or "fgsm-rs" on the labels.
         recovery_lr: Factor on the recipe's learning rate while recovering.
         feasibility: "project" scales every candidate to the budget; "penalty" takes multipliers as they are and
@@ -88,6 +95,7 @@ class RCNAS(Strategy):
     batch: int = 5
     workers: int = 1
     depth: bool = True
+    blocks: tuple[str, ...] = ("plain",)
     recovery: Recovery = "distill"
     recovery_lr: float = 0.5
     feasibility: Feasibility = "project"
@@ -118,6 +126,15 @@ class RCNAS(Strategy):
         )
         if not isinstance(self.depth, bool):
             problems.add(f"depth={self.depth!r}: must be true or false")
+        if not isinstance(self.blocks, list | tuple) or not self.blocks:
+            problems.add(f"blocks={self.blocks!r}: give a list of types, such as ['plain', 'se']")
+        else:
+            for kind in self.blocks:
+                if kind not in BLOCKS:
+                    problems.add(f"blocks names {kind!r}, which does not exist{nearest(str(kind), BLOCKS)}")
+            if "plain" not in self.blocks or len(set(map(str, self.blocks))) < len(self.blocks):
+                problems.add(f"blocks={self.blocks!r}: name each type once, and 'plain' among them")
+            object.__setattr__(self, "blocks", tuple(self.blocks))
         if isinstance(self.policy, Path):
             object.__setattr__(self, "policy", str(self.policy))  # plain for JSON
         if self.policy is not None and not isinstance(self.policy, str):
@@ -138,7 +155,8 @@ class RCNAS(Strategy):
         """Train the teacher, search, cut the winner out of it, fine-tune.
 
         Raises:
-            InputError: There are no validation images to search by.
+            InputError: There are no validation images to search by; or types of blocks are to be chosen in a network
+                that has no place for parts, or under a limit on latency.
         """
         policy = None if self.policy is None else Policy.load(self.policy)  # now: files move
         space = self.lay_out(session)
@@ -154,22 +172,47 @@ class RCNAS(Strategy):
             session: The network under compression; it is the teacher afterwards.
 
         Raises:
-            InputError: There are no validation images to search by.
+            InputError: There are no validation images to search by; or types of blocks are to be chosen in a network
+                that has no place for parts, or under a limit on latency.
         """
+        problems = Problems("rcnas cannot run")
         if not len(session.goal.data.val) or not session.goal.recipe.val_images:
-            raise InputError("rcnas compares candidates on the validation split, which is empty: give more images")
+            problems.add("it compares candidates on the validation split, which is empty: give more images")
+        for objection in self.objections(session.editor, session.goal.budget):
+            problems.add(objection)
+        problems.raise_if_any()
         if self.teacher and not session.goal.pretrained:
             session.train("teacher", share=self.teacher)
             session.settle()
         task, images = self._task(session)
         order = first_to_leave(session, images) if self.depth else []
-        return Space(session, discover(session, order), order, task, cap=self.cap)
+        network = Dressed(session, self._kinds) if self._kinds else session
+        sites = session.editor.insertable if self._kinds else ()
+        return Space(network, discover(network, order, sites), order, task, cap=self.cap, kinds=self._kinds)
 
     def evaluator(self, session: Session) -> Evaluator:
         """What looks at candidates, of the teacher in a session."""
         return Evaluator(
-            session, recovery=self.recovery, lr=self.recovery_lr * session.goal.recipe.lr, workers=self.workers
+            session,
+            recovery=self.recovery,
+            lr=self.recovery_lr * session.goal.recipe.lr,
+            workers=self.workers,
+            kinds=self._kinds,
         )
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """The kinds of parts that may be inserted."""
+        return tuple(kind for kind in self.blocks if kind != "plain")
+
+    def objections(self, editor: StructuralEditor, budget: Budget) -> tuple[str, ...]:
+        """Types of blocks need a place for parts, and a budget that does not limit latency."""
+        said = []
+        if self._kinds and budget.limits_latency:
+            said.append("the time of inserted parts is not predicted; limit multiply-adds or parameters instead")
+        if self._kinds and not editor.insertable:
+            said.append("the network has no residual branch over images into which a part could be inserted")
+        return tuple(f"blocks={self.blocks!r}: {reason}, or leave blocks out" for reason in said)
 
     def _task(self, session: Session) -> tuple[Task, torch.Tensor]:
         """What is known before the search, and the images that it is known from."""
@@ -205,7 +248,7 @@ class RCNAS(Strategy):
             space,
             make_searcher(self.searcher, domain, session.goal.seed, **options),
             lambda: self.evaluator(session),
-            lambda outcome, architecture, progress: self.reward(session, outcome, architecture, domain.task, progress),
+            lambda outcome, architecture, progress: self.reward(space, outcome, architecture, domain.task, progress),
             evaluations=self.evaluations,
             batch=self.batch,
             steps=self.recovery_steps,
@@ -215,13 +258,11 @@ class RCNAS(Strategy):
         hunt.look()
         return hunt.settle(min(self.finalists, self.evaluations))
 
-    def reward(
-        self, session: Session, outcome: Outcome, architecture: Architecture, task: Task, progress: float
-    ) -> float:
+    def reward(self, space: Space, outcome: Outcome, architecture: Architecture, task: Task, progress: float) -> float:
         """What an outcome is worth: accuracies over the teacher's, and less over the budget.
 
         Args:
-            session: Knows the budget.
+            space: Knows the budget.
             outcome: Of the candidate.
             architecture: What it is.
             task: Knows the teacher.
@@ -230,7 +271,7 @@ class RCNAS(Strategy):
         floor = 0.01  # a teacher that is not robust at all
         robust, clean = outcome.robust / max(floor, task.robust), outcome.clean / max(floor, task.clean)
         worth = float(robust**self.alpha * clean ** (1 - self.alpha))
-        if session.fits(architecture.widths, without=architecture.bypassed):
+        if space.fits(architecture):
             return worth
         lenience = (1 - progress) ** 4  # of the penalty; projected, every network fits
         return lenience - 1 + lenience * worth
@@ -238,11 +279,18 @@ class RCNAS(Strategy):
     def _take(self, session: Session, space: Space, winner: Config) -> None:
         """Cut the winner out of the teacher."""
         norms = group_norms(session.editor)
-        gone = space.project(winner).bypassed
+        found = space.project(winner)
+        gone, inserted = found.bypassed, found.inserted
         for block in gone:
             session.editor.bypass(block)
+        if inserted:
+            session.editor.insert_all(inserted)
+            norms = group_norms(session.editor) | norms
         widths = session.choose("widths of the winner", lambda: space.widths(winner, gone))
-        session.record({"phase": "finalists", "event": "winner", "config": list(winner), "bypassed": list(gone)})
+        typed = {"inserted": [list(pick) for pick in inserted]} if inserted else {}
+        session.record(
+            {"phase": "finalists", "event": "winner", "config": list(winner), "bypassed": list(gone), **typed}
+        )
         shares = (f"{stage.name} {space.share(winner, number)}" for number, stage in enumerate(space.stages))
         session.say(f"rcnas: the winner: {'; '.join(shares)}; blocks that leave: {', '.join(gone) or 'none'}")
         prune_by(session, lambda: (widths, norms))
@@ -254,6 +302,8 @@ class RCNAS(Strategy):
     def identity(self) -> dict[str, Any]:
         """Without how many threads are used; with what the policy's file holds."""
         options = {name: value for name, value in self.to_json().items() if name != "workers"}
+        if not self._kinds:
+            del options["blocks"]  # checkpoints from before there were types go on
         if self.policy is not None:
             options["policy"] = hashlib.sha256(Path(self.policy).read_bytes()).hexdigest()
         return options

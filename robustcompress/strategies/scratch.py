@@ -18,6 +18,7 @@ from torch import nn
 
 from robustcompress.models.factory import initialise
 from robustcompress.session import Session
+from robustcompress.structure.parts import parts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +234,8 @@ def _reinitialise(session: Session) -> None:
                 ]
         if hasattr(model, "built_by"):
             initialise(model)
+            for part in parts_of(model):  # of which the factory does not know that they begin as the identity
+                model.get_submodule(part).reset_parameters()  # type: ignore[operator]
     for name, values in frozen.items():
         model.get_parameter(name).copy_(values)
     if kept:

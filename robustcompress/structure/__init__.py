@@ -2,7 +2,17 @@
 
 from robustcompress.structure.attention import AttentionKind, teach_attention
 from robustcompress.structure.editor import StructuralEditor
-from robustcompress.structure.groups import NEW, AnyEdit, Axis, Bypass, ChannelGroup, Edit, Segment, edit_from_json
+from robustcompress.structure.groups import (
+    NEW,
+    AnyEdit,
+    Axis,
+    Bypass,
+    ChannelGroup,
+    Edit,
+    Insert,
+    Segment,
+    edit_from_json,
+)
 from robustcompress.structure.layer_kind import LayerKind
 from robustcompress.structure.teaching import teach_layer
 
@@ -14,6 +24,7 @@ __all__ = [
     "Bypass",
     "ChannelGroup",
     "Edit",
+    "Insert",
     "LayerKind",
     "Segment",
     "StructuralEditor",

@@ -54,8 +54,13 @@ def find_branch(block: nn.Module, shape: tuple[int, ...]) -> frozenset[str]:
     return frozenset(found) if around else frozenset()
 
 
+def inputs_of(node: Any) -> list[tuple[Any, int]]:
+    """What goes into one of autograd's nodes: nodes, and which of their outputs."""
+    return [(function, number) for function, number in node.next_functions if function is not None]
+
+
 def _inputs(node: Any) -> list[Any]:
-    return [function for function, _ in node.next_functions if function is not None]
+    return [function for function, _ in inputs_of(node)]
 
 
 def _variable(node: Any) -> Tensor | None:

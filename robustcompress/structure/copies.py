@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,10 +26,12 @@ def copied(model: nn.Module, of: Callable[[torch.Tensor], torch.Tensor]) -> nn.M
     """
     memo: dict[int, Any] = {id(buffer): of(buffer) for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(of(p), requires_grad=True) for p in model.parameters()}
-    for module in model.modules():  # results that a forward left behind, which torch refuses to copy
+    for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
+                memo[id(value)] = value.detach().clone()  # a result that a forward left behind: torch does not copy it
+            elif type(value) is OrderedDict and not value:
+                memo[id(value)] = OrderedDict()  # ten kinds of hooks a module: half of the time of a copy
     twin: nn.Module = copy.deepcopy(model, memo)
     return twin
 
@@ -73,4 +78,16 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def _kept(x: torch.Tensor) -> torch.Tensor:
-    return -x
+    return x.clone()  # of what keeps shapes and leaves a note with autograd, by far the cheapest there
+
+
+@contextlib.contextmanager
+def undrawn(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward draws, random numbers are afterwards as they were: looking at a model changes no run."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(state)

@@ -25,6 +25,7 @@ from robustcompress.structure.branch import find_branch, silent
 from robustcompress.structure.groups import inside
 from robustcompress.structure.identity import Candidate, draw_anew, equal, identities
 from robustcompress.structure.kinds import kind_of
+from robustcompress.structure.parts import containers_of, parts_of
 from robustcompress.structure.surgery import remove_module
 
 
@@ -59,6 +60,7 @@ class BypassProof:
         device = next(self._quiet.parameters()).device
         self._generator = torch.Generator().manual_seed(0)
         self._images = torch.rand((2, *image_shape), generator=self._generator, dtype=torch.float64).to(device)
+        self._containers, self._parts = containers_of(self._quiet), list(parts_of(self._quiet))
         self._branches: dict[str, frozenset[str]] = {}
         self._identities: frozenset[str] = frozenset()
         self._failure = ""
@@ -72,7 +74,7 @@ class BypassProof:
 
     def innermost(self) -> tuple[str, ...]:
         """Every block that can leave and holds no other that can, in the model's order."""
-        names = [name for name, _ in self._quiet.named_modules()]
+        names = [name for name, _ in self._quiet.named_modules() if not self._inserted(name)]
         if not self._failure:
             self._judge(name for name in names if not self._unlike_a_block(name))
         found: list[str] = []
@@ -89,6 +91,10 @@ class BypassProof:
             return f"there is no module {name!r}{nearest(name, blocks)}"
         reason = self._failure or self._unlike_a_block(name) or self._not_residual(name)
         return f"{name or 'the model'} ({type(modules[name]).__name__}) cannot be bypassed: {reason}" if reason else ""
+
+    def _inserted(self, name: str) -> bool:
+        """Whether it came with a part: a part that adds to what it is given is no block of the network's own."""
+        return name in self._containers or inside(name, self._parts)
 
     def _unlike_a_block(self, name: str) -> str:
         module = self._quiet.get_submodule(name)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import operator
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -15,12 +11,16 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.structure.checks import channels, check_resize
 from robustcompress.structure.depth import BypassProof
 from robustcompress.structure.gates import Gates
-from robustcompress.structure.groups import NEW, AnyEdit, Bypass, ChannelGroup, Edit
-from robustcompress.structure.initial import INITS, fill, resolve_clones
+from robustcompress.structure.groups import NEW, AnyEdit, Bypass, ChannelGroup, Edit, Insert
+from robustcompress.structure.initial import fill, resolve_clones
+from robustcompress.structure.insertion import Wanted, carry_out, places_for_parts, plan_parts, survey_with
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.masks import MaskRule
+from robustcompress.structure.parts import parts_of
+from robustcompress.structure.sites import Sites
 from robustcompress.structure.surgery import (
     apply_gathers,
     copy_fresh,
@@ -29,8 +29,7 @@ from robustcompress.structure.surgery import (
     plan_edit,
     remove_module,
 )
-from robustcompress.structure.trace import trace
-from robustcompress.structure.verify import find_broken, find_least
+from robustcompress.structure.survey import Survey, survey
 
 Twin = nn.Module | torch.optim.Optimizer
 
@@ -73,27 +72,21 @@ class StructuralEditor:
         self.round_to = round_to
         if example.dim() > 0 and len(example) == 0:
             raise InputError("the example holds no image; give a batch of at least one")
-        with torch.inference_mode(False), _undrawn(model):  # inside inference mode, tracing would see no graph
-            self.layout: Layout = trace(model, example)
-            self._widths = self.layout.widths()
-            self._broken = find_broken(model, self.layout, example)
-            sound = [g.name for g in self.layout.groups.values() if g.editable and g.name not in self._broken]
-            self.layout = self.layout.at_least(find_least(model, self.layout, example, sound))
+        found = survey(model, example)
+        self.layout: Layout = found.layout
+        self._broken = found.broken
+        self._widths = self.layout.widths()
         self._generator = torch.Generator().manual_seed(seed)
         self._edits: list[AnyEdit] = []
         self._image_shape = example.shape[1:]
         self._bypassable: tuple[str, ...] | None = None
+        self._insertable: tuple[str, ...] | None = None
         self._followers: list[Twin] = []
 
     @property
     def groups(self) -> Mapping[str, ChannelGroup]:
         """Every channel group with its present width, in the model's order."""
-        return MappingProxyType(
-            {
-                name: replace(group, width=self._widths[name], reason=group.reason or self._broken.get(name, ""))
-                for name, group in self.layout.groups.items()
-            }
-        )
+        return MappingProxyType(Survey(self.layout, self._broken).groups(self._widths))
 
     @property
     def editable(self) -> tuple[ChannelGroup, ...]:
@@ -112,8 +105,27 @@ class StructuralEditor:
 
     @property
     def bypassed(self) -> tuple[str, ...]:
-        """The blocks that have left so far, in order."""
+        """The blocks, and inserted parts, that have left so far, in order."""
         return tuple(edit.module for edit in self._edits if isinstance(edit, Bypass))
+
+    @property
+    def inserted(self) -> tuple[Insert, ...]:
+        """What was inserted so far, in order, also where it has left since."""
+        return tuple(edit for edit in self._edits if isinstance(edit, Insert))
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The parts in the network, by name: the kind of each."""
+        return parts_of(self.model)
+
+    @property
+    def insertable(self) -> tuple[str, ...]:
+        """The blocks in which `insert` can put a part, in the model's order: of blocks inside blocks, the innermost."""
+        if self._insertable is None:
+            with torch.inference_mode(False):
+                self._insertable = places_for_parts(self.model, self._example(), self.layout.auxiliary)
+        left, gone = {name for name, _ in self.model.named_modules()}, self.bypassed
+        return tuple(name for name in self._insertable if name in left and name not in gone)
 
     @property
     def bypassable(self) -> tuple[str, ...]:
@@ -151,8 +163,8 @@ class StructuralEditor:
             InputError: Unknown or frozen group, a source that does not exist, an unknown `init`, or a width that is
                 zero or no multiple of `round_to`. Nothing has changed then.
         """
-        sources = _channels(sources)
-        self._validate(group, sources, init)
+        sources = channels(sources)
+        check_resize(self.groups, self.round_to, group, sources, init)
         if init is None and NEW in sources:
             init = "pair"
         if init == "clone":
@@ -161,7 +173,7 @@ class StructuralEditor:
 
     def prune(self, group: str, keep: Iterable[int]) -> Edit:
         """Keep the channels named in `keep`, in ascending order, and drop the others."""
-        return self.resize(group, sorted(set(_channels(keep))))
+        return self.resize(group, sorted(set(channels(keep))))
 
     def grow(self, group: str, extra: int, *, init: str = "pair") -> Edit:
         """Append `extra` new channels, begun as `init` says."""
@@ -209,12 +221,46 @@ class StructuralEditor:
         """
         with torch.inference_mode(False):
             # What was proven stays so: with a block gone that is as if its branch were silent, for which it was proven.
-            proven = self._bypassable is not None and module in self.bypassable
+            # Of a part nothing is to be proven: without it stands what stood there before it.
+            proven = (self._bypassable is not None and module in self.bypassable) or module in self.parts
             if not proven:
                 proof = BypassProof(self.model, self._image_shape, self.layout.auxiliary)
                 if complaint := proof.complaint(module):
                     raise InputError(f"the bypass was refused: {complaint}")
             return self._carry_out_bypass(Bypass(module))
+
+    def insert(self, block: str, kind: str) -> Insert:
+        """Insert a part into the residual branch of a block, before the sum. The network computes what it computed.
+
+        "se" is residual squeeze-and-excitation, "rir" a small residual branch within the branch (see `parts`). Both
+        are `x + f(x)` with an `f` that begins at zero. What is inserted is part of the network from then on: traced and
+        proven with it, its hidden channels a group of their own. `bypass` takes it out again, by its name (see
+        `parts`).
+
+        Args:
+            block: The block's name (see `insertable`); beside those that `bypass` accepts, also blocks whose shortcut
+                is a projection.
+            kind: "se" or "rir".
+
+        Returns:
+            The edit, as recorded. Groups that were there keep their names.
+
+        Raises:
+            InputError: There is no such kind or block, the block has no place for a part, or has it already; with the
+                reason. Nothing has changed then.
+        """
+        return self.insert_all([(block, kind)])[0]
+
+    def insert_all(self, parts: Iterable[tuple[str, str]]) -> tuple[Insert, ...]:
+        """As `insert`, for several blocks and kinds at once: traced and proven once for all.
+
+        Returns:
+            The edits, one for each part.
+
+        Raises:
+            InputError: For any of them; nothing has changed then.
+        """
+        return self._insert([(block, kind, None) for block, kind in parts])
 
     def gates(self, scores: Mapping[str, torch.Tensor], rule: MaskRule | None = None) -> Gates:
         """Open a context in which the groups named in `scores` are gated where they are read.
@@ -276,14 +322,21 @@ class StructuralEditor:
             InputError: If an edit does not fit this model.
         """
         editor = cls(model, example)
+        waiting: list[Wanted] = []  # what was inserted in a row is traced once
         for edit in edits:
+            if isinstance(edit, Insert):
+                waiting.append((edit.module, edit.kind, edit.width))
+                continue
+            editor._insert(waiting)
+            waiting = []
             if isinstance(edit, Bypass):
                 editor.bypass(edit.module)
                 continue
             if not editor.layout.output or edit.group not in editor.layout.outputs:
                 # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
-                editor._validate(edit.group, edit.sources, None)
+                check_resize(editor.groups, 1, edit.group, edit.sources, None)
             editor._carry_out(edit)
+        editor._insert(waiting)
         return editor
 
     @torch.inference_mode(False)
@@ -303,6 +356,23 @@ class StructuralEditor:
         self._edits.append(edit)
         return edit
 
+    @torch.inference_mode(False)
+    def _insert(self, wanted: Sequence[Wanted]) -> tuple[Insert, ...]:
+        if not wanted:
+            return ()
+        generator = self._generator.clone_state()
+        plan = plan_parts(Sites(self.model, self._image_shape, self.layout.auxiliary), wanted, generator)
+        found = survey_with(self.model, self._example(), plan, self.groups)
+        carry_out(self.model, self._followers, plan)
+        self.layout, self._broken, self._widths = found.layout, found.broken, found.layout.widths()
+        self._generator.set_state(generator.get_state())
+        edits = tuple(new.edit for new in plan)
+        self._edits.extend(edits)
+        return edits
+
+    def _example(self) -> torch.Tensor:
+        return next(self.model.parameters()).detach().new_zeros((2, *self._image_shape))
+
     def _carry_out_bypass(self, edit: Bypass) -> Bypass:
         gone = remove_module(self.model, edit.module)
         for twin in self._followers:
@@ -314,50 +384,3 @@ class StructuralEditor:
         self._widths = {name: self._widths[name] for name in self.layout.groups}
         self._edits.append(edit)
         return edit
-
-    def _validate(self, name: str, sources: tuple[int, ...], init: str | None) -> None:
-        problems = Problems("the edit was refused")
-        groups = self.groups
-        if name not in groups:
-            problems.add(f"there is no channel group {name!r}{nearest(name, groups)}")
-        elif groups[name].reason:
-            problems.add(f"group {name!r} cannot be edited: {groups[name].reason}")
-        else:
-            width = self._widths[name]
-            wrong = sorted({s for s in sources if s != NEW and not 0 <= s < width})
-            if wrong:
-                problems.add(f"group {name!r} has channels 0 to {width - 1}; there is no channel {wrong[0]}")
-            if len(sources) < groups[name].min_width:
-                problems.add(
-                    f"group {name!r} would have {len(sources)} channels left; keep at least {groups[name].min_width}"
-                )
-            if len(sources) % self.round_to:
-                problems.add(
-                    f"group {name!r} would have {len(sources)} channels, no multiple of round_to={self.round_to}"
-                )
-            if init == "clone" and all(s == NEW for s in sources):
-                problems.add(f"group {name!r}: init='clone' needs at least one existing channel to copy")
-        if init is not None and init not in INITS:
-            problems.add(f"init={init!r} does not exist{nearest(init, INITS)}")
-        problems.raise_if_any()
-
-
-@contextlib.contextmanager
-def _undrawn(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward draws, random numbers are afterwards as they were: looking at a model changes no run."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(state)
-
-
-def _channels(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Channel numbers as plain integers; a mask or fractions would silently mean other channels."""
-    listed = numbers.tolist() if isinstance(numbers, torch.Tensor) else list(numbers)
-    for number in listed:
-        if isinstance(number, bool) or not hasattr(number, "__index__"):
-            raise InputError(f"{number!r} is no channel number; for a boolean mask pass mask.nonzero().flatten()")
-    return tuple(operator.index(number) for number in listed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Side = Literal["out", "in", "both", "param"]
 Kind = Literal["hidden", "residual", "concat", "split", "heads", "output", "frozen"]
@@ -101,6 +101,8 @@ class Edit:
         share: Whether a channel that appears several times divides its readers' weights among its copies (Net2Wider).
     """
 
+    result_format: ClassVar[int] = 1
+    """The oldest format of saved results that can hold it; so for the other edits."""
     group: str
     sources: tuple[int, ...]
     init: str | None = None
@@ -132,6 +134,7 @@ class Bypass:
         module: The block's name.
     """
 
+    result_format: ClassVar[int] = 2
     module: str
 
     def to_json(self) -> dict[str, Any]:
@@ -150,16 +153,52 @@ class Bypass:
         return cls(data["bypass"])
 
 
-AnyEdit = Edit | Bypass
-"""Whatever may stand in a list of edits: one of width or one of depth."""
+@dataclass(frozen=True, slots=True)
+class Insert:
+    """One inserted part as it is replayed and saved (see `StructuralEditor.insert`).
+
+    Attributes:
+        module: The block in whose residual branch it stands.
+        kind: "se" or "rir" (see `parts`).
+        width: Its hidden channels at first.
+    """
+
+    result_format: ClassVar[int] = 3
+    module: str
+    kind: str
+    width: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The edit as plain JSON."""
+        return {"insert": self.module, "kind": self.kind, "width": self.width}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Insert:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The record cannot have been written by it, or asks for more channels than any layer has.
+        """
+        named = set(data) == {"insert", "kind", "width"} and isinstance(data["insert"], str) and data["insert"]
+        if not named or not isinstance(data["kind"], str) or type(data["width"]) is not int:
+            raise ValueError(f"not an insertion: {str(data)[:200]}")
+        if not 1 <= data["width"] <= MAX_WIDTH:
+            raise ValueError(f"{data['width']} hidden channels: a part has 1 to {MAX_WIDTH}")
+        return cls(data["insert"], data["kind"], data["width"])
+
+
+AnyEdit = Edit | Bypass | Insert
+"""Whatever may stand in a list of edits: one of width, one of depth, or one of the type of a block."""
 
 
 def edit_from_json(data: dict[str, Any]) -> AnyEdit:
-    """Read an edit of either kind.
+    """Read an edit of any kind.
 
     Raises:
         ValueError: It is none.
     """
+    if "insert" in data:
+        return Insert.from_json(data)
     return Bypass.from_json(data) if "bypass" in data else Edit.from_json(data)
 
 

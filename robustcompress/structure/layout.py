@@ -96,6 +96,25 @@ class Layout:
         groups = {name: replace(g, min_width=widths.get(name, g.min_width)) for name, g in self.groups.items()}
         return replace(self, groups=groups)
 
+    def renamed(self, names: Mapping[str, str]) -> Layout:
+        """The same structure, with other names for these groups."""
+
+        def called(name: str) -> str:
+            return names.get(name, name)
+
+        def spans(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+            return tuple(s if s.group is None else replace(s, group=called(s.group)) for s in segments)
+
+        return replace(
+            self,
+            groups={called(name): replace(group, name=called(name)) for name, group in self.groups.items()},
+            axes={axis: spans(segments) for axis, segments in self.axes.items()},
+            output=called(self.output),
+            attention={called(name): owner for name, owner in self.attention.items()},
+            counts={called(name): counted for name, counted in self.counts.items()},
+            across={name: tuple(spans(segments) for segments in several) for name, several in self.across.items()},
+        )
+
     def without(self, module: str, widths: Mapping[str, int]) -> Layout:
         """The structure that is left when a module is replaced by the identity.
 

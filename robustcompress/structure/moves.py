@@ -155,7 +155,7 @@ def roll(step: Step) -> Labels:
     turns = list(zip((step.dim(d, rank) for d in step.saved("dims")), step.saved("shifts"), strict=True))
 
     def change(label: Label) -> Label:
-        along = [(d, int(shift)) for d, shift in turns if d in label.live]
+        along = [(d, signed(shift)) for d, shift in turns if d in label.live]
         if not along:
             return label
         return Label(label.ids.roll([shift for _, shift in along], [d for d, _ in along]), label.live)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -217,3 +217,32 @@ def drop_parameters(optimizer: torch.optim.Optimizer, gone: Iterable[nn.Paramete
         param_group["params"] = [parameter for parameter in param_group["params"] if id(parameter) not in lost]
     for parameter in lost.values():
         optimizer.state.pop(parameter, None)
+
+
+def adopt_parameters(
+    optimizer: torch.optim.Optimizer,
+    new: Iterable[nn.Parameter],
+    beside: Sequence[nn.Parameter],
+    others: Sequence[nn.Parameter],
+) -> None:
+    """Have an optimizer train new parameters, each with the settings of one alike: a matrix, or a vector.
+
+    Decay and learning rate differ between parameter groups. A new parameter joins the group of the last one of its
+    block that is alike, else of any of its block, else of any of the network that is alike, or of any at all. An
+    optimizer that trains nothing of the network, such as that of gates, takes on none.
+
+    Args:
+        optimizer: Its other parameters, and their states, stay as they are.
+        new: What it is to train.
+        beside: The parameters of the block that they are in.
+        others: Those of the network.
+    """
+    home = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for parameter in new:
+        if not parameter.requires_grad:
+            continue
+        alike = [[p for p in known if (p.dim() > 1) == (parameter.dim() > 1)] for known in (beside, others)]
+        for known in (alike[0], beside, alike[1], others):
+            if numbers := [home[id(p)] for p in known if id(p) in home]:
+                optimizer.param_groups[numbers[-1]]["params"].append(parameter)
+                break

@@ -27,6 +27,7 @@ from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.labels import distinct
 from robustcompress.structure.layer_kind import LayerKind
 from robustcompress.structure.layout import Layout, runs
+from robustcompress.structure.parts import original_name
 from robustcompress.structure.support import check_calls, check_exposed, check_supported, on
 
 
@@ -220,6 +221,7 @@ def _layout(couplings: Couplings, model: nn.Module, heads: Sequence[Heads]) -> L
     for number, family in enumerate(families):
         axes = sorted(family.axes, key=lambda axis: order.get(axis.module, -1))
         writer = next((a for a in axes if a.side == "out" and not _is_grouped(a, model)), axes[0]).module
+        writer = original_name(model, writer)
         name, serial = writer, 1
         while name in widths:
             serial += 1

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import robustcompress as rc
+from robustcompress.commands.run import _without_places
 from robustcompress.errors import InputError
 from robustcompress.recipe import RunRecipe, merged, read_yaml
 from robustcompress.strategies import STRATEGIES
@@ -123,6 +124,12 @@ def test_run_saves_what_the_recipe_says(run: Run, tmp_path: Path) -> None:
     assert result.report is not None and [a.name for a in result.report.attacks] == ["clean", "pgd-2"]
     assert [point["eps"] for point in ran.document["curve"]] == [8 / 255, 0.1]
     assert RunRecipe.from_mapping(ran.document["recipe"]).budget == rc.Budget(macs=0.4)
+    assert result.settings["run"] == ran.document["recipe"] and result.settings["curve"] == ran.document["curve"]
+
+
+def test_a_result_keeps_no_directory_of_this_machine() -> None:
+    data = {"source": "/home/somebody/photos", "root": "/data", "seed": 3}
+    assert _without_places({"data": data, "seed": 1}) == {"data": {"source": "photos", "seed": 3}, "seed": 1}
 
 
 def test_check_runs_nothing(run: Run, tmp_path: Path) -> None:

@@ -29,6 +29,18 @@ def staged(stages: int = 3, *, options: tuple[float, ...] = EIGHTHS, about: Task
     return Domain(coordinates, tokens, about or task())
 
 
+def typed() -> Domain:
+    """Depth, width and type for each of two stages; the second has two types alone."""
+    coordinates = (
+        Coordinate(0, "depth", (0.0, 0.5, 1.0)),
+        Coordinate(0, "width", EIGHTHS),
+        Coordinate(0, "block", (0.0, 1.0, 2.0)),
+        Coordinate(1, "width", EIGHTHS),
+        Coordinate(1, "block", (1.0, 2.0)),
+    )
+    return Domain(coordinates, (Token(1, 3, 16), Token(2, 1, 32)), task())
+
+
 def uneven() -> Domain:
     """A stage without blocks to remove, one that cannot be narrowed, and one with a coordinate of one option."""
     coordinates = (

@@ -16,14 +16,14 @@ from robustcompress.errors import InputError
 from robustcompress.search.domain import Config, Domain
 from robustcompress.search.searcher import Searcher
 from robustcompress.search.searchers import SEARCHERS, make_searcher
-from tests.search.domains import staged, uneven
+from tests.search.domains import staged, typed, uneven
 
 OPTUNA = importlib.util.find_spec("optuna") is not None
 every = pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.skipif(n == "optuna" and not OPTUNA, reason="optuna")) for n in SEARCHERS],
 )
-both = pytest.mark.parametrize("make", [staged, uneven], ids=["staged", "uneven"])
+shapes = pytest.mark.parametrize("make", [staged, uneven, typed], ids=["staged", "uneven", "typed"])
 
 
 def reward(config: Config) -> float:
@@ -50,7 +50,7 @@ def carried(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @every
-@both
+@shapes
 def test_proposals_are_of_the_domain(name: str, make: Callable[[], Domain]) -> None:
     domain = make()
     searcher = make_searcher(name, domain, 0)
@@ -70,7 +70,7 @@ def test_the_same_seed_proposes_the_same(name: str) -> None:
 
 
 @every
-@both
+@shapes
 @pytest.mark.parametrize("steps", [1, 7, 33])
 def test_a_state_goes_on_bit_exactly(name: str, make: Callable[[], Domain], steps: int) -> None:
     whole = make_searcher(name, make(), 5)

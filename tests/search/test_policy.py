@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from robustcompress.errors import InputError, ResultError
 from robustcompress.search.domain import Domain, Token
 from robustcompress.search.policy import ATTACKS, Policy, task_vector
-from tests.search.domains import EIGHTHS, staged, task, uneven
+from tests.search.domains import EIGHTHS, staged, task, typed, uneven
 
 
 def stirred(seed: int = 0) -> Policy:
@@ -105,6 +106,38 @@ def test_a_policy_comes_back_from_its_file(tmp_path: Path) -> None:
     assert Policy.load(small.save(path)).hidden == 8
 
 
+def test_a_type_takes_its_own_logit() -> None:
+    policy = stirred()
+    logs = policy(typed())
+    assert [len(log) for log in logs] == [3, 9, 3, 9, 2]
+    everywhere = typed().coordinates[2]
+    both = Domain((everywhere, dataclasses.replace(everywhere, stage=1)), typed().tokens, typed().task)
+    whole = policy(both)
+    assert torch.allclose(logs[2], whole[0]) and torch.allclose(logs[4], whole[1][1:].log_softmax(0), atol=1e-6)
+    without = Domain(tuple(c for c in typed().coordinates if c.kind != "block"), typed().tokens, typed().task)
+    assert all(torch.equal(a, b) for a, b in zip(policy(without), (logs[0], logs[1], logs[3]), strict=True))
+    assert all(torch.allclose(log.exp(), torch.full_like(log, 1 / len(log))) for log in Policy()(typed()))
+
+
+def test_a_file_from_before_there_were_types_is_neutral_about_them(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    policy = stirred()
+    with torch.no_grad():
+        for parameter in policy.block.parameters():
+            parameter.zero_()
+    path = policy.save(tmp_path / "policy.safetensors")
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["version"] == "1" and not [key for key in file.keys() if "block" in key]  # noqa: SIM118
+    found = Policy.load(path)
+    assert all(torch.equal(a, b) for a, b in zip(found(typed()), policy(typed()), strict=True))
+    assert float(found(typed())[2].detach().exp().min()) == pytest.approx(1 / 3)
+    stirred().save(path)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["version"] == "2"
+    assert all(torch.equal(a, b) for a, b in zip(Policy.load(path)(typed()), stirred()(typed()), strict=True))
+
+
 def rewritten(path: Path, **metadata: str | None) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -129,7 +162,7 @@ def infinite(path: Path) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:-50]), "is damaged"),
         (lambda path: path.write_bytes(b"\xff" * 100), "is damaged"),
         (lambda path: rewritten(path, format=None), "holds no policy"),
-        (lambda path: rewritten(path, version="2"), "has version 2; this version reads up to 1"),
+        (lambda path: rewritten(path, version="3"), "has version 3; this version reads up to 2"),
         (lambda path: rewritten(path, version="new"), "does not say its sizes"),
         (lambda path: rewritten(path, hidden="16"), "other tensors than its sizes say"),
         (lambda path: rewritten(path, hidden="1000000"), "which no policy has"),

@@ -13,7 +13,7 @@ from robustcompress.search.domain import Config, Coordinate, Domain, Token
 from robustcompress.search.gradient import Baseline, loss
 from robustcompress.search.policy import Policy
 from robustcompress.search.reinforce import Reinforce, Stall
-from tests.search.domains import EIGHTHS, staged, task
+from tests.search.domains import EIGHTHS, staged, task, typed
 from tests.search.test_policy import stirred
 
 GOAL = (7, 2, 6, 3, 1, 2)
@@ -101,7 +101,7 @@ def settled(stall: Stall) -> Reinforce:
     """A searcher whose policy is as good as certain of (0, 0, 0, 0, 0, 0)."""
     policy = Policy()
     with torch.no_grad():
-        for head in (policy.depth, policy.width):
+        for head in policy.heads:
             head.bias[0] = 12.0
     return Reinforce(staged(), 0, policy=policy, stall=stall, lr=0.0)
 
@@ -160,3 +160,18 @@ def test_it_starts_from_a_copy_of_a_policy_and_doubts_it_briefly() -> None:
     assert entropy_after(lr=1e-3, entropy=0.0, warm_entropy=1.0) > first + 0.1
     assert entropy_after(lr=1e-3, entropy=0.0, warm_entropy=0.0) == pytest.approx(first)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_it_learns_which_type_is_rewarded_and_goes_on_from_a_state_without_types() -> None:
+    searcher = Reinforce(typed(), 0)
+    for _ in range(240):
+        config = searcher.ask()
+        searcher.tell(config, float(config[2] == 1) + float(config[4] == 1))
+    with torch.no_grad():
+        logs = searcher.policy(typed())
+    assert float(logs[2].exp()[1]) > 0.9 and float(logs[4].exp()[1]) > 0.9
+    state = {key: value for key, value in Reinforce(staged(), 3).state_dict().items() if "policy/block" not in key}
+    searcher = Reinforce(staged(), 4)
+    searcher.load_state_dict(state)
+    other = Reinforce(staged(), 3)
+    assert [searcher.ask() for _ in range(9)] == [other.ask() for _ in range(9)]

@@ -14,6 +14,8 @@ from torch import nn
 import robustcompress as rc
 from robustcompress.models.vit import Block
 from robustcompress.robust.attacks import eval_mode
+from robustcompress.search.dressed import Dressed
+from robustcompress.search.evaluate import Evaluator, Job
 from robustcompress.search.rule import Rule
 from robustcompress.search.space import Architecture, Space
 from robustcompress.search.stages import alive, block_influence, discover, find_stages
@@ -211,3 +213,90 @@ def test_influence_is_how_much_a_block_changes_its_input() -> None:
     before, after = seen
     wanted = torch.stack([(b - a).norm() / a.norm() for a, b in zip(before, after, strict=True)]).mean()
     assert found[blocks[0]] == pytest.approx(float(wanted), rel=1e-5)
+
+
+KINDS = ("se", "rir")
+
+
+@functools.cache
+def dressed(name: str, share: float) -> tuple[Session, Dressed, Space]:
+    session = make_session(network(name), budget=rc.Budget(macs=share))
+    with torch.no_grad():
+        network_ = Dressed(session, KINDS)
+    order, sites = session.editor.bypassable, session.editor.insertable
+    return session, network_, Space(network_, discover(network_, order, sites), order, task(), kinds=KINDS)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(["resnet", "wrn"]), share=st.sampled_from([0.4, 0.7, 0.95]), data=st.data())
+def test_with_types_the_budget_is_kept_and_what_is_looked_at_is_what_is_built(
+    name: str, share: float, data: st.DataObject
+) -> None:
+    session, network_, found = dressed(name, share)
+    config = data.draw(configs(found))
+    architecture = found.project(config)
+    kinds = {
+        found.stages[c.stage].name: o
+        for c, o in zip(found.domain.coordinates, config, strict=True)
+        if c.kind == "block"
+    }
+    wanted = {
+        (site, ("rir", "se")[kinds[stage.name]])
+        for stage in found.stages
+        for site in stage.sites
+        if kinds[stage.name] < 2 and site not in architecture.bypassed
+    }
+    assert set(architecture.inserted) == wanted and found.fits(architecture)
+    editor = session.editor.fork()
+    for block in architecture.bypassed:
+        editor.bypass(block)
+    editor.insert_all(architecture.inserted)
+    assert set(architecture.widths) == {group.name for group in editor.editable}
+    for group, width in architecture.widths.items():
+        editor.resize(group, range(width))
+    images = torch.zeros(1, *session.goal.data.image_shape)
+    cost = rc.measure(editor.model, images)
+    without = (*architecture.bypassed, *network_.lacking(architecture.inserted))
+    macs, params = network_.costs.predict(architecture.widths, without=without)
+    assert cost.params == round(params) and cost.macs <= macs <= 1.01 * cost.macs
+    assert cost.macs <= share * rc.measure(session.model, images).macs
+
+
+def test_plain_blocks_are_the_space_without_types_and_types_are_options_like_others() -> None:
+    session, _, found = dressed("wrn", 0.7)
+    plain = space_of(session)
+    assert [c.kind for c in found.domain.coordinates] == ["depth", "width", "block"] * 3
+    assert [stage.sites for stage in found.stages] == [(f"layers.{i}.0", f"layers.{i}.1") for i in range(3)]
+    for level in range(9):
+        whole = (1, level, 1, 8, 0, 8)
+        typed_ = tuple(option for i in range(3) for option in (*whole[2 * i : 2 * i + 2], 2))
+        ours, theirs = found.project(typed_), plain.project(whole)
+        assert ours == theirs and ours.key == theirs.key and ours.to_json() == theirs.to_json()
+        assert found.literal(typed_) == plain.literal(whole)
+    assert found.project(Rule(found.domain, 0).ask()) == plain.project(Rule(plain.domain, 0).ask())
+    keys = {found.project((1, 8, a, 1, 8, b, 1, 8, c)).key for a in range(3) for b in range(3) for c in range(3)}
+    assert len(keys) == 27
+    assert found.share((1, 8, 1, 1, 8, 0, 1, 8, 2), 0) == "depth 1, width 1, block se"
+
+
+def test_a_candidate_begins_as_the_teacher_whatever_its_types() -> None:
+    session, network_, found = dressed("wrn", 0.95)
+    evaluator = Evaluator(session, recovery="distill", lr=0.1, kinds=KINDS)
+    images = torch.rand(4, *session.goal.data.image_shape, generator=torch.Generator().manual_seed(0))
+    full = network_.editor.widths
+    for inserted in ((), (("layers.0.1", "se"),), (("layers.2.0", "rir"), ("layers.1.1", "se"))):
+        model = evaluator._inherit(Architecture((), {}, inserted))
+        with torch.no_grad(), eval_mode(model), eval_mode(session.model):
+            assert torch.equal(model(images), session.model(images))
+        parts = [
+            name
+            for name, module in model.named_modules()
+            if name.endswith((".se", ".rir")) and len(list(module.children()))
+        ]
+        assert parts == sorted(network_.parts[pick] for pick in inserted)
+    architecture = found.project((0, 3, 1, 1, 5, 0, 1, 8, 2))
+    assert "layers.0.1" in architecture.bypassed or ("layers.0.1", "se") in architecture.inserted
+    outcome = evaluator.evaluate(Job(architecture, 1, 1, 0))
+    assert (
+        outcome.macs <= 0.95 * session.cost_model.predict(session.editor.widths)[0] and full == network_.editor.widths
+    )

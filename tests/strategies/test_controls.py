@@ -203,7 +203,7 @@ def test_the_architecture_of_a_saved_result_is_retrained(strategy: rc.Strategy, 
     shapes = [{n: p.shape for n, p in r.model.named_parameters()} for r in (first, second)]
     assert shapes[0] == shapes[1]
     assert second.after.macs == first.after.macs and second.meets_budget
-    assert second.strategy == {"name": "fixed", "widths": dict(found.widths), "bypassed": ()}
+    assert second.strategy == {"name": "fixed", "widths": dict(found.widths), "bypassed": (), "inserted": ()}
 
 
 def test_an_architecture_over_the_budget_is_refused_before_training() -> None:

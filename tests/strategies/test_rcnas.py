@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import robustcompress as rc
+from robustcompress.cli import main
 from robustcompress.data import DataSplits
 from robustcompress.search.hunt import Hunt
 from robustcompress.search.policy import Policy
-from robustcompress.structure import Bypass
+from robustcompress.structure import Bypass, Insert
 from tests.strategies.nets import build, make_session, small_data, state
 
 FEW: dict[str, Any] = {"evaluations": 6, "batch": 3, "finalists": 2, "recovery_steps": 1}
@@ -238,3 +239,90 @@ def test_without_validation_images_there_is_nothing_to_search_by() -> None:
     empty = dataclasses.replace(data, val=data.val.first(0)) if isinstance(data, DataSplits) else data
     with pytest.raises(rc.InputError, match="validation split, which is empty"):
         rc.RCNAS(**FEW).run(make_session(build("chain"), data=empty))
+
+
+def test_types_of_blocks_are_searched_and_the_winners_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+
+    def typed(self: Hunt, count: int) -> tuple[int, ...]:
+        config = tuple(
+            {"depth": 0, "width": 8, "block": (1, 0, 2)[c.stage]}[c.kind] for c in self._space.domain.coordinates
+        )
+        looked.append(self._space.project(config))
+        return config
+
+    monkeypatch.setattr(Hunt, "settle", typed)
+    session = make_session(wide(), budget=rc.Budget(macs=0.6))
+    rc.RCNAS(**(FEW | {"evaluations": 12}), blocks=["plain", "se", "rir"]).run(session)
+    candidates = of(session, "candidate")
+    assert "inserted" not in candidates[0] and "inserted" not in candidates[1], "uniform, and the rule, are plain"
+    kinds = {kind for record in candidates for _, kind in record.get("inserted", ())}
+    assert kinds == {"se", "rir"}
+    assert all(record["macs"] <= session.limits[0] for record in candidates)
+    (winner,) = of(session, "winner")
+    (architecture,) = looked
+    assert winner["inserted"] == [list(pick) for pick in architecture.inserted]
+    assert [(e.module, e.kind) for e in session.editor.inserted] == [*architecture.inserted]
+    assert {kind for _, kind in architecture.inserted} == {"se", "rir"}
+    assert {group.name: group.width for group in session.editor.editable} == architecture.widths
+    assert session.cost().macs <= session.limits[0]
+    trained = {n: p for n, p in session.model.named_parameters() if ".se." in n or ".rir." in n}
+    assert trained and all(float(p.detach().abs().max()) > 0 for n, p in trained.items() if n.endswith("weight"))
+
+
+def test_plain_blocks_alone_are_the_search_as_it_was() -> None:
+    first, again = ran(wide()), ran(wide(), blocks=("plain",))
+    assert of(first, "candidate") == of(again, "candidate") and "inserted" not in of(first, "winner")[0]
+    assert all(torch.equal(a, b) for a, b in zip(state(first.model).values(), state(again.model).values(), strict=True))
+    assert "blocks" not in rc.RCNAS().identity() and rc.RCNAS(blocks=("plain", "se")).identity()["blocks"]
+
+
+def test_types_that_cannot_be_are_refused() -> None:
+    with pytest.raises(rc.InputError, match=r"blocks names 'sse', which does not exist; did you mean 'se'"):
+        rc.RCNAS(blocks=("plain", "sse"))
+    with pytest.raises(rc.InputError, match="name each type once, and 'plain' among them"):
+        rc.RCNAS(blocks=("se",))
+    with pytest.raises(rc.InputError, match="give a list of types"):
+        rc.RCNAS(blocks="se")  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"data": small_data(), "budget": rc.Budget(latency=0.5), "progress": False}
+    for strategy in (rc.RCNAS(**FEW, blocks=("plain", "se")), rc.Fixed(inserted=(("layers.0.0", "se"),))):
+        with pytest.raises(rc.InputError, match=f"{strategy.name} cannot run: .*is not predicted"):
+            rc.compress(wide(), strategy, **settings)
+    with pytest.raises(rc.InputError, match="no residual branch over images"):
+        rc.RCNAS(**FEW, blocks=("plain", "se")).run(make_session(build("chain")))
+
+
+def test_a_typed_result_is_saved_loaded_and_retrained(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def typed(self: Hunt, count: int) -> tuple[int, ...]:
+        return tuple(1 if c.kind == "block" else len(c.options) - 1 for c in self._space.domain.coordinates)
+
+    monkeypatch.setattr(Hunt, "settle", typed)
+    settings: dict[str, Any] = {"data": small_data(), "attacks": (), "progress": False, "round_to": 1}
+    settings |= {"recipe": rc.Recipe(batch_size=32, val_images=20), "epochs": 1.0}
+    spec = rc.ModelSpec("resnet8", {"stem_stride": 4, "width": 0.5})
+    result = rc.compress(spec, rc.RCNAS(**FEW, blocks=("plain", "se", "rir")), **settings)
+    assert [e.kind for e in result.edits if isinstance(e, Insert)] == ["se"] * 3
+    assert result.to_json()["format"] == 3 and dataclasses.replace(result, edits=()).to_json()["format"] == 1
+    loaded = rc.load(result.save(tmp_path / "typed"))
+    x = small_data().test.pixels[:8]
+    assert loaded.edits == result.edits and torch.equal(loaded.model(x), result.model(x))
+    fixed = rc.Fixed.of(loaded)
+    assert fixed == dataclasses.replace(
+        fixed, inserted=[["layers.0.0", "se"], ["layers.1.0", "se"], ["layers.2.0", "se"]]
+    )
+    again = rc.compress(spec, fixed, **settings)
+    assert again.after.macs == result.after.macs and again.after.params == result.after.params
+    assert [e for e in again.edits if isinstance(e, Insert)] == [e for e in result.edits if isinstance(e, Insert)]
+    assert rc.hamming(result, result) == 0 < rc.hamming(result, again), "from scratch the first channels stay"
+    assert main(["inspect", str(tmp_path / "typed"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["inserted"] == [["layers.0.0", "se"], ["layers.1.0", "se"], ["layers.2.0", "se"]]
+    assert main(["inspect", str(tmp_path / "typed")]) == 0
+    said = capsys.readouterr().out
+    assert "parts that were inserted: se: layers.0.0, layers.1.0, layers.2.0" in said and "block types" in said
+    path = tmp_path / "typed" / "result.json"
+    path.write_text(path.read_text().replace('"kind": "se"', '"kind": "sse"'))
+    with pytest.raises(rc.ResultError, match=r"the edits in .* do not fit the reference model: .*'sse' does not exist"):
+        rc.load(tmp_path / "typed")

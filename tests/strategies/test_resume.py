@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -116,6 +117,49 @@ def test_a_run_killed_within_epochs_and_between_phases_ends_as_one_that_was_not(
     assert_equal(resumed, whole)
 
 
+def test_a_search_over_types_goes_on_bit_equal(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = rc.build_model("wrn_16_4", num_classes=10, width=0.125)[0]
+    few: dict[str, Any] = {"evaluations": 6, "batch": 2, "finalists": 2, "recovery_steps": 1}
+    strategy = rc.RCNAS(**few, blocks=("plain", "se", "rir"), searcher="random", alpha=1.0)
+
+    def run(**kept: Any) -> rc.CompressResult:
+        settings: dict[str, Any] = {"data": small_data(), "objective": PGDAT(steps=1), "recipe": QUICK_RECIPE}
+        return rc.compress(copy.deepcopy(model), strategy, **settings, epochs=2.0, attacks=(), progress=False, **kept)
+
+    whole = run()
+    kept: dict[str, Any] = {"checkpoint": tmp_path / "checkpoint", "checkpoint_every_s": 0, "deadline": 0}
+    resumed, stops = until_finished(lambda: run(**kept), rc.OutOfTime)
+    assert stops >= 3 and any("inserted" in record for record in whole.history)
+    assert_equal(resumed, whole)
+
+
+def test_parts_go_on_training_from_a_checkpoint(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "widths": {"layers.0.0.bn2.se.squeeze": 5},
+        "inserted": [["layers.0.0", "se"], ["layers.2.0", "rir"]],
+    }
+    torch.manual_seed(0)
+    model = rc.build_model("resnet8", num_classes=10, stem_stride=4, width=0.5)[0]
+
+    def run(**kept: Any) -> rc.CompressResult:
+        common: dict[str, Any] = {
+            "data": small_data(),
+            "objective": PGDAT(steps=1),
+            "recipe": QUICK_RECIPE,
+            "round_to": 1,
+        }
+        return rc.compress(
+            copy.deepcopy(model), rc.Fixed(**settings), **common, epochs=3.0, attacks=(), progress=False, **kept
+        )
+
+    whole = run()
+    kept: dict[str, Any] = {"checkpoint": tmp_path / "checkpoint", "checkpoint_every_s": 0, "deadline": 0}
+    resumed, stops = until_finished(lambda: run(**kept), rc.OutOfTime)
+    assert stops >= 2 and whole.model.get_submodule("layers.0.0.bn2.se.squeeze").out_channels == 5
+    assert_equal(resumed, whole)
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -146,7 +190,7 @@ def test_every_difference_from_the_run_in_the_checkpoint_is_named_at_once(tmp_pa
     with pytest.raises(rc.InputError) as caught:
         compress("chain", "magnitude", checkpoint=tmp_path / "c", seed=1, budget=0.4, recipe=rc.Recipe(lr=0.05))
     said = str(caught.value)
-    assert "is of another run" in said and "remove it to begin anew" in said
+    assert "is of another run" in said and f"remove {tmp_path / 'c'} to begin anew" in said
     for name in ("seed: 0 there, 1 here", 'budget: {"macs": 0.5} there, {"macs": 0.4} here', "recipe: {"):
         assert name in said, said
     assert "threat" not in said and "model structure" not in said

@@ -1,0 +1,133 @@
+"""Several compressions in one directory: what is finished stays, what was interrupted goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from robustcompress.checkpoint import fingerprint, remove
+from robustcompress.errors import InputError, OutOfTime, ResultError
+from robustcompress.resolve import Request
+from robustcompress.result import RESULT, CompressResult, load
+from robustcompress.structure import StructuralEditor
+
+CHECKPOINT = ".checkpoint"
+"""Suffix of the directory in which one of the compressions is recorded while it lasts."""
+
+AUTOATTACK = "autoattack"
+"""Directory in which finished chunks of AutoAttack are kept."""
+
+
+class CarryOut(Protocol):
+    """What carries a request out: `api.carry_out`."""
+
+    def __call__(self, request: Request, *, progress: bool, started: float) -> CompressResult:
+        """Compress."""
+        ...
+
+
+def compress_in(
+    directory: Path, name: str, request: Request, carry_out: CarryOut, *, progress: bool, started: float
+) -> CompressResult:
+    """Compress into `directory/name`, or read what an earlier call left there; the report is for later.
+
+    Args:
+        directory: Exists.
+        name: Of this compression.
+        request: What to do; its model is left as it is.
+        carry_out: Does it.
+        progress: Show progress.
+        started: When the call came, on the clock of `time.monotonic`.
+
+    Returns:
+        The result as it was read back, so that an interrupted series ends as one that was not.
+
+    Raises:
+        InputError: Something else is in the place.
+        OutOfTime: The deadline was reached; the same call goes on.
+    """
+    place, checkpoint = directory / name, directory / f"{name}{CHECKPOINT}"
+    if place.exists() and not (place / RESULT).is_file():
+        raise InputError(f"{place} holds no result: move it away, or choose another directory")
+    if not place.exists():
+        asked = replace(request, model=copy.deepcopy(request.model), attacks=(), out=place, checkpoint=checkpoint)
+        try:
+            carry_out(asked, progress=progress, started=started)
+        except OutOfTime as error:  # it names a checkpoint that is ours alone
+            said = str(error).partition("; the same call")[0]
+            raise OutOfTime(f"{name}: {said}; the same call goes on from there") from error
+    remove(checkpoint)  # a kill between saving and removing left it
+    return load(place, model=request.model)
+
+
+def stop_in_time(request: Request, started: float) -> None:
+    """Raise OutOfTime before more is begun once the deadline has passed."""
+    if request.deadline is not None and time.monotonic() > started + request.deadline:
+        raise OutOfTime("the deadline was reached between two compressions; the same call goes on from there")
+
+
+def reference_editor(request: Request) -> tuple[StructuralEditor, torch.Tensor]:
+    """An editor of a copy of the reference, with a classifier for the data's classes; and an image batch for it."""
+    example = torch.zeros(2, *request.data.image_shape, device=request.device)
+    editor = StructuralEditor(copy.deepcopy(request.model), example, seed=request.seed)
+    outputs = editor.widths.get(editor.layout.output)
+    if outputs not in (None, request.data.num_classes) and not request.pretrained:
+        editor.resize_output(request.data.num_classes)
+    return editor, example
+
+
+def identity_of(request: Request) -> dict[str, Any]:
+    """What every compression of a series depends on: strategy and budget are each one's own."""
+    recipe = {key: value for key, value in request.recipe.to_json().items() if key != "compile"}  # how, not what
+    identity = {
+        **fingerprint(request.model),
+        "data": request.data.sha256,
+        "threat": request.threat.to_json(),
+        "objective": request.objective.to_json(),
+        "recipe": recipe,
+        "epochs": request.epochs,
+        "pretrained": request.pretrained,
+        "round_to": request.round_to,
+        "seed": request.seed,
+    }
+    parsed: dict[str, Any] = json.loads(json.dumps(identity))
+    return parsed
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; None where there is nothing.
+
+    Raises:
+        ResultError: It is no JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultError(f"{path} cannot be read: {error}; remove it to begin anew") from error
+    if not isinstance(value, dict):
+        raise ResultError(f"{path} is no record of ours; remove it to begin anew")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a file, whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w") as file:
+            json.dump(value, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
