@@ -20,6 +20,7 @@ from benchmarks import (
     deployment,
     latency,
     latency_budget,
+    search_meta,
     search_step,
     search_surrogate,
     search_tuning,
@@ -38,6 +39,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     search_step.MODULE: search_step.markdown,
     search_surrogate.MODULE: search_surrogate.markdown,
     search_tuning.MODULE: search_tuning.markdown,
+    search_meta.MODULE: search_meta.markdown,
     latency.MODULE: latency.markdown,
     deployment.MODULE: deployment.markdown,
     latency_budget.MODULE: latency_budget.markdown,
@@ -64,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     traced = RESULTS / f"{structure.MODULE}.json"
     if traced.exists():
         print(f"{structure.plot(read_json(traced), traced.with_suffix('.png')).relative_to(ROOT)}: drawn")
-    searched = RESULTS / f"{search_surrogate.MODULE}.json"
-    if searched.exists():
-        print(f"{search_surrogate.plot(read_json(searched), searched.with_suffix('.png')).relative_to(ROOT)}: drawn")
+    for script in (search_surrogate, search_meta):
+        searched = RESULTS / f"{script.MODULE}.json"
+        if searched.exists():
+            print(f"{script.plot(read_json(searched), searched.with_suffix('.png')).relative_to(ROOT)}: drawn")
     for grid in grids():
         plot = compare_plots.plot_grid(grid, RESULTS / grid.name, RESULTS / grid.name / PLOT)
         if plot is not None:

@@ -39,13 +39,16 @@ META_ROUNDS = 800
 GRIDS: Mapping[str, Sequence[dict[str, Any]]] = {
     "reinforce": (
         *({"lr": lr, "entropy": entropy} for lr in (1e-2, 3e-2, 1e-1) for entropy in (0.02, 0.1)),
-        *({"batch": batch} for batch in (3, 10)),
+        *({"update_every": count} for count in (3, 10)),
         *({"stall": stall} for stall in ("restart", "none")),
     ),
     "evolution": tuple({"population": p, "sample": s} for p in (10, 20, 40) for s in (3, 5, 10)),
     "meta-training": ({"entropy": 0.02}, {"entropy": 0.1}, {"entropy": 1.0}, {"lr": 1e-3}, {"lr": 1e-2}),
     "fine-tuning": ({"warm_entropy": 0.0}, {"warm_entropy": 0.5}, {"lr": 3e-3}, {"lr": 3e-2}),
 }
+RENAMED = {"batch": "update_every"}
+"""What options are called today that a record has by an earlier name."""
+
 _FIRST = 1000
 """Number of the first task: meta-training has the first ones."""
 
@@ -112,7 +115,7 @@ def markdown(value: Mapping[str, Any]) -> str:
     rows = [
         (
             row["searcher"],
-            ", ".join(f"{key} {setting}" for key, setting in row["options"].items()) or "default",
+            ", ".join(f"{RENAMED.get(key, key)} {setting}" for key, setting in row["options"].items()) or "default",
             f"{row['value']['mean']:.2f}",
             shown(row["over_default"], signed=True) if row["options"] else "",
         )

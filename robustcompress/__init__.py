@@ -43,6 +43,7 @@ from robustcompress.min_robust import MinRobust
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
 from robustcompress.pareto import pareto, read_front
 from robustcompress.plots import plot_results
+from robustcompress.practice import SearchTask, search_task, train_policy
 from robustcompress.publish import model_card, pull, push, write_report
 from robustcompress.recipe import RunRecipe
 from robustcompress.result import CompressResult, load
@@ -114,6 +115,7 @@ __all__ = [
     "RobustReport",
     "RunRecipe",
     "Scaling",
+    "SearchTask",
     "Sensitivity",
     "Stability",
     "Strategy",
@@ -149,9 +151,11 @@ __all__ = [
     "quantize_onnx",
     "read_front",
     "register_strategy",
+    "search_task",
     "sensitivity",
     "stability",
     "teach_layer",
+    "train_policy",
     "verify_artefact",
     "verify_onnx",
     "write_report",

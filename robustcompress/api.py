@@ -157,36 +157,11 @@ def carry_out(
     started = time.monotonic() if started is None else started
     if request.budget.demand is not None:
         return _carry_out_smallest(request, Progress(progress), started, on_saved)
-    splits, chosen, pretrained, seed = request.data, request.strategy, request.pretrained, request.seed
+    splits, chosen, seed = request.data, request.strategy, request.seed
     shown = Progress(progress, title=chosen.name)
-    for note in splits.notes:
-        shown.say(note)
-    reference = request.model
-    set_memory_format(reference, torch.contiguous_format)
+    session, untouched, journal = open_session(request, shown, started)
+    editor, goal, before = session.editor, session.goal, session.goal.reference
     example = torch.zeros(2, *splits.image_shape, device=request.device)
-    editor = StructuralEditor(reference, example, seed=seed)
-    _fit_classifier(editor, reference, example, splits, pretrained, shown)
-    step = request.round_to or default_rounding(editor)
-    before = measure(reference, example)
-    if before.note:
-        shown.say(before.note)
-    check_budget(chosen, editor, example, request.budget, before, step, shown)
-
-    goal = Goal(
-        data=splits,
-        threat=request.threat,
-        objective=request.objective,
-        budget=request.budget,
-        reference=before,
-        epochs=request.epochs or (10 if len(splits.train) < SMALL_DATA else 30),
-        recipe=request.recipe,
-        seed=seed,
-        pretrained=pretrained,
-        round_to=step,
-    )
-    untouched = copy.deepcopy(reference).cpu()
-    journal = _journal(request, goal, untouched, shown, started)
-    session = Session(reference, editor, example, goal, progress=shown, journal=journal)
     stopwatch = Stopwatch(editor, splits.image_shape) if request.budget.limits_latency else None
     if stopwatch is not None:
         limit_latency(session, chosen, stopwatch, example, request.latency_table)
@@ -225,6 +200,47 @@ def carry_out(
     if journal is not None:
         remove(journal.directory)
     return result
+
+
+def open_session(request: Request, shown: Progress, started: float) -> tuple[Session, nn.Module, Journal | None]:
+    """What a strategy is given, once the budget is known to be one for it.
+
+    Args:
+        request: What to do.
+        shown: Where progress is shown.
+        started: When the call came, on the clock of `time.monotonic`.
+
+    Returns:
+        The session, a copy of the untouched reference on the CPU, and where the run is recorded (None for nowhere).
+    """
+    splits, chosen, reference = request.data, request.strategy, request.model
+    for note in splits.notes:
+        shown.say(note)
+    set_memory_format(reference, torch.contiguous_format)
+    example = torch.zeros(2, *splits.image_shape, device=request.device)
+    editor = StructuralEditor(reference, example, seed=request.seed)
+    _fit_classifier(editor, reference, example, splits, request.pretrained, shown)
+    step = request.round_to or default_rounding(editor)
+    before = measure(reference, example)
+    if before.note:
+        shown.say(before.note)
+    check_budget(chosen, editor, example, request.budget, before, step, shown)
+
+    goal = Goal(
+        data=splits,
+        threat=request.threat,
+        objective=request.objective,
+        budget=request.budget,
+        reference=before,
+        epochs=request.epochs or (10 if len(splits.train) < SMALL_DATA else 30),
+        recipe=request.recipe,
+        seed=request.seed,
+        pretrained=request.pretrained,
+        round_to=step,
+    )
+    untouched = copy.deepcopy(reference).cpu()
+    journal = _journal(request, goal, untouched, shown, started)
+    return Session(reference, editor, example, goal, progress=shown, journal=journal), untouched, journal
 
 
 def _carry_out_smallest(

@@ -24,8 +24,10 @@ from benchmarks import (
     latency_budget,
     onnx_files,
     report,
+    search_meta,
     search_step,
     search_surrogate,
+    search_tasks,
     search_tuning,
     structure,
     trace_memory,
@@ -37,6 +39,7 @@ from tests.latency.fake import Clockwork
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
+    *(search_tasks, search_meta),
     *(latency, latency_budget, deployment, any_model, onnx_files),
 )
 
@@ -241,6 +244,42 @@ def test_search_surrogate(tmp_path: Path) -> None:
     assert results["dual"]["arms"]["fresh"]["over_fresh"]["mean"] == 0
     assert "Dual level" in search_surrogate.markdown(value)
     assert search_surrogate.plot(value, tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_search_tasks_and_what_is_searched_in_them(tmp_path: Path) -> None:
+    tables = tmp_path / "tables"
+    assert search_tasks.main(["--quick", "--out", str(tables)]) == 0
+    (path,) = tables.glob("*.json")
+    value = read(path)
+    check_record(value, "search_tasks")
+    check_anonymous(path, str(tmp_path))
+    rows = value["results"]
+    looked = [found for found in rows["looks"][0] if found is not None]
+    assert len(looked) == 3 and all(0 <= accuracy <= 1 for found in looked for accuracy in found)
+    assert sorted(set(rows["configs"])) == list(range(len(rows["networks"])))
+    assert search_tasks.main(["--quick", "--out", str(tables)]) == 0
+    assert sum(found is not None for found in read(path)["results"]["looks"][0]) == 6, "it goes on"
+    with pytest.raises(SystemExit, match="no table that is whole"):
+        search_meta.main(["--quick", "--tables", str(tables), "--out", str(tmp_path / "meta.json")])
+
+
+def test_search_meta(tmp_path: Path) -> None:
+    out = tmp_path / "search_meta.json"
+    assert search_meta.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "search_meta")
+    results = value["results"]
+    assert set(results["arms"]) == {
+        *(f"{axis}/{arm}" for axis in ("network", "all") for arm in (*search_meta.TRAINED, "known")),
+        *search_meta.UNTRAINED,
+        "network/pretrained",
+    }
+    for row in results["arms"].values():
+        assert len(row["mean"]) == search_meta.CURVE and row["below"]["n"] <= results["teachers"]
+    meta, fresh = (results["arms"][arm]["below"]["mean"] for arm in ("all/meta", "fresh"))
+    assert results["arms"]["all/meta"]["over"]["fresh"]["mean"] == pytest.approx(fresh - meta, abs=2e-4)
+    assert "By what is held out" in search_meta.markdown(value)
+    assert search_meta.plot(value, tmp_path / "p.png").stat().st_size > 10_000
 
 
 def test_search_tuning(tmp_path: Path) -> None:

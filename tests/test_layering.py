@@ -36,6 +36,7 @@ LAYERS = [
     {"series"},
     {"smallest"},
     {"api"},
+    {"practice"},
     {"recipe", "pareto"},
     {"publish"},
     {"quickstart"},

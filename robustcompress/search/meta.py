@@ -29,32 +29,32 @@ def meta_train(
     evaluate: Evaluate,
     rounds: int,
     *,
-    batch: int = 5,
+    choices: int = 5,
     lr: float = 3e-3,
     entropy: float = 0.3,
     baseline: float = 0.9,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Train a policy in place: each round draws a task and makes one step of REINFORCE on one batch there.
+    """Train a policy in place: each round draws a task and makes one step of REINFORCE on a few choices there.
 
     Rewards differ in level and spread from task to task, so that each task has its own moving average, by its name, and
-    advantages are over the spread of their batch. The same seed gives the same weights.
+    advantages are over the spread of their round. The same seed gives the same weights.
 
     Args:
         policy: Trained in place.
         sample_task: Draws a task.
         evaluate: Tells the reward of a choice in a task.
         rounds: How many steps.
-        batch: Choices to a step.
+        choices: How many to a step.
         lr: Of Adam.
         entropy: Weight of the entropy bonus.
         baseline: Weight of the past in the moving averages.
         seed: Of the tasks and choices drawn.
 
     Returns:
-        For each round the "task" and the mean "reward" of its batch.
+        For each round the "task" and the mean "reward" of its choices.
     """
-    at_least("meta_train() cannot start", 1, batch=batch)
+    at_least("meta_train() cannot start", 1, choices=choices)
     at_least("meta_train() cannot start", 0, rounds=rounds, lr=lr, entropy=entropy)
     generator = seeded(seed)
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
@@ -62,13 +62,13 @@ def meta_train(
     records: list[dict[str, Any]] = []
     for _ in range(rounds):
         name, domain = sample_task(generator)
-        configs = _choices(policy, domain, batch, generator)
+        configs = _choices(policy, domain, choices, generator)
         rewards = [evaluate(name, config) for config in configs]
         advantages = baselines.setdefault(name, Baseline(baseline)).advantages(rewards)
         optimizer.zero_grad()
         torch.autograd.backward(loss(policy, domain, configs, advantages, entropy))
         optimizer.step()
-        records.append({"task": name, "reward": sum(rewards) / batch})
+        records.append({"task": name, "reward": sum(rewards) / choices})
     return records
 
 

@@ -30,14 +30,15 @@ _TRIES = 50
 
 
 class Reinforce:
-    """Samples from a policy and follows the gradient of the reward, a batch at a time.
+    """Samples from a policy and follows the gradient of the reward, a few rewards at a time.
 
-    The vanilla policy gradient with a moving average as the baseline, advantages over the spread of their batch, an
-    entropy bonus, and Adam (for RC-NAS: "VPG"; the settings are ours). A batch is any `batch` of its own proposals that
-    are told; in which order does not matter. A proposal that was made before counts for learning as well.
+    The vanilla policy gradient with a moving average as the baseline, advantages over the spread of the rewards of one
+    update, an entropy bonus, and Adam (for RC-NAS: "VPG"; the settings are ours). An update follows `update_every` of
+    its own proposals that are told, in whatever order; how many were asked for at once (`RCNAS.batch`) is no matter of
+    it. A proposal that was made before counts for learning as well.
 
     A policy that has settled proposes little but what it has proposed already. When that is so for half of the last
-    `4 * batch` samples, it has stalled:
+    `4 * update_every` samples, it has stalled:
       mutate   what it samples and has proposed before teaches it at once by the reward that is known, and in its place
                one of the `ELITE` best is mutated until it is something new
       restart  the logits are made flat again (a quarter of them is left), and Adam forgets
@@ -47,7 +48,7 @@ class Reinforce:
         domain: What there is to choose.
         seed: Of the first weights and of all draws.
         policy: Weights to start from, such as a meta-trained policy's; copied. By default new ones, uniform.
-        batch: Rewards to an update.
+        update_every: Rewards to an update of the policy.
         lr: Of Adam; by default `LR` for new weights and `TUNING_LR` for given ones, which a large step would undo.
         entropy: Weight of the entropy bonus.
         baseline: Weight of the past in the moving average.
@@ -63,7 +64,7 @@ class Reinforce:
         seed: int,
         *,
         policy: Policy | None = None,
-        batch: int = 5,
+        update_every: int = 5,
         lr: float | None = None,
         entropy: float = 0.02,
         baseline: float = 0.9,
@@ -73,7 +74,7 @@ class Reinforce:
     ) -> None:
         if lr is None:
             lr = LR if policy is None else TUNING_LR
-        at_least("Reinforce cannot start", 1, batch=batch)
+        at_least("Reinforce cannot start", 1, update_every=update_every)
         at_least(
             "Reinforce cannot start", 0, lr=lr, entropy=entropy, warm_entropy=warm_entropy, warm_updates=warm_updates
         )
@@ -85,7 +86,7 @@ class Reinforce:
         problems.raise_if_any()
         self.domain = domain
         self.policy = Policy(seed=seed) if policy is None else copy.deepcopy(policy)
-        self.batch = batch
+        self.update_every = update_every
         self.entropy = entropy
         self.stall = stall
         self.warm_entropy = entropy if policy is None else max(entropy, warm_entropy)
@@ -100,7 +101,7 @@ class Reinforce:
         self._told: list[tuple[int, Config, float]] = []
         self._proposed: set[Config] = set()
         self._rewards: dict[Config, float] = {}
-        self._repeats: deque[bool] = deque(maxlen=4 * batch)
+        self._repeats: deque[bool] = deque(maxlen=4 * update_every)
         self._logs: list[torch.Tensor] | None = None
 
     def ask(self) -> Config:
@@ -119,7 +120,7 @@ class Reinforce:
         return self._propose(config)
 
     def tell(self, config: Config, reward: float) -> None:
-        """Learn from a reward once its batch is full; of what it did not sample it only notes how good it is."""
+        """Learn from rewards once there are enough of them; of what it did not sample it only notes how good it is."""
         config, reward = checked(self.domain, config, reward)
         self._rewards[config] = reward
         for place, (number, waiting) in enumerate(self._pending):
@@ -212,9 +213,9 @@ class Reinforce:
 
     def _learn(self, number: int, config: Config, reward: float) -> None:
         self._told.append((number, config, reward))
-        if len(self._told) == self.batch:
-            batch, self._told = sorted(self._told), []
-            self._update([config for _, config, _ in batch], [reward for _, _, reward in batch])
+        if len(self._told) == self.update_every:
+            told, self._told = sorted(self._told), []
+            self._update([config for _, config, _ in told], [reward for _, _, reward in told])
 
     def _update(self, configs: Sequence[Config], rewards: Sequence[float]) -> None:
         warmth = max(0.0, 1 - self._updates / self.warm_updates) if self.warm_updates else 0.0

@@ -66,6 +66,7 @@ class RCNAS(Strategy):
         recovery_steps: Steps that each candidate recovers for, finalists four times as many; they come on top of the
             epochs.
         batch: Candidates proposed before the rewards of any of them are known: many suit many workers, few learning.
+            How often the policy of "reinforce" is updated does not depend on it (every five rewards).
         workers: Candidates evaluated at a time, in threads. It changes no result, unless the network itself draws in
             its forward, as dropout does.
         depth: Whether blocks may leave.
@@ -157,25 +158,47 @@ class RCNAS(Strategy):
             InputError: There are no validation images to search by; or types of blocks are to be chosen in a network
                 that has no place for parts, or under a limit on latency.
         """
+        policy = None if self.policy is None else Policy.load(self.policy)  # now: files move
+        space = self.lay_out(session)
+        winner = self._search(session, space, policy) if space.domain.coordinates else ()
+        self._take(session, space, winner)
+        share = 1.0 if session.goal.pretrained else 1 - self.teacher
+        session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True)
+
+    def lay_out(self, session: Session) -> Space:
+        """Train the teacher, unless it is robust already, and say what there is to find within it.
+
+        Args:
+            session: The network under compression; it is the teacher afterwards.
+
+        Raises:
+            InputError: There are no validation images to search by; or types of blocks are to be chosen in a network
+                that has no place for parts, or under a limit on latency.
+        """
         problems = Problems("rcnas cannot run")
         if not len(session.goal.data.val) or not session.goal.recipe.val_images:
             problems.add("it compares candidates on the validation split, which is empty: give more images")
         for objection in self.objections(session.editor, session.goal.budget):
             problems.add(objection)
         problems.raise_if_any()
-        policy = None if self.policy is None else Policy.load(self.policy)  # now: files move
-        trained = 0.0 if session.goal.pretrained else self.teacher
-        if trained:
-            session.train("teacher", share=trained)
+        if self.teacher and not session.goal.pretrained:
+            session.train("teacher", share=self.teacher)
             session.settle()
         task, images = self._task(session)
         order = first_to_leave(session, images) if self.depth else []
         network = Dressed(session, self._kinds) if self._kinds else session
         sites = session.editor.insertable if self._kinds else ()
-        space = Space(network, discover(network, order, sites), order, task, cap=self.cap, kinds=self._kinds)
-        winner = self._search(session, space, policy) if space.domain.coordinates else ()
-        self._take(session, space, winner)
-        session.train("finetune", share=1 - trained, lr_scale=self.finetune_lr, select=True)
+        return Space(network, discover(network, order, sites), order, task, cap=self.cap, kinds=self._kinds)
+
+    def evaluator(self, session: Session) -> Evaluator:
+        """What looks at candidates, of the teacher in a session."""
+        return Evaluator(
+            session,
+            recovery=self.recovery,
+            lr=self.recovery_lr * session.goal.recipe.lr,
+            workers=self.workers,
+            kinds=self._kinds,
+        )
 
     @property
     def _kinds(self) -> tuple[str, ...]:
@@ -224,14 +247,8 @@ class RCNAS(Strategy):
             session,
             space,
             make_searcher(self.searcher, domain, session.goal.seed, **options),
-            lambda: Evaluator(
-                session,
-                recovery=self.recovery,
-                lr=self.recovery_lr * session.goal.recipe.lr,
-                workers=self.workers,
-                kinds=self._kinds,
-            ),
-            lambda outcome, architecture, progress: self._reward(space, outcome, architecture, domain.task, progress),
+            lambda: self.evaluator(session),
+            lambda outcome, architecture, progress: self.reward(space, outcome, architecture, domain.task, progress),
             evaluations=self.evaluations,
             batch=self.batch,
             steps=self.recovery_steps,
@@ -241,7 +258,16 @@ class RCNAS(Strategy):
         hunt.look()
         return hunt.settle(min(self.finalists, self.evaluations))
 
-    def _reward(self, space: Space, outcome: Outcome, architecture: Architecture, task: Task, progress: float) -> float:
+    def reward(self, space: Space, outcome: Outcome, architecture: Architecture, task: Task, progress: float) -> float:
+        """What an outcome is worth: accuracies over the teacher's, and less over the budget.
+
+        Args:
+            space: Knows the budget.
+            outcome: Of the candidate.
+            architecture: What it is.
+            task: Knows the teacher.
+            progress: How far the search has come, in [0, 1]: penalties grow with it.
+        """
         floor = 0.01  # a teacher that is not robust at all
         robust, clean = outcome.robust / max(floor, task.robust), outcome.clean / max(floor, task.clean)
         worth = float(robust**self.alpha * clean ** (1 - self.alpha))

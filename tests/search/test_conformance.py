@@ -148,7 +148,7 @@ def test_names_and_options_are_checked_at_once() -> None:
     ("name", "options", "said"),
     [
         ("evolution", {"population": 0, "sample": 0}, r"population=0: must be at least 1(.|\n)*sample=0"),
-        ("reinforce", {"batch": 0}, "batch=0: must be at least 1"),
+        ("reinforce", {"update_every": 0}, "update_every=0: must be at least 1"),
         ("reinforce", {"lr": -1.0, "entropy": math.nan}, r"lr=-1.0(.|\n)*entropy=nan"),
         ("reinforce", {"stall": "restrat", "baseline": 1.0}, r"did you mean 'restart'(.|\n)*baseline=1.0: must be in"),
     ],

@@ -70,5 +70,5 @@ def test_a_trained_policy_tells_tasks_apart_and_starts_ahead() -> None:
 
 
 def test_nonsense_is_refused() -> None:
-    with pytest.raises(InputError, match="batch=0: must be at least 1"):
-        meta_train(Policy(), sample, reward, 1, batch=0)
+    with pytest.raises(InputError, match="choices=0: must be at least 1"):
+        meta_train(Policy(), sample, reward, 1, choices=0)
