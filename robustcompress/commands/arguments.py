@@ -7,14 +7,17 @@ import ast
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from robustcompress.data import DataSplits, load_data
-from robustcompress.errors import InputError, Problems
+from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.result import CompressResult, load
+from robustcompress.robust import Objective
+from robustcompress.robust.objectives import objective_from_name
 from robustcompress.train import Recipe
 
 
@@ -100,6 +103,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--objective", default="pgd-at", help="`robustcompress list objectives` (default: %(default)s)"
     )
+    training.add_argument(
+        "--objective-option",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="an option of the objective, such as beta=3",
+    )
     training.add_argument("--attack-steps", type=int, metavar="K", help="steps of the objective's attack")
     training.add_argument(
         "--epochs", type=float, metavar="F", help="passes over the training images (default: 10 or 30)"
@@ -107,6 +118,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--lr", type=float, default=Recipe().lr, metavar="F", help="peak (default: %(default)s)")
     training.add_argument(
         "--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="images a step (default: %(default)s)"
+    )
+    training.add_argument(
+        "--training-option",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="any other setting of a recipe's `training`, such as weight_decay=1e-4",
     )
     training.add_argument(
         "--awp",
@@ -125,8 +144,29 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """The training settings that the arguments say."""
-    return Recipe(lr=arguments.lr, batch_size=arguments.batch_size, awp=arguments.awp, awp_warmup=arguments.awp_warmup)
+    """The training settings that the arguments say.
+
+    Raises:
+        InputError: A setting that does not exist, or a value that makes no sense.
+    """
+    named = {"lr": arguments.lr, "batch_size": arguments.batch_size}
+    named |= {"awp": arguments.awp, "awp_warmup": arguments.awp_warmup}
+    others, known = dict(arguments.training_option), [field.name for field in fields(Recipe)]
+    for key in others:
+        if key not in known:
+            raise InputError(f"--training-option {key}: there is no such setting{nearest(key, known)}")
+    return Recipe(**(named | others))
+
+
+def objective_from(arguments: argparse.Namespace) -> Objective:
+    """The objective that the arguments name, with its options.
+
+    Raises:
+        InputError: No such objective or option, or a value that makes no sense.
+    """
+    return objective_from_name(
+        arguments.objective, **({"steps": arguments.attack_steps} | dict(arguments.objective_option))
+    )
 
 
 def load_weights(model: nn.Module, path: Path, *, option: str = "--pretrained-weights") -> None:

@@ -12,7 +12,7 @@ from robustcompress.data import NAMES
 from robustcompress.models import list_timm_models
 from robustcompress.models.registry import BUILT_IN, list_torchvision_models
 from robustcompress.models.timm_models import timm_is_installed
-from robustcompress.robust.objectives import FGSMRS, PGDAT, TRADES, Natural
+from robustcompress.robust.objectives import OBJECTIVES
 from robustcompress.strategies import STRATEGIES
 from robustcompress.terminal import Output, table
 
@@ -95,7 +95,7 @@ def _strategies() -> list[dict[str, Any]]:
 
 
 def _objectives() -> list[dict[str, Any]]:
-    kinds = (PGDAT, TRADES, FGSMRS, Natural)
+    kinds = OBJECTIVES.values()
     return [{"name": kind.name, "summary": _summary(kind), "options": _options(kind)} for kind in kinds]
 
 

@@ -21,6 +21,7 @@ from robustcompress.commands.arguments import (
     data_from,
     load_weights,
     names,
+    objective_from,
     recipe_from,
 )
 from robustcompress.errors import InputError, Problems
@@ -29,7 +30,6 @@ from robustcompress.models import build_model
 from robustcompress.resolve import resolve
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
-from robustcompress.robust.objectives import objective_from_name
 from robustcompress.strategies import Strategy, make_strategy
 from robustcompress.terminal import Output
 from robustcompress.train import resolve_device
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> Output:
     strategy = problems.attempt(lambda: make_strategy(arguments.strategy, **dict(arguments.option)))
     threat = problems.attempt(lambda: ThreatModel(arguments.norm, arguments.eps))
     budget = problems.attempt(lambda: _budget(arguments, strategy))
-    objective = problems.attempt(lambda: objective_from_name(arguments.objective, steps=arguments.attack_steps))
+    objective = problems.attempt(lambda: objective_from(arguments))
     recipe = problems.attempt(lambda: recipe_from(arguments))
     problems.attempt(lambda: resolve_device(arguments.device))
     for attack in arguments.attacks:

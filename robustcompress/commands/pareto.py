@@ -18,13 +18,13 @@ from robustcompress.commands.arguments import (
     data_from,
     load_weights,
     names,
+    objective_from,
     recipe_from,
 )
 from robustcompress.errors import InputError, Problems
 from robustcompress.models import build_model
 from robustcompress.pareto import RECORD, carry_out_front, prepare_front
 from robustcompress.robust import ThreatModel
-from robustcompress.robust.objectives import objective_from_name
 from robustcompress.strategies import make_strategy
 from robustcompress.terminal import Output, table
 
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> Output:
     options = dict(arguments.option) if len(arguments.strategy) == 1 else {}
     made = [problems.attempt(lambda kind=kind: make_strategy(kind, **options)) for kind in arguments.strategy]  # type: ignore[misc]
     threat = problems.attempt(lambda: ThreatModel(arguments.norm, arguments.eps))
-    objective = problems.attempt(lambda: objective_from_name(arguments.objective, steps=arguments.attack_steps))
+    objective = problems.attempt(lambda: objective_from(arguments))
     recipe = problems.attempt(lambda: recipe_from(arguments))
     torch.manual_seed(arguments.seed)  # the reference's first weights belong to the seed
     built = problems.attempt(lambda: build_model(arguments.model, **dict(arguments.model_arg)))

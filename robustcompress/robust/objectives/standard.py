@@ -1,41 +1,18 @@
-"""What a training step minimises: natural, adversarial (PGD, FGSM-RS) and TRADES losses.
-
-Two habits of the field are kept, and both can matter more than the loss itself:
-
-* the attack sees the model in eval mode (running statistics of batch normalisation), the loss in the
-  caller's mode, which is train mode during training;
-* the running statistics move once for each forward pass of the loss, never for the passes of the attack.
-"""
+"""The standard objectives: natural, adversarial (PGD, FGSM-RS) and TRADES losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustcompress.errors import InputError, Problems, nearest
-from robustcompress.robust.attacks import eval_mode, kept_buffers, pgd
+from robustcompress.robust.attacks import pgd
 from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives.parts import AttackMode, attacking, check_options, gaussian
 from robustcompress.robust.threat import ThreatModel
-
-__all__ = [
-    "FGSMRS",
-    "PGDAT",
-    "TRADES",
-    "AttackMode",
-    "Natural",
-    "Objective",
-    "ObjectiveStep",
-    "objective_from_json",
-    "objective_from_name",
-]
-
-AttackMode = Literal["eval", "train"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +27,7 @@ class Natural(Objective):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_options(self)
 
     def attack(
         self,
@@ -95,7 +72,7 @@ class PGDAT(Objective):
     attack_mode: AttackMode = "eval"
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_options(self)
 
     def attack(
         self,
@@ -107,7 +84,7 @@ class PGDAT(Objective):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """See `Objective.attack`."""
-        with _attacking(model, self.attack_mode):
+        with attacking(model, self.attack_mode):
             return pgd(model, x, y, threat, steps=self.steps, step_size=self.step_size, generator=generator)
 
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
@@ -138,7 +115,7 @@ class FGSMRS(Objective):
     attack_mode: AttackMode = "eval"
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_options(self)
 
     def attack(
         self,
@@ -151,7 +128,7 @@ class FGSMRS(Objective):
     ) -> Tensor:
         """See `Objective.attack`."""
         step_size = self.step_scale * threat.eps
-        with _attacking(model, self.attack_mode):
+        with attacking(model, self.attack_mode):
             return pgd(model, x, y, threat, steps=1, step_size=step_size, generator=generator)
 
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
@@ -187,7 +164,7 @@ class TRADES(Objective):
     attack_mode: AttackMode = "eval"
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_options(self)
 
     def attack(
         self,
@@ -199,7 +176,7 @@ class TRADES(Objective):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """See `Objective.attack`."""
-        with _attacking(model, self.attack_mode):
+        with attacking(model, self.attack_mode):
             return pgd(
                 model,
                 x,
@@ -208,7 +185,7 @@ class TRADES(Objective):
                 steps=self.steps,
                 step_size=self.step_size,
                 loss="kl",
-                start=x.detach() + 0.001 * _gaussian(x, generator),
+                start=x.detach() + 0.001 * gaussian(x, generator),
             )
 
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
@@ -224,82 +201,6 @@ class TRADES(Objective):
         return {"name": self.name, **asdict(self)}
 
 
-_OBJECTIVES: dict[str, type[Natural] | type[PGDAT] | type[FGSMRS] | type[TRADES]] = {
-    kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES)
-}
-
-
-def objective_from_name(name: str, **options: Any) -> Objective:
-    """Build "natural", "pgd-at", "fgsm-rs" or "trades" with `options`; None stands for an option's default.
-
-    Raises:
-        InputError: No such objective, or an option that it does not have (the nearest is offered), or a bad value.
-
-    Example:
-        >>> objective_from_name("trades", steps=5).steps
-        5
-    """
-    kind = _OBJECTIVES.get(str(name).strip().lower())
-    if kind is None:
-        raise InputError(f"objective {name!r} is unknown{nearest(str(name), _OBJECTIVES)}")
-    given = {key: value for key, value in options.items() if value is not None}
-    known = [field.name for field in fields(kind)]
-    problems = Problems(f"objective {kind.name!r} cannot be built")
-    for key in given:
-        if key not in known:
-            problems.add(f"it has no option {key!r}{nearest(key, known)}")
-    problems.raise_if_any()
-    return kind(**given)
-
-
-def objective_from_json(data: Mapping[str, Any]) -> Objective:
-    """Read what `to_json` of an objective wrote.
-
-    Raises:
-        InputError: See `objective_from_name`; or the name is missing.
-    """
-    if "name" not in data:
-        raise InputError(f"this is not an objective: key 'name' is missing from {dict(data)!r}")
-    return objective_from_name(data["name"], **{key: value for key, value in data.items() if key != "name"})
-
-
 def _adversarial_step(model: nn.Module, x_adv: Tensor, y: Tensor, label_smoothing: float) -> ObjectiveStep:
     logits = model(x_adv)
     return ObjectiveStep(F.cross_entropy(logits, y, label_smoothing=label_smoothing), logits.detach(), x_adv)
-
-
-def _gaussian(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
-
-
-@contextmanager
-def _attacking(model: nn.Module, mode: AttackMode) -> Iterator[None]:
-    if mode == "eval":
-        with eval_mode(model):
-            yield
-        return
-    with kept_buffers(model):
-        yield
-
-
-def _check(objective: Natural | PGDAT | FGSMRS | TRADES) -> None:
-    problems = Problems(f"objective {objective.name!r} cannot be used")
-    for field in fields(objective):
-        key, value = field.name, getattr(objective, field.name)
-        if key == "attack_mode":
-            if value not in get_args(AttackMode):
-                problems.add(f"attack_mode={value!r} is unknown{nearest(str(value), get_args(AttackMode))}")
-        elif key == "steps":
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                problems.add(f"steps={value!r}: give a whole number, at least 1")
-        elif value is None and key == "step_size":
-            continue
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            problems.add(f"{key}={value!r}: give a number")
-        elif key == "label_smoothing":
-            if not 0 <= value < 1:
-                problems.add(f"label_smoothing={value!r}: must lie in [0, 1)")
-        elif not 0 < value < float("inf"):
-            problems.add(f"{key}={value!r}: must be positive and finite")
-    problems.raise_if_any()

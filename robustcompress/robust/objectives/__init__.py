@@ -1,0 +1,69 @@
+"""What a training step minimises, and how an objective is named and written down.
+
+Two habits of the field are kept, and both can matter more than the loss itself:
+
+* the attack sees the model in eval mode (running statistics of batch normalisation), the loss in the
+  caller's mode, which is train mode during training;
+* the running statistics move once for each forward pass of the loss, never for the passes of the attack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives.parts import AttackMode
+from robustcompress.robust.objectives.standard import FGSMRS, PGDAT, TRADES, Natural
+
+__all__ = [
+    "FGSMRS",
+    "OBJECTIVES",
+    "PGDAT",
+    "TRADES",
+    "AttackMode",
+    "Natural",
+    "Objective",
+    "ObjectiveStep",
+    "objective_from_json",
+    "objective_from_name",
+]
+
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES)}
+"""By name; each is a frozen dataclass of its options."""
+
+
+def objective_from_name(name: str, **options: Any) -> Objective:
+    """Build an objective of `OBJECTIVES` with `options`; None stands for an option's default.
+
+    Raises:
+        InputError: No such objective, or an option that it does not have (the nearest is offered), or a bad value.
+
+    Example:
+        >>> objective_from_name("trades", steps=5).steps
+        5
+    """
+    kind = OBJECTIVES.get(str(name).strip().lower())
+    if kind is None:
+        raise InputError(f"objective {name!r} is unknown{nearest(str(name), OBJECTIVES)}")
+    given = {key: value for key, value in options.items() if value is not None}
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # all are dataclasses
+    problems = Problems(f"objective {kind.name!r} cannot be built")
+    for key in given:
+        if key not in known:
+            problems.add(f"it has no option {key!r}{nearest(key, known)}")
+    problems.raise_if_any()
+    return kind(**given)
+
+
+def objective_from_json(data: Mapping[str, Any]) -> Objective:
+    """Read what `to_json` of an objective wrote.
+
+    Raises:
+        InputError: See `objective_from_name`; or the name is missing.
+    """
+    if "name" not in data:
+        raise InputError(f"this is not an objective: key 'name' is missing from {dict(data)!r}")
+    return objective_from_name(data["name"], **{key: value for key, value in data.items() if key != "name"})

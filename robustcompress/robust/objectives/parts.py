@@ -1,0 +1,76 @@
+"""What objectives are made of: the mode they attack in, noise, and checks of their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from robustcompress.errors import Problems, nearest
+from robustcompress.robust.attacks import eval_mode, kept_buffers
+from robustcompress.robust.objective import Objective
+
+AttackMode = Literal["eval", "train"]
+
+
+@contextmanager
+def attacking(model: nn.Module, mode: AttackMode) -> Iterator[None]:
+    """Put a model in the mode that attacks see; running statistics and flags are as before afterwards."""
+    if mode == "eval":
+        with eval_mode(model):
+            yield
+        return
+    with kept_buffers(model):
+        yield
+
+
+def gaussian(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise of the shape and device of images, [N, C, H, W]."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    return lambda value: "" if value in allowed else f"is unknown{nearest(str(value), allowed)}"
+
+
+def _count(value: Any) -> str:
+    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return "" if fine else "give a whole number, at least 1"
+
+
+def _number(value: Any, within: Callable[[float], bool], what: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "give a number"
+    return "" if within(value) else f"must {what}"
+
+
+def _positive(value: Any) -> str:
+    return _number(value, lambda v: 0 < v < float("inf"), "be positive and finite")
+
+
+def _share(value: Any) -> str:
+    return _number(value, lambda v: 0 <= v < 1, "lie in [0, 1)")
+
+
+RULES: dict[str, Callable[[Any], str]] = {
+    "attack_mode": _one_of(*get_args(AttackMode)),
+    "steps": _count,
+    "step_size": lambda value: "" if value is None else _positive(value),
+    "label_smoothing": _share,
+}
+"""By an option's name, what is wrong with a value (empty for nothing); options not named here are positive numbers."""
+
+
+def check_options(objective: Objective) -> None:
+    """Raise one InputError about all options of an objective (a dataclass) that make no sense."""
+    problems = Problems(f"objective {objective.name!r} cannot be used")
+    for field in fields(objective):  # type: ignore[arg-type]  # every concrete objective is a dataclass
+        value = getattr(objective, field.name)
+        if wrong := RULES.get(field.name, _positive)(value):
+            problems.add(f"{field.name}={value!r}{' ' if wrong.startswith('is ') else ': '}{wrong}")
+    problems.raise_if_any()
