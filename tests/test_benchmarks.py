@@ -25,6 +25,7 @@ from benchmarks import (
     onnx_files,
     report,
     search_meta,
+    search_policies,
     search_step,
     search_surrogate,
     search_tasks,
@@ -263,7 +264,9 @@ def test_search_tasks_and_what_is_searched_in_them(tmp_path: Path) -> None:
         search_meta.main(["--quick", "--tables", str(tables), "--out", str(tmp_path / "meta.json")])
 
 
-def test_search_meta(tmp_path: Path) -> None:
+def test_search_meta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_policies, "STEPS", 5)
+    monkeypatch.setattr(search_meta, "CURVE", 21)
     out = tmp_path / "search_meta.json"
     assert search_meta.main(["--quick", "--out", str(out)]) == 0
     value = read(out)

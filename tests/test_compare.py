@@ -40,6 +40,13 @@ def write(directory: Path, value: object, name: str = "small.yaml") -> Path:
     return path
 
 
+def few(place: Path) -> dict[str, Any]:
+    """`SMALL` on fewer images."""
+    recipe = yaml.safe_load((ROOT / SMALL["recipe"]).read_text())
+    data = {"source": recipe["data"], "train_limit": 200, "test_limit": 60}
+    return SMALL | {"recipe": str(write(place, recipe | {"data": data}, "few.yaml"))}
+
+
 def read(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text())
     return value
@@ -49,7 +56,7 @@ def read(path: Path) -> dict[str, Any]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A grid that has run, smoke-sized: its file and its cells."""
     place = tmp_path_factory.mktemp("grid")
-    path, out = write(place, SMALL), place / "private" / "cells"
+    path, out = write(place, few(place)), place / "private" / "cells"
     only = ["--only", "*_s3", "--workers", "1"]
     assert compare.main([str(path), "--quick", "--out", str(out), *only]) == 0
     return path, out

@@ -112,6 +112,7 @@ def test_a_session_trains_the_heads_and_leaves_nothing_behind() -> None:
     assert isinstance(net.train()(X), tuple) and isinstance(net.eval()(X), torch.Tensor)
 
 
+@pytest.mark.slow
 def test_a_small_googlenet_from_end_to_end(tmp_path: Any) -> None:
     pytest.importorskip("torchvision")
     spec = rc.ModelSpec("torchvision:googlenet", {"aux_logits": True, "init_weights": False})
