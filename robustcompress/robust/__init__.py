@@ -8,6 +8,7 @@ from robustcompress.robust.evaluate import evaluate
 from robustcompress.robust.judge import EvaluationProgress
 from robustcompress.robust.objectives import (
     FGSMRS,
+    MART,
     PGDAT,
     TRADES,
     Natural,
@@ -22,6 +23,7 @@ from robustcompress.robust.threat import ThreatModel
 
 __all__ = [
     "FGSMRS",
+    "MART",
     "PGDAT",
     "TRADES",
     "AttackResult",

@@ -118,6 +118,18 @@ class Objective(ABC):
         if kind.attack is Objective.attack or kind.loss_on is Objective.loss_on:
             raise InputError(_WHOLE.format(self.name, who))
 
+    def for_labels(self, labels: Tensor, num_classes: int) -> Objective:
+        """This objective with all that depends on the training labels in numbers; itself where nothing does.
+
+        Args:
+            labels: Of the training images, int64 [N].
+            num_classes: How many classes there are.
+
+        Raises:
+            InputError: An option does not fit so many classes.
+        """
+        return self
+
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Return the name and the options as plain data, for `objective_from_json`."""

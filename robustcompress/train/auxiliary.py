@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives import LabelLoss
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.auxiliary import tensors_of
@@ -88,10 +89,8 @@ class WithAuxiliary(Objective):
         network = MainLogits(model)
         with network.listened() as heard:
             step = self._inner.loss_on(network, x, x_adv, y)
-        smoothing = float(getattr(self._inner, "label_smoothing", 0.0))
-        losses = [
-            F.cross_entropy(logits, y, label_smoothing=smoothing) / len(heard) for others in heard for logits in others
-        ]
+        compare = self._inner.cross_entropy if isinstance(self._inner, LabelLoss) else F.cross_entropy
+        losses = [compare(logits, y) / len(heard) for others in heard for logits in others]
         loss = step.loss + self._weight * torch.stack(losses).sum() if losses else step.loss
         return ObjectiveStep(loss, step.logits, step.x_adv, step.clean_logits)
 
