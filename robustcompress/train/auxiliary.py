@@ -72,6 +72,15 @@ class WithAuxiliary(Objective):
         self._inner, self._weight = inner, weight
         self._whole = type(inner).loss is not Objective.loss
 
+    @property
+    def replays(self) -> int:
+        """See `Objective.replays`."""
+        return self._inner.replays
+
+    def begin(self) -> Objective:
+        """See `Objective.begin`."""
+        return WithAuxiliary(self._inner.begin(), self._weight)
+
     def attack(
         self,
         model: nn.Module,
@@ -108,7 +117,7 @@ class WithAuxiliary(Objective):
             return self._inner.loss(MainLogits(model), x, y, threat, generator=generator)
         return super().loss(model, x, y, threat, generator=generator)
 
-    def require_parts(self, who: str = "AWP, S2AP and diagnose") -> None:
+    def require_parts(self, who: str = "AWP, SAM, S2AP and diagnose") -> None:
         """See `Objective.require_parts`."""
         self._inner.require_parts(who)
 

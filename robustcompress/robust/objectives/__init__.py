@@ -15,6 +15,7 @@ from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives.free import FreeAT
 from robustcompress.robust.objectives.labels import ClassWeights, LabelLoss
 from robustcompress.robust.objectives.mart import MART
 from robustcompress.robust.objectives.parts import AttackMode
@@ -28,6 +29,7 @@ __all__ = [
     "TRADES",
     "AttackMode",
     "ClassWeights",
+    "FreeAT",
     "LabelLoss",
     "Natural",
     "Objective",
@@ -36,7 +38,7 @@ __all__ = [
     "objective_from_name",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES, MART)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, FreeAT, TRADES, MART)}
 """By name; each is a frozen dataclass of its options."""
 
 

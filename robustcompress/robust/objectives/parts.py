@@ -67,6 +67,7 @@ def _class_weights(value: Any) -> str:
 RULES: dict[str, Callable[[Any], str]] = {
     "attack_mode": _one_of(*get_args(AttackMode)),
     "steps": _count,
+    "replays": _count,
     "step_size": lambda value: "" if value is None else _positive(value),
     "label_smoothing": _share,
     "class_weights": _class_weights,

@@ -80,7 +80,7 @@ class FGSMRS(LabelLoss):
     """Fast adversarial training (Wong et al. 2020, algorithm 3): one step of 1.25 eps from a uniform start.
 
     Cheap (one pass for the attack, one for the loss) and prone to catastrophic overfitting: PGD accuracy
-    can fall to zero within an epoch while FGSM accuracy rises, so watch PGD.
+    can fall to zero within an epoch while FGSM accuracy rises. Training watches for it (`Recipe.guard`).
 
     Attributes:
         step_scale: Length of the step in units of eps; the paper's 1.25.
@@ -90,6 +90,11 @@ class FGSMRS(LabelLoss):
     name: ClassVar[str] = "fgsm-rs"
     step_scale: float = 1.25
     attack_mode: AttackMode = "eval"
+
+    @property
+    def single_step(self) -> float | None:
+        """See `Objective.single_step`."""
+        return self.step_scale
 
     def attack(
         self,
