@@ -33,6 +33,7 @@ from robustcompress.train import (
     computes_in_bf16,
     estimate_statistics,
     frozen_but,
+    make_guard,
     make_optimizer,
     phase_steps,
     safe_memory_format,
@@ -101,6 +102,18 @@ class Session(Run):
         self._ema: AveragedModel | None = None
         self._spent = 0.0  # share of the run's epochs that phases have had so far
         self._autocast = computes_in_bf16(goal.recipe.bf16, self._device)
+        self._guard = make_guard(
+            goal.objective,
+            goal.threat,
+            goal.data.train,
+            count=goal.recipe.guard,
+            seed=goal.seed,
+            device=self._device,
+            batch_size=goal.recipe.batch_size,
+            say=self.say,
+        )
+        if self._guard is not None:
+            self.keep("guard", self._guard)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -248,10 +261,15 @@ class Session(Run):
             done = self._journal.enter(phase, steps, self.history, state)
             if done == steps:
                 return
+        guard = self._guard if optimizer is self._optimizer else None  # scores are no weights: nothing to go back to
+        if guard is not None:
+            guard.enter(self.model, [ema] if ema is not None else [], optimizer, begun=done > 0)
         macs, params = self.cost_model.predict(self.editor.widths)
 
         def on_epoch(record: dict[str, Any]) -> None:
             record |= {"macs": round(macs), "params": round(params)}
+            if guard is not None:
+                guard.look(record)
             if selection is not None:
                 selection.look(record)
             if look is not None:
@@ -264,7 +282,7 @@ class Session(Run):
         train(
             CompiledNetwork(self.model) if compiles else self.model,
             self._batches,
-            with_auxiliary(objective or self.goal.objective, self.editor),
+            with_auxiliary(objective or (self._guard.objective if self._guard else self.goal.objective), self.editor),
             self.goal.threat,
             self.goal.recipe,
             epochs=share * self.goal.epochs,

@@ -118,7 +118,8 @@ class Objective(ABC):
     ) -> ObjectiveStep:
         """Attack the batch, then compute the loss in the mode the model is in: `loss_on` after `attack`.
 
-        An objective that overrides this alone trains as well, but not with an ascent (AWP, SAM, S2AP): that needs the parts.
+        An objective that overrides this alone trains as well, but not with an ascent (AWP, SAM, S2AP): that needs the
+        parts.
 
         Args:
             model: Maps images to logits. Its mode is as before afterwards; `.grad` is not touched.

@@ -12,6 +12,7 @@ from robustcompress.train.device import (
 )
 from robustcompress.train.ema import averaged
 from robustcompress.train.frozen import frozen, frozen_but
+from robustcompress.train.guard import Guard, make_guard
 from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps, train
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe, augmentation
@@ -26,6 +27,7 @@ __all__ = [
     "STATISTICS_BATCHES",
     "Ascent",
     "CompiledNetwork",
+    "Guard",
     "Progress",
     "Recipe",
     "Schedule",
@@ -41,6 +43,7 @@ __all__ = [
     "frozen",
     "frozen_but",
     "lr_factor",
+    "make_guard",
     "make_optimizer",
     "phase_steps",
     "resolve_device",

@@ -32,6 +32,9 @@ class Recipe:
             in every phase that trains weights; the paper's is 0.005 to 0.01, and 0 switches it off. Costs one more
             forward and backward pass a step.
         awp_warmup: Share of the run's epochs before the perturbation begins.
+        guard: How many training images are attacked after every epoch, by one step and by PGD-10, where the objective's
+            own attack is a single step ("fgsm-rs", "free-at"), no more than a 32nd of them, or 64: after catastrophic
+            overfitting the epoch is undone, and training goes on with PGD-2 (see `Guard`). 0 switches it off.
         compile: Compile the passes of phases that train weights (`torch.compile`). Every new shape, and so every edit,
             costs some tens of seconds: it pays in long phases on a GPU.
     """
@@ -48,6 +51,7 @@ class Recipe:
     val_images: int = 500
     awp: float = 0.0
     awp_warmup: float = 0.0
+    guard: int = 128
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class Recipe:
             ("val_images", True, 0, 1_000_000_000),
             ("awp", False, 0, 1),
             ("awp_warmup", False, 0, 1),
+            ("guard", True, 0, 1_000_000_000),
         ):
             value = getattr(self, name)
             number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
