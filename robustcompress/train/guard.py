@@ -168,8 +168,8 @@ def stronger(objective: Objective, steps: int, threat: ThreatModel) -> PGDAT:
         steps: Of PGD; of half the radius where they are two, else of a quarter.
         threat: What the adversary may do.
     """
-    kept = {name: getattr(objective, name) for name in ("label_smoothing", "class_weights", "attack_mode")
-            if hasattr(objective, name)}  # fmt: skip
+    names = ("label_smoothing", "class_weights", "attack_mode")
+    kept = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
     return PGDAT(steps=steps, step_size=threat.eps / min(steps, 4), **kept)
 
 
