@@ -29,14 +29,17 @@ from robustcompress.train import (
     Schedule,
     Selection,
     augmentation,
-    averaged,
+    average_epoch,
     computes_in_bf16,
     estimate_statistics,
     frozen_but,
+    make_average,
+    make_guard,
     make_optimizer,
     phase_steps,
     safe_memory_format,
     set_memory_format,
+    sharpness_ascent,
     train,
     weight_ascent,
     with_auxiliary,
@@ -76,7 +79,7 @@ class Session(Run):
         on_record: Callable[[dict[str, Any]], None] | None = None,
         journal: Journal | None = None,
     ) -> None:
-        if goal.recipe.awp:
+        if goal.recipe.awp or goal.recipe.sam:
             goal.objective.require_parts()
         super().__init__(goal.seed + 1, progress=progress, on_record=on_record, journal=journal)
         self.model = model
@@ -101,6 +104,18 @@ class Session(Run):
         self._ema: AveragedModel | None = None
         self._spent = 0.0  # share of the run's epochs that phases have had so far
         self._autocast = computes_in_bf16(goal.recipe.bf16, self._device)
+        self._guard = make_guard(
+            goal.objective,
+            goal.threat,
+            goal.data.train,
+            count=goal.recipe.guard,
+            seed=goal.seed,
+            device=self._device,
+            batch_size=goal.recipe.batch_size,
+            say=self.say,
+        )
+        if self._guard is not None:
+            self.keep("guard", self._guard)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -179,12 +194,16 @@ class Session(Run):
             parameters = [p for p in self.model.parameters() if p.requires_grad]
             self._optimizer = make_optimizer(recipe, parameters, lr=recipe.lr)
             self.editor.follow(self._optimizer)
-        if self._ema is None and recipe.ema > 0:
-            self._ema = averaged(self.model, recipe.ema)
-            self.editor.follow(self._ema)
+        if self._ema is None:
+            self._ema = make_average(self.model, recipe)
+            if self._ema is not None:
+                self.editor.follow(self._ema)
         selection = self._selection(share) if select else None
         begins = (recipe.awp_warmup - self._spent) / share if share else 0.0
+        if awp and recipe.sam:
+            raise InputError(f"awp={awp!r} in phase {phase!r} and the recipe's sam={recipe.sam!r}: choose one of them")
         ascent = weight_ascent(self._optimizer, recipe.awp if awp is None else awp, begins=begins)
+        ascent = ascent or sharpness_ascent(self._optimizer, recipe.sam, adaptive=recipe.sam_adaptive)
         self._loop(phase, share, self._optimizer, recipe.lr * lr_scale, schedule, self._ema, selection, ascent)
         if selection is not None:
             selection.restore()
@@ -239,19 +258,30 @@ class Session(Run):
         objective: Objective | None = None,
         look: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
+        before, by_epochs = self._spent, self.goal.recipe.averaging == "swa"
         self._spent += share
         self._lay_out()
         done, state = 0, None
+        steps = self.steps(share)
         if self._journal is not None:
             state = self._state(optimizer, selection)
-            steps = phase_steps(share * self.goal.epochs, self._batches)
             done = self._journal.enter(phase, steps, self.history, state)
             if done == steps:
                 return
+        guard = self._guard if optimizer is self._optimizer else None  # scores are no weights: nothing to go back to
+        if guard is not None:
+            guard.enter(self.model, [ema] if ema is not None else [], optimizer, begun=done > 0)
         macs, params = self.cost_model.predict(self.editor.widths)
 
         def on_epoch(record: dict[str, Any]) -> None:
             record |= {"macs": round(macs), "params": round(params)}
+            if ema is not None and by_epochs:
+                spent = before + share * record["steps"] / steps
+                record["averaged"] = average_epoch(
+                    ema, self.model, self._batches.iterate(0), counts=spent > self.goal.recipe.swa_start + 1e-9
+                )
+            if guard is not None:  # after the average, which it puts back too
+                guard.look(record)
             if selection is not None:
                 selection.look(record)
             if look is not None:
@@ -264,7 +294,7 @@ class Session(Run):
         train(
             CompiledNetwork(self.model) if compiles else self.model,
             self._batches,
-            with_auxiliary(objective or self.goal.objective, self.editor),
+            with_auxiliary(objective or (self._guard.objective if self._guard else self.goal.objective), self.editor),
             self.goal.threat,
             self.goal.recipe,
             epochs=share * self.goal.epochs,
@@ -273,7 +303,7 @@ class Session(Run):
             schedule=schedule,
             generator=self._attack_generator,
             phase=phase,
-            ema=ema,
+            ema=None if by_epochs else ema,
             progress=self.progress,
             on_epoch=on_epoch,
             autocast=self._autocast,

@@ -23,6 +23,7 @@ from benchmarks import (
     latency,
     latency_budget,
     onnx_files,
+    overfitting,
     report,
     search_meta,
     search_policies,
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
     *(search_tasks, search_meta),
-    *(latency, latency_budget, deployment, any_model, onnx_files),
+    *(latency, latency_budget, deployment, any_model, onnx_files, overfitting),
 )
 
 
@@ -101,6 +102,21 @@ def test_trace_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (row,) = value["results"]
     assert row["params"] * 4 < row["bytes"] < row["trace"] < 200 * row["bytes"] and row["forward"] >= 0
     assert trace_memory.markdown(value) in capsys.readouterr().out
+
+
+def test_overfitting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "overfitting.json"
+    assert overfitting.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "overfitting")
+    check_anonymous(out, str(tmp_path))
+    assert [(row["setting"], row["arm"]) for row in value["results"]] == [
+        (setting, arm) for setting in ("provoked", "mild") for arm in ("off", "on", "pgd-2")
+    ]
+    off, on = value["results"][3:5]
+    assert off["pgd"] == on["pgd"] and off["clean"] == on["clean"], "where nothing collapses the guard changes nothing"
+    assert [len(row["history"]) for row in value["results"]] == [0, 1, 0] * 2
+    assert overfitting.markdown(value) in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ from robustcompress.robust.evaluate import evaluate
 from robustcompress.robust.judge import EvaluationProgress
 from robustcompress.robust.objectives import (
     FGSMRS,
+    MART,
     PGDAT,
     TRADES,
+    FreeAT,
     Natural,
     Objective,
     ObjectiveStep,
@@ -22,12 +24,14 @@ from robustcompress.robust.threat import ThreatModel
 
 __all__ = [
     "FGSMRS",
+    "MART",
     "PGDAT",
     "TRADES",
     "AttackResult",
     "AttackSpec",
     "AutoAttackConfig",
     "EvaluationProgress",
+    "FreeAT",
     "Natural",
     "Objective",
     "ObjectiveStep",

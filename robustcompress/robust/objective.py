@@ -32,7 +32,7 @@ class ObjectiveStep:
 
 
 _WHOLE = "objective {0!r} cannot be split: define attack() and loss_on() for it, or leave out {1}"
-_WHO = "AWP, S2AP and diagnose"
+_WHO = "AWP, SAM, S2AP and diagnose"
 
 
 class Objective(ABC):
@@ -42,6 +42,27 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
+
+    @property
+    def replays(self) -> int:
+        """How many steps in a row are taken on one batch; an epoch has as many steps in all, and so fewer batches."""
+        return 1
+
+    @property
+    def single_step(self) -> float | None:
+        """Length of the step in units of eps, where images are attacked by one gradient step alone; else None.
+
+        Training on such attacks can overfit to them catastrophically, and is watched for it.
+        """
+        return None
+
+    def begin(self) -> Objective:
+        """What the steps of one epoch minimise: this, or for an objective with a memory a new one whose is empty.
+
+        The training loop asks for it at the beginning of every epoch, so that what an objective remembers from step to
+        step never has to be stored.
+        """
+        return self
 
     def attack(
         self,
@@ -97,7 +118,8 @@ class Objective(ABC):
     ) -> ObjectiveStep:
         """Attack the batch, then compute the loss in the mode the model is in: `loss_on` after `attack`.
 
-        An objective that overrides this alone trains as well, but not with an ascent (AWP, S2AP): that needs the parts.
+        An objective that overrides this alone trains as well, but not with an ascent (AWP, SAM, S2AP): that needs the
+        parts.
 
         Args:
             model: Maps images to logits. Its mode is as before afterwards; `.grad` is not touched.
@@ -117,6 +139,18 @@ class Objective(ABC):
         kind = type(self)
         if kind.attack is Objective.attack or kind.loss_on is Objective.loss_on:
             raise InputError(_WHOLE.format(self.name, who))
+
+    def for_labels(self, labels: Tensor, num_classes: int) -> Objective:
+        """This objective with all that depends on the training labels in numbers; itself where nothing does.
+
+        Args:
+            labels: Of the training images, int64 [N].
+            num_classes: How many classes there are.
+
+        Raises:
+            InputError: An option does not fit so many classes.
+        """
+        return self
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:

@@ -68,6 +68,11 @@ class S2AP(Strategy):
         assert isinstance(self.host, ScoreBased)
         if self.gamma != 0 or self.finetune_awp:
             session.goal.objective.require_parts()
+        if self.finetune_awp and session.goal.recipe.sam:
+            raise InputError(
+                f"finetune_awp={self.finetune_awp!r} and the recipe's sam={session.goal.recipe.sam!r} would each move "
+                "the weights: give finetune_awp=0, or sam=0"
+            )
         self.host.run_with(
             session,
             ascent=self._ascent if self.gamma != 0 else None,

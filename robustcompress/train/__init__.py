@@ -1,6 +1,6 @@
 """One training loop for every strategy."""
 
-from robustcompress.train.ascent import Ascent, weight_ascent
+from robustcompress.train.ascent import Ascent, SharpnessAscent, sharpness_ascent, weight_ascent
 from robustcompress.train.auxiliary import with_auxiliary
 from robustcompress.train.compiled import CompiledNetwork
 from robustcompress.train.device import (
@@ -10,8 +10,9 @@ from robustcompress.train.device import (
     safe_memory_format,
     set_memory_format,
 )
-from robustcompress.train.ema import averaged
+from robustcompress.train.ema import average_epoch, averaged, equally_averaged, make_average
 from robustcompress.train.frozen import frozen, frozen_but
+from robustcompress.train.guard import Guard, make_guard
 from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps, train
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe, augmentation
@@ -26,26 +27,33 @@ __all__ = [
     "STATISTICS_BATCHES",
     "Ascent",
     "CompiledNetwork",
+    "Guard",
     "Progress",
     "Recipe",
     "Schedule",
     "ScoreAscent",
     "Selection",
+    "SharpnessAscent",
     "TrainingError",
     "augmentation",
+    "average_epoch",
     "averaged",
     "calibrate",
     "computes_in_bf16",
     "describe",
+    "equally_averaged",
     "estimate_statistics",
     "frozen",
     "frozen_but",
     "lr_factor",
+    "make_average",
+    "make_guard",
     "make_optimizer",
     "phase_steps",
     "resolve_device",
     "safe_memory_format",
     "set_memory_format",
+    "sharpness_ascent",
     "train",
     "weight_ascent",
     "with_auxiliary",

@@ -1,4 +1,4 @@
-"""One step up in parameter space, the descent from there, and exactly back: what AWP and S2AP share."""
+"""One step up in parameter space, the descent from there, and exactly back: what AWP, SAM and S2AP share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.threat import ThreatModel
 
 _TINY = 1e-20
+
+LARGEST_RHO = 10.0
+"""Of `SharpnessAscent`: papers go up to 2."""
 
 
 class Ascent:
@@ -64,7 +67,7 @@ class Ascent:
         kept = [p.detach().clone() for p in self.parameters]
         try:
             with torch.no_grad():
-                steps = [g * (p.norm() / (g.norm() + _TINY)) for p, g in zip(kept, gradients, strict=True)]
+                steps = self.directions(kept, gradients)
                 radius = self.radius(steps)
                 for parameter, step in zip(self.parameters, steps, strict=True):
                     parameter.add_(step, alpha=radius)
@@ -78,8 +81,12 @@ class Ascent:
         self._before = self._before + value.detach()
         self._count += 1
 
+    def directions(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Where each parameter goes, at radius one: up its own gradient, as far as it is long."""
+        return [g * (p.norm() / (g.norm() + _TINY)) for p, g in zip(parameters, gradients, strict=True)]
+
     def radius(self, steps: Sequence[Tensor]) -> float:
-        """How far to go along `steps`, which are as long as their parameters (or zero, where the gradient is)."""
+        """How far to go along `steps`, as `directions` gave them."""
         return self.gamma
 
     def note(self, loss: Tensor) -> None:
@@ -97,11 +104,50 @@ class Ascent:
         return {self.label: self.gamma, "loss_before": before / count, "loss_after": after / count} if count else {}
 
 
-def check_gamma(gamma: object, name: str = "gamma") -> None:
-    """Raise InputError unless `gamma` is a radius: a number in (0, 1]."""
+class SharpnessAscent(Ascent):
+    """Sharpness-aware minimisation (Foret et al., ICLR 2021, eq. 2): one ball around all parameters together.
+
+    All parameters move by `rho g / ||g||`, the norm being that of the whole gradient. Adaptive (ASAM, Kwon et al., ICML
+    2021, eq. 5, elementwise): by `rho T^2 g / ||T g||` with T the absolute values of the parameters, so that scaling
+    layers against each other changes nothing. Beside `Ascent`: no ball is relative to its tensor, and batch norms and
+    biases move too. Ours: running statistics are those of the descent, above.
+
+    Args:
+        parameters: Leaf tensors to move.
+        rho: Euclidean radius, in (0, 10].
+        adaptive: Whether it is ASAM.
+    """
+
+    label: ClassVar[str] = "sam"
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rho: float, *, adaptive: bool = False) -> None:
+        super().__init__(parameters, 1.0)
+        check_gamma(rho, "rho", most=LARGEST_RHO, usual="sharpness-aware minimisation uses 0.05, its adaptive form 0.5")
+        self.gamma = rho
+        self._adaptive = adaptive
+
+    def directions(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Where each parameter goes, at radius one: up the gradient of all of them, to the edge of the one ball."""
+        scaled = list(gradients)
+        if self._adaptive:
+            scaled = [p.abs() * g for p, g in zip(parameters, gradients, strict=True)]
+        norm = torch.stack([s.norm() for s in scaled]).norm() + _TINY
+        if self._adaptive:
+            scaled = [p.abs() * s for p, s in zip(parameters, scaled, strict=True)]
+        return [s / norm for s in scaled]
+
+
+def check_gamma(
+    gamma: object,
+    name: str = "gamma",
+    *,
+    most: float = 1.0,
+    usual: str = "adversarial weight perturbation uses 0.005",
+) -> None:
+    """Raise InputError unless `gamma` is a radius: a number in (0, most]."""
     number = isinstance(gamma, int | float) and not isinstance(gamma, bool) and math.isfinite(gamma)
-    if not number or not 0 < gamma <= 1:  # type: ignore[operator]
-        raise InputError(f"{name}={gamma!r}: must be a number in (0, 1]; adversarial weight perturbation uses 0.005")
+    if not number or not 0 < gamma <= most:  # type: ignore[operator]
+        raise InputError(f"{name}={gamma!r}: must be a number in (0, {most:g}]; {usual}")
 
 
 def weight_ascent(optimizer: torch.optim.Optimizer, gamma: float, *, begins: float = 0.0) -> Ascent | None:
@@ -123,6 +169,26 @@ def weight_ascent(optimizer: torch.optim.Optimizer, gamma: float, *, begins: flo
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     made = Ascent([p for p in parameters if p.dim() > 1 and p.requires_grad], gamma, begins=begins)
     return made if made.parameters else None
+
+
+def sharpness_ascent(optimizer: torch.optim.Optimizer, rho: float, *, adaptive: bool = False) -> Ascent | None:
+    """Sharpness-aware minimisation over everything that the optimizer trains.
+
+    Args:
+        optimizer: Holds the parameters.
+        rho: Radius, as in `SharpnessAscent`; 0 switches it off.
+        adaptive: Whether it is ASAM.
+
+    Returns:
+        None where there is nothing to do.
+
+    Raises:
+        InputError: The radius is out of range.
+    """
+    if rho == 0 and not isinstance(rho, bool):
+        return None
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return SharpnessAscent(parameters, rho, adaptive=adaptive) if parameters else None
 
 
 def forward_backward(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives import LabelLoss
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.auxiliary import tensors_of
@@ -71,6 +72,15 @@ class WithAuxiliary(Objective):
         self._inner, self._weight = inner, weight
         self._whole = type(inner).loss is not Objective.loss
 
+    @property
+    def replays(self) -> int:
+        """See `Objective.replays`."""
+        return self._inner.replays
+
+    def begin(self) -> Objective:
+        """See `Objective.begin`."""
+        return WithAuxiliary(self._inner.begin(), self._weight)
+
     def attack(
         self,
         model: nn.Module,
@@ -88,10 +98,8 @@ class WithAuxiliary(Objective):
         network = MainLogits(model)
         with network.listened() as heard:
             step = self._inner.loss_on(network, x, x_adv, y)
-        smoothing = float(getattr(self._inner, "label_smoothing", 0.0))
-        losses = [
-            F.cross_entropy(logits, y, label_smoothing=smoothing) / len(heard) for others in heard for logits in others
-        ]
+        compare = self._inner.cross_entropy if isinstance(self._inner, LabelLoss) else F.cross_entropy
+        losses = [compare(logits, y) / len(heard) for others in heard for logits in others]
         loss = step.loss + self._weight * torch.stack(losses).sum() if losses else step.loss
         return ObjectiveStep(loss, step.logits, step.x_adv, step.clean_logits)
 
@@ -109,7 +117,7 @@ class WithAuxiliary(Objective):
             return self._inner.loss(MainLogits(model), x, y, threat, generator=generator)
         return super().loss(model, x, y, threat, generator=generator)
 
-    def require_parts(self, who: str = "AWP, S2AP and diagnose") -> None:
+    def require_parts(self, who: str = "AWP, SAM, S2AP and diagnose") -> None:
         """See `Objective.require_parts`."""
         self._inner.require_parts(who)
 

@@ -93,7 +93,8 @@ def train(
     Args:
         model: The network, on its device; returned in the mode it came in, also after an error.
         batches: Training images; their `epoch` counts on.
-        objective: What a step minimises.
+        objective: What a step minimises; asked at the beginning of each epoch what that is (`Objective.begin`). Where
+            it replays batches, an epoch has as many steps, and fewer images.
         threat: What the adversary may do.
         recipe: Clipping; the rest is already in `optimizer`, `batches` and `ema`.
         epochs: How long; rounded to whole steps, at least one.
@@ -130,7 +131,7 @@ def train(
     meter, done = _Meter(), start
     with kept_modes(model), progress.phase(phase, steps, start) as bar:
         model.train()
-        for x, y in _stream(batches, steps - start):
+        for current, x, y in _stream(batches, objective, steps - start):
             for group in optimizer.param_groups:
                 group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
             optimizer.zero_grad(set_to_none=True)
@@ -138,7 +139,7 @@ def train(
                 model,
                 x,
                 y,
-                objective,
+                current,
                 threat,
                 generator=generator,
                 precision=precision,
@@ -172,13 +173,19 @@ def train(
     return history
 
 
-def _stream(batches: Batches, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _stream(
+    batches: Batches, objective: Objective, steps: int
+) -> Iterator[tuple[Objective, torch.Tensor, torch.Tensor]]:
+    """What each of the next steps minimises, and on what; an epoch has `len(batches)` steps, replays among them."""
     while steps > 0:
-        for batch in batches:
-            yield batch
-            steps -= 1
-            if steps == 0:
-                return
+        current, left = objective.begin(), min(steps, len(batches))
+        steps -= left
+        for x, y in batches:
+            for _ in range(min(current.replays, left)):
+                yield current, x, y
+            left -= min(current.replays, left)
+            if left == 0:
+                break
 
 
 @torch.no_grad()

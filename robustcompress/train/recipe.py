@@ -10,6 +10,7 @@ from robustcompress.data import Augment
 from robustcompress.errors import Problems, nearest
 
 Optimizer = Literal["sgd", "adamw"]
+Averaging = Literal["ema", "swa"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,10 @@ class Recipe:
         clip_norm: Gradients are scaled down to this Euclidean norm; None leaves them.
         ema: Largest decay of the averaged weights, which are what every strategy returns; 0 switches averaging off.
             The decay warms up as (1 + n) / (10 + n), so that short runs are averaged over their own length.
+        averaging: "ema", as above; or "swa", stochastic weight averaging (Izmailov et al., UAI 2018): the equal mean of
+            the weights at the ends of the last epochs, with batch-norm statistics estimated anew; `ema` is not used.
+        swa_start: Share of the run's epochs after which "swa" begins; before, the weights themselves are returned. The
+            phases' learning rates stay as they are, where the paper's is constant or cyclical meanwhile.
         augment: "auto" is "crop" for digits, letters and signs that change meaning in a mirror, else "crop-flip".
         bf16: Autocast to bfloat16; "auto" does so on GPUs that can.
         val_images: How many validation images are attacked to choose the best epoch.
@@ -32,6 +37,14 @@ class Recipe:
             in every phase that trains weights; the paper's is 0.005 to 0.01, and 0 switches it off. Costs one more
             forward and backward pass a step.
         awp_warmup: Share of the run's epochs before the perturbation begins.
+        sam: Radius of sharpness-aware minimisation (Foret et al., ICLR 2021), a Euclidean ball around all weights
+            together, in every phase that trains weights; the paper's is 0.05, and 0 switches it off. Costs what `awp`
+            costs, and excludes it.
+        sam_adaptive: The form whose ball is scaled by the weights (ASAM, Kwon et al., ICML 2021); its `sam` is about
+            ten times as large.
+        guard: How many training images are attacked after every epoch, by one step and by PGD-10, where the objective's
+            own attack is a single step ("fgsm-rs", "free-at"), no more than a 32nd of them, or 64: after catastrophic
+            overfitting the epoch is undone, and training goes on with PGD-2 (see `Guard`). 0 switches it off.
         compile: Compile the passes of phases that train weights (`torch.compile`). Every new shape, and so every edit,
             costs some tens of seconds: it pays in long phases on a GPU.
     """
@@ -43,31 +56,40 @@ class Recipe:
     batch_size: int = 128
     clip_norm: float | None = None
     ema: float = 0.999
+    averaging: Averaging = "ema"
+    swa_start: float = 0.75
     augment: Literal["auto"] | Augment = "auto"
     bf16: bool | Literal["auto"] = "auto"
     val_images: int = 500
     awp: float = 0.0
     awp_warmup: float = 0.0
+    sam: float = 0.0
+    sam_adaptive: bool = False
+    guard: int = 128
     compile: bool = False
 
     def __post_init__(self) -> None:
         problems = Problems("the training recipe makes no sense")
-        if self.optimizer not in get_args(Optimizer):
-            problems.add(
-                f"optimizer={self.optimizer!r} does not exist{nearest(str(self.optimizer), get_args(Optimizer))}"
-            )
-        augments = ("auto", *get_args(Augment))
-        if self.augment not in augments:
-            problems.add(f"augment={self.augment!r} does not exist{nearest(str(self.augment), augments)}")
+        for name, choices in (
+            ("optimizer", get_args(Optimizer)),
+            ("averaging", get_args(Averaging)),
+            ("augment", ("auto", *get_args(Augment))),
+        ):
+            if getattr(self, name) not in choices:
+                chosen = getattr(self, name)
+                problems.add(f"{name}={chosen!r} does not exist{nearest(str(chosen), choices)}")
         for name, whole, low, high in (
             ("lr", False, 1e-9, 10),
             ("momentum", False, 0, 0.9999),
             ("weight_decay", False, 0, 1),
             ("batch_size", True, 1, 1_000_000),
             ("ema", False, 0, 0.999999),
+            ("swa_start", False, 0, 0.999),
             ("val_images", True, 0, 1_000_000_000),
             ("awp", False, 0, 1),
             ("awp_warmup", False, 0, 1),
+            ("sam", False, 0, 10),
+            ("guard", True, 0, 1_000_000_000),
         ):
             value = getattr(self, name)
             number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
@@ -76,8 +98,11 @@ class Recipe:
                 problems.add(f"{name}={value!r}: must be a {kind} from {low:g} to {high:g}")
         if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
             problems.add(f"clip_norm={self.clip_norm!r}: must be a positive number, or None")
-        if not isinstance(self.compile, bool):
-            problems.add(f"compile={self.compile!r}: must be True or False")
+        for name in ("compile", "sam_adaptive"):
+            if not isinstance(getattr(self, name), bool):
+                problems.add(f"{name}={getattr(self, name)!r}: must be True or False")
+        if self.awp and self.sam:
+            problems.add(f"awp={self.awp!r} and sam={self.sam!r} would each move the weights: choose one of them")
         if self.bf16 not in (True, False, "auto"):
             problems.add(f"bf16={self.bf16!r}: must be True, False or 'auto'")
         problems.raise_if_any()

@@ -19,6 +19,7 @@ EXAMPLE = torch.zeros(2, 3, SIZE, SIZE)
 QUICK_RECIPE = Recipe(batch_size=32, val_images=20)
 QUICK_OBJECTIVE = PGDAT(steps=1)
 HALF = Budget(macs=0.5)
+LINF = ThreatModel()
 
 
 class Chain(nn.Module):
@@ -171,13 +172,14 @@ def make_session(
     seed: int = 0,
     pretrained: bool = False,
     round_to: int = 1,
+    threat: ThreatModel = LINF,
 ) -> Session:
     """What `compress()` hands to a strategy, around the model itself (no copy)."""
     data = data or small_data()
     example = torch.zeros(2, *data.image_shape)
     goal = Goal(
         data=data,
-        threat=ThreatModel(),
+        threat=threat,
         objective=objective,
         budget=budget,
         reference=measure(model, example),

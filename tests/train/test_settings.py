@@ -71,6 +71,16 @@ def test_schedules_stay_in_range_and_turn_at_most_once(schedule: Any, a: float, 
         {"awp": True},
         {"awp_warmup": 1.5},
         {"awp_warmup": "0.1"},
+        {"sam": -0.05},
+        {"sam": 11},
+        {"sam": True},
+        {"sam_adaptive": 1},
+        {"averaging": "swaa"},
+        {"swa_start": 1.0},
+        {"swa_start": -0.1},
+        {"guard": -1},
+        {"guard": 10.5},
+        {"guard": True},
     ],
     ids=str,
 )
@@ -86,9 +96,15 @@ def test_all_bad_settings_are_named_at_once() -> None:
         Recipe(optimizer="adamm", lr=-1, ema=2)  # type: ignore[arg-type]
 
 
+def test_two_ascents_at_once_are_refused() -> None:
+    with pytest.raises(InputError, match=r"awp=0\.005 and sam=0\.05 would each move the weights"):
+        Recipe(awp=0.005, sam=0.05)
+
+
 @pytest.mark.parametrize(
     "edge",
-    [{"momentum": 0.0}, {"weight_decay": 0.0}, {"ema": 0.0}, {"batch_size": 2}, {"val_images": 0}, {"clip_norm": 1}],
+    [{"momentum": 0.0}, {"weight_decay": 0.0}, {"ema": 0.0}, {"batch_size": 2}, {"val_images": 0}, {"clip_norm": 1}]
+    + [{"sam": 0.05, "sam_adaptive": True}, {"averaging": "swa", "swa_start": 0.0}, {"guard": 0}],
     ids=str,
 )
 def test_what_the_docs_allow_is_allowed(edge: dict[str, Any]) -> None:

@@ -15,15 +15,22 @@ from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives.free import FreeAT
+from robustcompress.robust.objectives.labels import ClassWeights, LabelLoss
+from robustcompress.robust.objectives.mart import MART
 from robustcompress.robust.objectives.parts import AttackMode
 from robustcompress.robust.objectives.standard import FGSMRS, PGDAT, TRADES, Natural
 
 __all__ = [
     "FGSMRS",
+    "MART",
     "OBJECTIVES",
     "PGDAT",
     "TRADES",
     "AttackMode",
+    "ClassWeights",
+    "FreeAT",
+    "LabelLoss",
     "Natural",
     "Objective",
     "ObjectiveStep",
@@ -31,7 +38,7 @@ __all__ = [
     "objective_from_name",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, FreeAT, TRADES, MART)}
 """By name; each is a frozen dataclass of its options."""
 
 

@@ -57,11 +57,20 @@ def _share(value: Any) -> str:
     return _number(value, lambda v: 0 <= v < 1, "lie in [0, 1)")
 
 
+def _class_weights(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return _one_of("none", "balanced")(value)
+    fine = len(value) > 0 and not any(_positive(weight) for weight in value)
+    return "" if fine else "give a positive number for each class"
+
+
 RULES: dict[str, Callable[[Any], str]] = {
     "attack_mode": _one_of(*get_args(AttackMode)),
     "steps": _count,
+    "replays": _count,
     "step_size": lambda value: "" if value is None else _positive(value),
     "label_smoothing": _share,
+    "class_weights": _class_weights,
 }
 """By an option's name, what is wrong with a value (empty for nothing); options not named here are positive numbers."""
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustcompress.robust.attacks import pgd
-from robustcompress.robust.objective import Objective, ObjectiveStep
-from robustcompress.robust.objectives.parts import AttackMode, attacking, check_options, gaussian
+from robustcompress.robust.objective import ObjectiveStep
+from robustcompress.robust.objectives.labels import LabelLoss
+from robustcompress.robust.objectives.parts import AttackMode, attacking, gaussian
 from robustcompress.robust.threat import ThreatModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Natural(Objective):
-    """Cross-entropy on the clean images; one forward pass.
-
-    Attributes:
-        label_smoothing: Share of each label given to all classes alike, in [0, 1).
-    """
+class Natural(LabelLoss):
+    """Cross-entropy on the clean images; one forward pass."""
 
     name: ClassVar[str] = "natural"
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def attack(
         self,
@@ -44,16 +36,11 @@ class Natural(Objective):
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
         """See `Objective.loss_on`."""
         logits = model(x_adv)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-        return ObjectiveStep(loss, logits.detach(), x_adv, logits.detach())
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Objective.to_json`."""
-        return {"name": self.name, **asdict(self)}
+        return ObjectiveStep(self.cross_entropy(logits, y), logits.detach(), x_adv, logits.detach())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PGDAT(Objective):
+class PGDAT(LabelLoss):
     """Adversarial training (Madry et al. 2018, eq. 2.1): cross-entropy at the end of a PGD attack on it.
 
     Costs `steps` passes for the attack and one for the loss; running statistics move once, by the attacked batch.
@@ -61,18 +48,13 @@ class PGDAT(Objective):
     Attributes:
         steps: PGD steps, from a uniform random start.
         step_size: Length of a step; None means eps/4, the field's 2/255 at 8/255.
-        label_smoothing: Share of each label given to all classes alike (in the loss, not in the attack).
         attack_mode: "eval", the field's habit, or "train": batch statistics in the attack, running ones kept.
     """
 
     name: ClassVar[str] = "pgd-at"
     steps: int = 10
     step_size: float | None = None
-    label_smoothing: float = 0.0
     attack_mode: AttackMode = "eval"
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def attack(
         self,
@@ -89,33 +71,30 @@ class PGDAT(Objective):
 
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
         """See `Objective.loss_on`."""
-        return _adversarial_step(model, x_adv, y, self.label_smoothing)
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Objective.to_json`."""
-        return {"name": self.name, **asdict(self)}
+        logits = model(x_adv)
+        return ObjectiveStep(self.cross_entropy(logits, y), logits.detach(), x_adv)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FGSMRS(Objective):
+class FGSMRS(LabelLoss):
     """Fast adversarial training (Wong et al. 2020, algorithm 3): one step of 1.25 eps from a uniform start.
 
     Cheap (one pass for the attack, one for the loss) and prone to catastrophic overfitting: PGD accuracy
-    can fall to zero within an epoch while FGSM accuracy rises, so watch PGD.
+    can fall to zero within an epoch while FGSM accuracy rises. Training watches for it (`Recipe.guard`).
 
     Attributes:
         step_scale: Length of the step in units of eps; the paper's 1.25.
-        label_smoothing: Share of each label given to all classes alike (in the loss, not in the attack).
         attack_mode: "eval", as for all objectives here (the paper's code attacks in train mode), or "train".
     """
 
     name: ClassVar[str] = "fgsm-rs"
     step_scale: float = 1.25
-    label_smoothing: float = 0.0
     attack_mode: AttackMode = "eval"
 
-    def __post_init__(self) -> None:
-        check_options(self)
+    @property
+    def single_step(self) -> float | None:
+        """See `Objective.single_step`."""
+        return self.step_scale
 
     def attack(
         self,
@@ -133,15 +112,12 @@ class FGSMRS(Objective):
 
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
         """See `Objective.loss_on`."""
-        return _adversarial_step(model, x_adv, y, self.label_smoothing)
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Objective.to_json`."""
-        return {"name": self.name, **asdict(self)}
+        logits = model(x_adv)
+        return ObjectiveStep(self.cross_entropy(logits, y), logits.detach(), x_adv)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TRADES(Objective):
+class TRADES(LabelLoss):
     """Cross-entropy on clean images plus beta times KL(clean || attacked) (Zhang et al. 2019, eq. 5).
 
     The attack climbs that KL from Gaussian noise of 0.001 around the images, as in the paper's code; its
@@ -162,9 +138,6 @@ class TRADES(Objective):
     steps: int = 10
     step_size: float | None = None
     attack_mode: AttackMode = "eval"
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def attack(
         self,
@@ -192,15 +165,5 @@ class TRADES(Objective):
         """See `Objective.loss_on`."""
         clean = model(x)
         attacked = model(x_adv)
-        divergence = F.kl_div(attacked.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
-        loss = F.cross_entropy(clean, y) + self.beta * divergence
+        loss = self.cross_entropy(clean, y) + self.beta * self.divergence(clean, attacked, y)
         return ObjectiveStep(loss, attacked.detach(), x_adv, clean.detach())
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Objective.to_json`."""
-        return {"name": self.name, **asdict(self)}
-
-
-def _adversarial_step(model: nn.Module, x_adv: Tensor, y: Tensor, label_smoothing: float) -> ObjectiveStep:
-    logits = model(x_adv)
-    return ObjectiveStep(F.cross_entropy(logits, y, label_smoothing=label_smoothing), logits.detach(), x_adv)
