@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,17 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustcompress.budget import Budget, Cost, human, measure
+from robustcompress.budget import Budget, measure
 from robustcompress.calibration import final_latency, limit_latency
 from robustcompress.checkpoint import Journal, fingerprint, remove
 from robustcompress.data import DataSplits
-from robustcompress.errors import BudgetError, InputError, RobustCompressError
+from robustcompress.errors import InputError
 from robustcompress.export.timing import Stopwatch
 from robustcompress.models import ModelSpec
+from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of
 from robustcompress.reach import check_budget, default_rounding
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
-from robustcompress.robust import RobustReport, ThreatModel, attack_by_name, evaluate
+from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
 from robustcompress.series import AUTOATTACK
@@ -32,7 +31,7 @@ from robustcompress.session import Goal, Session
 from robustcompress.smallest import find_smallest, workplace
 from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
-from robustcompress.train import Progress, Recipe, augmentation, describe, set_memory_format
+from robustcompress.train import Progress, Recipe, augmentation, set_memory_format
 
 SMALL_DATA = 10_000
 """Below so many training images the default is a short run."""
@@ -171,10 +170,10 @@ def carry_out(
     if journal is not None:
         journal.finish()
     session.settle()
-    compact = _close(session.model)
-    _check_outcome(chosen, compact, example, request.budget, before)
+    compact = closed(session.model)
+    check_outcome(chosen, compact, example, request.budget, before)
     times = final_latency(session, stopwatch, compact, request.latency_table)
-    report = _evaluate(compact, request, shown)
+    report = report_on(compact, request, shown)
     cpu_example = torch.zeros(1, *splits.image_shape)
     sparse = request.budget.density is not None  # only zeros compress, and compressing takes its time
     result = CompressResult(
@@ -188,13 +187,13 @@ def carry_out(
         history=tuple(session.history),
         report=report,
         threat=request.threat,
-        data=_describe_data(splits),
-        settings=_settings(goal, request.device)
+        data=describe_data(splits),
+        settings=settings_of(goal, request.device)
         | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
     )
     if request.out is not None:
-        saved = _save(result, request.out, shown)
+        saved = save_beside(result, request.out, shown)
         if on_saved is not None:
             on_saved(saved)
     if journal is not None:
@@ -254,7 +253,7 @@ def _carry_out_smallest(
     with workplace(request.checkpoint) as place:
         found = find_smallest(request, place, carry_out, shown, started)
         attacks = tuple(dict.fromkeys((*request.attacks, attack_by_name(demand.attack))))
-        report = _evaluate(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
+        report = report_on(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
         result = replace(found, budget=request.budget.to_json(), report=report)
         if not demand.holds(report) and report is not None:
             final = report.result(demand.attack)
@@ -263,7 +262,7 @@ def _carry_out_smallest(
                 f"({100 * final.low:.1f} to {100 * final.high:.1f}, n={final.n}), which does not show {demand}"
             )
         if request.out is not None:
-            saved = _save(result, request.out, shown)
+            saved = save_beside(result, request.out, shown)
             if on_saved is not None:
                 on_saved(saved)
     return result
@@ -273,7 +272,7 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
     """Where the run is recorded, with everything that its weights depend on; None where nobody asked for it."""
     if request.checkpoint is None:
         return None
-    settings = _settings(goal, request.device)
+    settings = settings_of(goal, request.device)
     identity = {
         **fingerprint(reference),
         "strategy": request.strategy.identity(),
@@ -297,18 +296,6 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
     )
 
 
-def _save(result: CompressResult, out: Path, progress: Progress) -> Path:
-    """Save; if the place was taken during the training, save beside it: hours of work are not thrown away."""
-    target = out
-    for number in range(2, 100):
-        if not target.exists():
-            break
-        target = out.with_name(f"{out.name}-{number}")
-    if target != out:
-        progress.say(f"{out} came to be during the training; the result is saved to {target}")
-    return result.save(target)
-
-
 def _fit_classifier(
     editor: StructuralEditor,
     model: nn.Module,
@@ -328,73 +315,3 @@ def _fit_classifier(
         )
     editor.resize_output(data.num_classes)
     progress.say(f"classifier replaced: the model has {outputs} outputs, {data.name} has {data.num_classes} classes")
-
-
-def _close(model: nn.Module) -> nn.Module:
-    """A plain module: eval mode, contiguous tensors, gradients cleared, nothing attached."""
-    set_memory_format(model, torch.contiguous_format)
-    model.zero_grad(set_to_none=True)
-    hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-    assert not hooked, f"hooks left on {hooked}"
-    return model.eval()
-
-
-def _check_outcome(
-    strategy: Strategy, model: nn.Module, example: torch.Tensor, budget: Budget, reference: Cost
-) -> None:
-    cost = measure(model, example)
-    if strategy.direction != "none" and not budget.allows(cost, reference):
-        raise BudgetError(
-            f"{strategy.name} ended at {human(cost.macs)} MACs, {human(cost.params)} parameters and "
-            f"{human(cost.nonzeros or 0)} weights that are not zero, over {budget}"
-        )
-    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
-        raise RobustCompressError(f"{strategy.name} ended with weights that are not finite; lower the learning rate")
-
-
-def _evaluate(
-    model: nn.Module, request: Request, progress: Progress, *, resume_dir: Path | None = None
-) -> RobustReport | None:
-    if not request.attacks or len(request.data.test) == 0:
-        return None
-    report = evaluate(
-        model,
-        request.data.test,
-        request.threat,
-        attacks=request.attacks,
-        device=request.device,
-        seed=request.seed,
-        max_images=request.test_images,
-        resume_dir=resume_dir,
-    )
-    for warning in report.warnings:
-        progress.say(f"warning: {warning}")
-    return report
-
-
-def _describe_data(data: DataSplits) -> dict[str, Any]:
-    return {
-        "name": Path(data.name).name,
-        "sha256": data.sha256,
-        "classes": list(data.classes),
-        "image_shape": list(data.image_shape),
-        "train": len(data.train),
-        "val": len(data.val),
-        "test": len(data.test),
-    }
-
-
-def _settings(goal: Goal, device: torch.device) -> dict[str, Any]:
-    from robustcompress import __version__
-
-    settings = {
-        "objective": goal.objective.to_json(),
-        "recipe": goal.recipe.to_json(),
-        "epochs": goal.epochs,
-        "pretrained": goal.pretrained,
-        "round_to": goal.round_to,
-        "device": describe(device),
-        "versions": {"robustcompress": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    parsed: dict[str, Any] = json.loads(json.dumps(settings))
-    return parsed

@@ -33,6 +33,7 @@ LAYERS = [
     {"reach"},
     {"latency_table"},
     {"resolve", "calibration"},
+    {"outcome"},
     {"series"},
     {"smallest"},
     {"api"},
