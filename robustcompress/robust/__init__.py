@@ -7,12 +7,18 @@ from robustcompress.robust.autoattack import AutoAttackConfig
 from robustcompress.robust.evaluate import evaluate
 from robustcompress.robust.judge import EvaluationProgress
 from robustcompress.robust.objectives import (
+    ARD,
     FGSMRS,
+    IAD,
+    LTD,
     PGDAT,
+    RSLAD,
     TRADES,
+    AdaAD,
     Natural,
     Objective,
     ObjectiveStep,
+    RobustDistillation,
     objective_from_json,
     objective_from_name,
 )
@@ -21,9 +27,14 @@ from robustcompress.robust.statistics import PairedTest, compare, paired_test, w
 from robustcompress.robust.threat import ThreatModel
 
 __all__ = [
+    "ARD",
     "FGSMRS",
+    "IAD",
+    "LTD",
     "PGDAT",
+    "RSLAD",
     "TRADES",
+    "AdaAD",
     "AttackResult",
     "AttackSpec",
     "AutoAttackConfig",
@@ -32,6 +43,7 @@ __all__ = [
     "Objective",
     "ObjectiveStep",
     "PairedTest",
+    "RobustDistillation",
     "RobustReport",
     "ThreatModel",
     "attack_by_name",

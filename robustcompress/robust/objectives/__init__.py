@@ -15,23 +15,34 @@ from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives.distil import ARD, IAD, LTD, RSLAD, AdaAD, RobustDistillation
 from robustcompress.robust.objectives.parts import AttackMode
 from robustcompress.robust.objectives.standard import FGSMRS, PGDAT, TRADES, Natural
 
 __all__ = [
+    "ARD",
     "FGSMRS",
+    "IAD",
+    "LTD",
     "OBJECTIVES",
     "PGDAT",
+    "RSLAD",
     "TRADES",
+    "AdaAD",
     "AttackMode",
     "Natural",
     "Objective",
     "ObjectiveStep",
+    "RobustDistillation",
     "objective_from_json",
     "objective_from_name",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES)}
+KINDS: tuple[type[Objective], ...] = (
+    *(Natural, PGDAT, FGSMRS, TRADES),
+    *(RSLAD, AdaAD, ARD, IAD, LTD, RobustDistillation),
+)
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in KINDS}
 """By name; each is a frozen dataclass of its options."""
 
 
