@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def describe_data(data: DataSplits) -> dict[str, Any]:
     }
 
 
-def settings_of(goal: Goal, device: torch.device) -> dict[str, Any]:
-    """What a result says of how it was trained, as plain JSON."""
+def settings_of(goal: Goal, device: torch.device, history: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """What a result says of how it was trained, as plain JSON; `history` knows of a teacher."""
     from robustcompress import __version__
 
     settings = {
@@ -89,6 +90,11 @@ def settings_of(goal: Goal, device: torch.device) -> dict[str, Any]:
         "device": describe(device),
         "versions": {"robustcompress": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    if goal.finetune is not None:
+        settings["finetune"] = goal.finetune.to_json()
+    for record in history:
+        if record.get("event") == "teacher":
+            settings["teacher"] = {key: value for key, value in record.items() if key not in ("phase", "event")}
     parsed: dict[str, Any] = json.loads(json.dumps(settings))
     return parsed
 

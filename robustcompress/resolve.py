@@ -26,6 +26,8 @@ from robustcompress.robust.autoattack import check_autoattack
 from robustcompress.robust.objectives import PGDAT, Objective, objective_from_name
 from robustcompress.robust.sanity import check_images
 from robustcompress.strategies import Strategy, make_strategy
+from robustcompress.teacher import Teacher
+from robustcompress.teacher_source import read_teacher
 from robustcompress.train import Recipe, resolve_device
 
 
@@ -54,6 +56,8 @@ class Request:
         checkpoint_every_s: Least seconds between two checkpoints within a phase.
         deadline: Seconds after which to stop; None for never.
         latency_table: Times of another device; None where this machine's own count.
+        finetune: The loss of the fine-tuning after a cut; None for the objective.
+        teacher: Who teaches; None for nobody, or for the run's own reference.
     """
 
     model: nn.Module
@@ -76,6 +80,8 @@ class Request:
     checkpoint_every_s: float
     deadline: float | None
     latency_table: LatencyTable | None = None
+    finetune: Objective | None = None
+    teacher: Teacher | None = None
 
 
 def resolve(
@@ -100,6 +106,8 @@ def resolve(
     deadline: Any = None,
     problems: Problems | None = None,
     latency_table: Any = None,
+    finetune: Any = None,
+    teacher: Any = None,
 ) -> Request:
     """Turn the arguments of compress() into a `Request`; what else was complained about comes as `problems`.
 
@@ -121,6 +129,7 @@ def resolve(
         check_granularity(problems, chosen, _as_limits(problems, chosen, limits), round_to)
     adversary = problems.attempt(lambda: _threat(threat))
     loss = problems.attempt(lambda: _objective(objective))
+    tuning = None if finetune is None else problems.attempt(lambda: _objective(finetune, "finetune"))
     specs = _attacks(problems, attacks)
     target = problems.attempt(lambda: resolve_device(device))
     if out is not None:
@@ -140,6 +149,11 @@ def resolve(
         if any(spec.kind == "autoattack" for spec in specs) or (demand is not None and demand.attack == "autoattack"):
             for item in check_autoattack(adversary, splits.image_shape[1:]).items:
                 problems.add(item)
+    if chosen is not None:
+        _check_teaching(problems, chosen, loss, tuning, teacher, pretrained)
+    master = None
+    if teacher is not None and isinstance(splits, DataSplits) and target is not None:
+        master = problems.attempt(lambda: read_teacher(teacher, splits, target))
     reference, spec = problems.attempt(lambda: _reference(model, seed)) or (None, None)
     if reference is not None and isinstance(splits, DataSplits):
         problems.attempt(lambda: check_image_size(reference, *splits.image_shape[1:]))
@@ -166,7 +180,40 @@ def resolve(
         checkpoint_every_s=checkpoint_every_s,
         deadline=deadline,
         latency_table=table,
+        finetune=tuning,
+        teacher=master,
     )
+
+
+def _check_teaching(
+    problems: Problems,
+    strategy: Strategy,
+    objective: Objective | None,
+    finetune: Objective | None,
+    teacher: object,
+    pretrained: bool,
+) -> None:
+    """Note losses that want a teacher who will not be there, and teachers whom nobody asks."""
+    nobody = teacher is None and not pretrained
+    if finetune is not None and not strategy.finetunes:
+        problems.add(
+            f"finetune={finetune.name!r}: {strategy.name} has no fine-tuning after a cut; give the loss of all its "
+            "training as objective"
+        )
+    if nobody and objective is not None and objective.needs_teacher:
+        own = f", or finetune={objective.name!r} to learn from the reference that is cut" if strategy.finetunes else ""
+        problems.add(
+            f"objective={objective.name!r} wants a teacher from the start: give one (teacher=), or a robust reference "
+            f"(pretrained=True){own}"
+        )
+    if nobody and finetune is not None and finetune.needs_teacher and strategy.finetunes and not strategy.pretrains:
+        problems.add(
+            f"finetune={finetune.name!r} wants a teacher, and {strategy.name} is set up to train no reference before "
+            "the cut: give one (teacher=), or a robust reference (pretrained=True)"
+        )
+    asked = any(loss is not None and loss.needs_teacher for loss in (objective, finetune))
+    if teacher is not None and not asked:
+        problems.add("a teacher is given, and no loss asks it: add finetune='rslad', or objective='rslad'")
 
 
 def _check_checkpoint(
@@ -259,14 +306,14 @@ def _threat(threat: object) -> ThreatModel:
     raise InputError(f"threat={threat!r}: give a ThreatModel, such as ThreatModel('linf', 8/255), or an linf radius")
 
 
-def _objective(objective: object) -> Objective:
+def _objective(objective: object, what: str = "objective") -> Objective:
     if objective is None:
         return PGDAT()
     if isinstance(objective, str):
         return objective_from_name(objective)
     if isinstance(objective, Objective):
         return objective
-    raise InputError(f"objective={objective!r}: give an Objective, or the name of one, such as 'pgd-at'")
+    raise InputError(f"{what}={objective!r}: give an Objective, or the name of one, such as 'pgd-at'")
 
 
 def _attacks(problems: Problems, attacks: object) -> tuple[AttackSpec, ...]:

@@ -63,6 +63,7 @@ class Session(Run):
         goal: What the run is for.
         cost_model: Predicts the cost of any widths.
         latency: The limit on latency; None where the budget says nothing about it.
+        tuning: The loss of `finetune`; None for the goal's objective. `teacher.appoint` gives it a teacher.
     """
 
     def __init__(
@@ -77,13 +78,15 @@ class Session(Run):
         journal: Journal | None = None,
     ) -> None:
         if goal.recipe.awp:
-            goal.objective.require_parts()
+            for objective in filter(None, (goal.objective, goal.finetune)):
+                objective.require_parts()
         super().__init__(goal.seed + 1, progress=progress, on_record=on_record, journal=journal)
         self.model = model
         self.editor = editor
         self.goal = goal
         self.cost_model = CostModel(editor, example)
         self.latency: LatencyLimit | None = None
+        self.tuning = goal.finetune
         self._example = example
         self._device = example.device
         self._attack_generator = torch.Generator(self._device).manual_seed(goal.seed + 2)
@@ -161,6 +164,7 @@ class Session(Run):
         lr_scale: float = 1.0,
         select: bool = False,
         awp: float | None = None,
+        objective: Objective | None = None,
     ) -> None:
         """Train all weights for a share of the run's epochs.
 
@@ -173,6 +177,7 @@ class Session(Run):
             lr_scale: Factor on the recipe's learning rate.
             select: Keep the epoch whose averaged weights withstand PGD-10 best on the validation split.
             awp: Radius of adversarial weight perturbation in this phase; None for the recipe's.
+            objective: What is minimised; the goal's objective by default.
         """
         recipe = self.goal.recipe
         if self._optimizer is None:
@@ -185,9 +190,24 @@ class Session(Run):
         selection = self._selection(share) if select else None
         begins = (recipe.awp_warmup - self._spent) / share if share else 0.0
         ascent = weight_ascent(self._optimizer, recipe.awp if awp is None else awp, begins=begins)
-        self._loop(phase, share, self._optimizer, recipe.lr * lr_scale, schedule, self._ema, selection, ascent)
+        self._loop(
+            phase, share, self._optimizer, recipe.lr * lr_scale, schedule, self._ema, selection, ascent, objective
+        )
         if selection is not None:
             selection.restore()
+
+    def finetune(self, *, share: float, lr_scale: float = 1.0, awp: float | None = None) -> None:
+        """Train what a cut has left, by the loss that the goal has for it; the best epoch is kept.
+
+        The phase is called "finetune". Where that loss wants a teacher and the caller gave none, `teacher.appoint` has
+        made one of the reference before the cut.
+
+        Args:
+            share: Share of all epochs.
+            lr_scale: Factor on the recipe's learning rate.
+            awp: Radius of adversarial weight perturbation in this phase; None for the recipe's.
+        """
+        self.train("finetune", share=share, lr_scale=lr_scale, select=True, awp=awp, objective=self.tuning)
 
     def train_only(
         self,
@@ -348,9 +368,9 @@ class Session(Run):
             with eval_mode(net):
                 yield pgd(net, x, y, self.goal.threat, steps=steps, generator=self._attack_generator), y
 
-    def validate(self) -> tuple[float, float]:
-        """Clean and PGD-10 accuracy of the averaged network on (at most `recipe.val_images`) validation images."""
+    def validate(self, network: nn.Module | None = None) -> tuple[float, float]:
+        """Clean and PGD-10 accuracy on (at most `recipe.val_images`) validation images, by default of the average."""
         images = self.goal.data.val.first(self.goal.recipe.val_images)
         batches = Batches(images, self.goal.recipe.batch_size, device=self._device)
         generator = torch.Generator(self._device).manual_seed(self.goal.seed)  # the same noise every time
-        return accuracies(self.averaged, batches, self.goal.threat, generator=generator)
+        return accuracies(self.averaged if network is None else network, batches, self.goal.threat, generator=generator)

@@ -17,7 +17,7 @@ from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import Objective
-from robustcompress.robust.objectives import objective_from_name
+from robustcompress.robust.objectives import OBJECTIVES, objective_from_name
 from robustcompress.train import Recipe
 
 
@@ -141,6 +141,57 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of the epochs before it begins (default: %(default)g)",
     )
+
+
+def add_teaching_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the loss of the fine-tuning, and who teaches."""
+    teaching = parser.add_argument_group("fine-tuning and distillation")
+    teaching.add_argument(
+        "--finetune",
+        metavar="NAME",
+        help="loss of the fine-tuning after a cut, such as rslad, which learns from the reference as it was before the "
+        "cut or from --teacher (default: the objective)",
+    )
+    teaching.add_argument(
+        "--finetune-option", type=assignment, action="append", default=[], metavar="K=V", help="an option of that loss"
+    )
+    teaching.add_argument(
+        "--teacher",
+        metavar="DIR|MODEL",
+        help="a robust teacher for rslad, adaad, ard, iad and ltd: a saved result, or a model with --teacher-weights",
+    )
+    teaching.add_argument(
+        "--teacher-weights", type=Path, metavar="FILE", help="safetensors with the weights of the model --teacher"
+    )
+
+
+def finetune_from(arguments: argparse.Namespace) -> Objective | None:
+    """The loss of the fine-tuning that the arguments name; its attack takes as many steps as the objective's.
+
+    Raises:
+        InputError: No such loss or option, or options without a loss.
+    """
+    if arguments.finetune is None:
+        if arguments.finetune_option:
+            raise InputError("--finetune-option goes with --finetune: give it too")
+        return None
+    kind = OBJECTIVES.get(arguments.finetune)
+    steps = kind is not None and "steps" in {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    options = {"steps": arguments.attack_steps} if steps else {}
+    return objective_from_name(arguments.finetune, **(options | dict(arguments.finetune_option)))
+
+
+def teacher_from(arguments: argparse.Namespace) -> str | tuple[str, Path] | None:
+    """Whom the arguments name as the teacher; it is read later, with the data at hand.
+
+    Raises:
+        InputError: There are weights for no model.
+    """
+    if arguments.teacher_weights is None:
+        return arguments.teacher  # type: ignore[no-any-return]
+    if arguments.teacher is None:
+        raise InputError("--teacher-weights goes with --teacher MODEL: give it too")
+    return arguments.teacher, arguments.teacher_weights
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:

@@ -98,6 +98,11 @@ def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
     data = {key: value for key, value in recipe["data"].items() if key != "root"}
     if isinstance(source := data.get("source"), str):
         data["source"] = Path(source).name
+    teacher = recipe.get("teacher")
+    if isinstance(teacher, str):
+        return {**recipe, "data": data, "teacher": Path(teacher).name}
+    if isinstance(teacher, dict):
+        return {**recipe, "data": data, "teacher": {**teacher, "weights": Path(teacher["weights"]).name}}
     return {**recipe, "data": data}
 
 
