@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from robustcompress.errors import InputError
+from robustcompress.robust.statistics import wilson
 
 if TYPE_CHECKING:
     from robustcompress.session import Session
@@ -41,12 +42,21 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def doubt(clean: float, robust: float, classes: int) -> str:
-    """What speaks against learning robustness from a network of these accuracies (in [0, 1]); empty for nothing."""
+def doubt(clean: float, robust: float, images: int, classes: int) -> str:
+    """What speaks against learning robustness from a network of these accuracies (in [0, 1]); empty for nothing.
+
+    Args:
+        clean: Accuracy without an attack.
+        robust: Accuracy under PGD-10.
+        images: How many it was measured on.
+        classes: How many there are to guess among.
+    """
     chance = 1 / classes
     said = f"its PGD-10 accuracy on validation images is {100 * robust:.1f} % ({100 * clean:.1f} % clean"
     if robust <= chance:
         return f"{said}; guessing gives {100 * chance:.1f} %): it has no robustness to pass on"
+    if wilson(round(robust * images), images)[0] <= chance:
+        return f"{said}): on {images} images that is not shown to be better than guessing"
     if robust - chance < LEAST * (clean - chance):
         return f"{said}): most of what it knows is lost under attack, and networks that learn from such are not robust"
     return ""
@@ -86,7 +96,7 @@ def _look(session: Session, teacher: nn.Module, told: Mapping[str, Any], *, give
         session.say("warning: nothing is known of the teacher's robustness: there are no validation images to attack")
         return
     session.say(f"the teacher has {100 * clean:.1f} % clean and {100 * robust:.1f} % PGD-10 accuracy (validation)")
-    doubted = doubt(clean, robust, session.goal.data.num_classes)
+    doubted = doubt(clean, robust, images, session.goal.data.num_classes)
     if not doubted:
         return
     if given and robust <= 1 / session.goal.data.num_classes:
