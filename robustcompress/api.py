@@ -15,7 +15,7 @@ from torch import nn
 from robustcompress.budget import Budget, measure
 from robustcompress.calibration import final_latency, limit_latency
 from robustcompress.checkpoint import Journal, fingerprint, remove
-from robustcompress.data import DataSplits
+from robustcompress.data import TEACHER, DataSplits
 from robustcompress.errors import InputError
 from robustcompress.export.timing import Stopwatch
 from robustcompress.models import ModelSpec
@@ -31,7 +31,7 @@ from robustcompress.session import Goal, Session
 from robustcompress.smallest import find_smallest, workplace
 from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
-from robustcompress.teacher import REFERENCE, Teacher, frozen_copy, introduce
+from robustcompress.teacher import REFERENCE, Teacher, frozen_copy, introduce, with_labels
 from robustcompress.teacher_source import TeacherLike
 from robustcompress.train import Progress, Recipe, augmentation, set_memory_format
 
@@ -198,7 +198,7 @@ def carry_out(
         history=tuple(session.history),
         report=report,
         threat=request.threat,
-        data=describe_data(splits),
+        data=describe_data(goal.data),
         settings=settings_of(goal, request.device, session.history)
         | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
@@ -237,6 +237,7 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
     check_budget(chosen, editor, example, request.budget, before, step, shown)
 
     teacher = _teacher(request, reference)
+    splits = with_labels(splits, request.labeller or teacher, shown)
     objective, finetune = request.objective, request.finetune
     if teacher is not None:
         objective = objective.taught_by(teacher.model)
@@ -265,6 +266,8 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
 def _teacher(request: Request, reference: nn.Module) -> Teacher | None:
     """Who teaches from the start: whom the caller gave, or the reference where it is robust already and asked for."""
     asked = any(loss is not None and loss.needs_teacher for loss in (request.objective, request.finetune))
+    extra = request.data.extra
+    asked |= extra is not None and extra.labelled_by == TEACHER
     if request.teacher is not None or not (asked and request.pretrained):
         return request.teacher
     return Teacher(model=frozen_copy(reference), told={"source": REFERENCE})
@@ -311,10 +314,7 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
         "seed": goal.seed,
         **{name: settings[name] for name in ("objective", "recipe", "epochs", "pretrained", "round_to")},
     }
-    if request.teacher is not None:
-        identity["teacher"] = dict(request.teacher.identity)
-    if goal.finetune is not None:
-        identity["finetune"] = settings["finetune"]
+    identity |= request.companions
     if request.latency_table is not None:
         identity["latency_table"] = request.latency_table.sha256
     identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key != "compile"}  # how, not what

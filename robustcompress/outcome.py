@@ -66,7 +66,7 @@ def report_on(
 
 def describe_data(data: DataSplits) -> dict[str, Any]:
     """What a result says of its data."""
-    return {
+    told = {
         "name": Path(data.name).name,
         "sha256": data.sha256,
         "classes": list(data.classes),
@@ -75,6 +75,7 @@ def describe_data(data: DataSplits) -> dict[str, Any]:
         "val": len(data.val),
         "test": len(data.test),
     }
+    return told if data.extra is None else told | {"extra": data.extra.told()}
 
 
 def settings_of(goal: Goal, device: torch.device, history: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from robustcompress.budget import Budget
 from robustcompress.checkpoint import check_directory
-from robustcompress.data import DataSplits, load_data
+from robustcompress.data import TEACHER, DataSplits, load_data
 from robustcompress.errors import InputError, Problems
 from robustcompress.latency_table import LatencyTable, read_latency_table
 from robustcompress.min_robust import WORKPLACE
@@ -27,7 +27,7 @@ from robustcompress.robust.objectives import PGDAT, Objective, objective_from_na
 from robustcompress.robust.sanity import check_images
 from robustcompress.strategies import Strategy, make_strategy
 from robustcompress.teacher import Teacher
-from robustcompress.teacher_source import read_teacher
+from robustcompress.teacher_source import check_teaching, labeller_of, read_teacher
 from robustcompress.train import Recipe, resolve_device
 
 
@@ -58,6 +58,7 @@ class Request:
         latency_table: Times of another device; None where this machine's own count.
         finetune: The loss of the fine-tuning after a cut; None for the objective.
         teacher: Who teaches; None for nobody, or for the run's own reference.
+        labeller: Who labels extra images, where a saved result is to.
     """
 
     model: nn.Module
@@ -82,6 +83,20 @@ class Request:
     latency_table: LatencyTable | None = None
     finetune: Objective | None = None
     teacher: Teacher | None = None
+    labeller: Teacher | None = None
+
+    @property
+    def companions(self) -> dict[str, Any]:
+        """What a run depends on beside its reference, strategy and settings, as plain JSON; empty for most."""
+        extra, found = self.data.extra, {}
+        if self.finetune is not None:
+            found["finetune"] = self.finetune.to_json()
+        if self.teacher is not None:
+            found["teacher"] = dict(self.teacher.identity)
+        if extra is not None:
+            by = extra.labelled_by if self.labeller is None else dict(self.labeller.identity)
+            found["extra"] = {"sha256": extra.sha256, "ratio": extra.ratio, "labels": by}
+        return found
 
 
 def resolve(
@@ -150,10 +165,15 @@ def resolve(
             for item in check_autoattack(adversary, splits.image_shape[1:]).items:
                 problems.add(item)
     if chosen is not None:
-        _check_teaching(problems, chosen, loss, tuning, teacher, pretrained)
-    master = None
+        labels = isinstance(splits, DataSplits) and splits.extra is not None and splits.extra.labelled_by == TEACHER
+        check_teaching(problems, chosen, loss, tuning, teacher, pretrained, labels=labels)
+    master = labeller = None
     if teacher is not None and isinstance(splits, DataSplits) and target is not None:
         master = problems.attempt(lambda: read_teacher(teacher, splits, target))
+    if isinstance(splits, DataSplits) and splits.extra is not None:
+        size = recipe.batch_size if isinstance(recipe, Recipe) else Recipe().batch_size
+        nobody = teacher is None and not pretrained
+        labeller = labeller_of(problems, splits, splits.extra, target, batch_size=size, nobody=nobody)
     reference, spec = problems.attempt(lambda: _reference(model, seed)) or (None, None)
     if reference is not None and isinstance(splits, DataSplits):
         problems.attempt(lambda: check_image_size(reference, *splits.image_shape[1:]))
@@ -182,38 +202,8 @@ def resolve(
         latency_table=table,
         finetune=tuning,
         teacher=master,
+        labeller=labeller,
     )
-
-
-def _check_teaching(
-    problems: Problems,
-    strategy: Strategy,
-    objective: Objective | None,
-    finetune: Objective | None,
-    teacher: object,
-    pretrained: bool,
-) -> None:
-    """Note losses that want a teacher who will not be there, and teachers whom nobody asks."""
-    nobody = teacher is None and not pretrained
-    if finetune is not None and not strategy.finetunes:
-        problems.add(
-            f"finetune={finetune.name!r}: {strategy.name} has no fine-tuning after a cut; give the loss of all its "
-            "training as objective"
-        )
-    if nobody and objective is not None and objective.needs_teacher:
-        own = f", or finetune={objective.name!r} to learn from the reference that is cut" if strategy.finetunes else ""
-        problems.add(
-            f"objective={objective.name!r} wants a teacher from the start: give one (teacher=), or a robust reference "
-            f"(pretrained=True){own}"
-        )
-    if nobody and finetune is not None and finetune.needs_teacher and strategy.finetunes and not strategy.pretrains:
-        problems.add(
-            f"finetune={finetune.name!r} wants a teacher, and {strategy.name} is set up to train no reference before "
-            "the cut: give one (teacher=), or a robust reference (pretrained=True)"
-        )
-    asked = any(loss is not None and loss.needs_teacher for loss in (objective, finetune))
-    if teacher is not None and not asked:
-        problems.add("a teacher is given, and no loss asks it: add finetune='rslad', or objective='rslad'")
 
 
 def _check_checkpoint(

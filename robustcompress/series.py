@@ -98,11 +98,7 @@ def identity_of(request: Request) -> dict[str, Any]:
         "round_to": request.round_to,
         "seed": request.seed,
     }
-    if request.finetune is not None:
-        identity["finetune"] = request.finetune.to_json()
-    if request.teacher is not None:
-        identity["teacher"] = dict(request.teacher.identity)
-    parsed: dict[str, Any] = json.loads(json.dumps(identity))
+    parsed: dict[str, Any] = json.loads(json.dumps(identity | request.companions))
     return parsed
 
 

@@ -98,6 +98,7 @@ class Session(Run):
             generator=torch.Generator().manual_seed(goal.seed),
             drop_last=True,
             channels_last=False,  # until `_lay_out` says otherwise
+            extra=goal.data.extra,
         )
         self._memory_format = torch.contiguous_format
         self._optimizer: torch.optim.Optimizer | None = None

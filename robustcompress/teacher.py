@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from robustcompress.data import DataSplits
 from robustcompress.errors import InputError
 from robustcompress.robust.statistics import wilson
+from robustcompress.train import Progress
 
 if TYPE_CHECKING:
     from robustcompress.session import Session
@@ -60,6 +63,21 @@ def doubt(clean: float, robust: float, images: int, classes: int) -> str:
     if robust - chance < LEAST * (clean - chance):
         return f"{said}): most of what it knows is lost under attack, and networks that learn from such are not robust"
     return ""
+
+
+def with_labels(data: DataSplits, teacher: Teacher | None, progress: Progress) -> DataSplits:
+    """The same data, with the teacher's answers as the labels of extra images that have none."""
+    if data.extra is None or data.extra.labels is not None or teacher is None:
+        return data
+    model = teacher.model
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def answer(pixels: torch.Tensor) -> torch.Tensor:
+        return model(pixels.to(device, torch.float32).div_(255)).argmax(1)  # type: ignore[no-any-return]
+
+    progress.say(f"labelling {len(data.extra):,} extra images")
+    return replace(data, extra=data.extra.labelled(answer))
 
 
 def introduce(session: Session, teacher: Teacher) -> None:

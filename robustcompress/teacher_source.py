@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from robustcompress.checkpoint import fingerprint
-from robustcompress.data import DataSplits
+from robustcompress.data import TEACHER, DataSplits, Extra
 from robustcompress.errors import InputError, Problems, first_line
 from robustcompress.hub import is_address
 from robustcompress.models import ModelSpec
 from robustcompress.result import RESULT, load
 from robustcompress.robust.attacks import eval_mode
+from robustcompress.robust.objective import Objective
+from robustcompress.strategies import Strategy
 from robustcompress.teacher import Teacher, frozen_copy
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".bin")
@@ -23,6 +25,63 @@ PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".bin")
 
 TeacherLike = nn.Module | str | Path | tuple[ModelSpec | str, str | Path]
 """A network; the directory of a saved result (or "hf://owner/name"); or a model and a safetensors file for it."""
+
+
+def check_teaching(
+    problems: Problems,
+    strategy: Strategy,
+    objective: Objective | None,
+    finetune: Objective | None,
+    teacher: object,
+    pretrained: bool,
+    *,
+    labels: bool,
+) -> None:
+    """Note losses that want a teacher who will not be there, and teachers whom nobody asks."""
+    nobody = teacher is None and not pretrained
+    if finetune is not None and not strategy.finetunes:
+        problems.add(
+            f"finetune={finetune.name!r}: {strategy.name} has no fine-tuning after a cut; give the loss of all its "
+            "training as objective"
+        )
+    if nobody and objective is not None and objective.needs_teacher:
+        own = f", or finetune={objective.name!r} to learn from the reference that is cut" if strategy.finetunes else ""
+        problems.add(
+            f"objective={objective.name!r} wants a teacher from the start: give one (teacher=), or a robust reference "
+            f"(pretrained=True){own}"
+        )
+    if nobody and finetune is not None and finetune.needs_teacher and strategy.finetunes and not strategy.pretrains:
+        problems.add(
+            f"finetune={finetune.name!r} wants a teacher, and {strategy.name} is set up to train no reference before "
+            "the cut: give one (teacher=), or a robust reference (pretrained=True)"
+        )
+    asked = any(loss is not None and loss.needs_teacher for loss in (objective, finetune))
+    if teacher is not None and not asked and not labels:
+        problems.add("a teacher is given, and no loss asks it: add finetune='rslad', or objective='rslad'")
+
+
+def labeller_of(
+    problems: Problems, data: DataSplits, extra: Extra, device: torch.device | None, *, batch_size: int, nobody: bool
+) -> Teacher | None:
+    """Who labels extra images, where a saved result is to; notes what stands against mixing them in.
+
+    Args:
+        problems: Where it is noted.
+        data: The data set.
+        extra: Its extra images.
+        device: Where to compute; None where that is a problem already.
+        batch_size: Images a step.
+        nobody: Whether there is no teacher from the start.
+    """
+    problems.attempt(lambda: extra.shares(min(batch_size, len(data.train))))
+    if extra.labels is not None or device is None:
+        return None
+    if extra.labelled_by != TEACHER:
+        labeller: Teacher | None = problems.attempt(lambda: read_teacher(extra.labelled_by, data, device))
+        return labeller
+    if nobody:
+        problems.add("pseudo_label='teacher' wants a teacher from the start: give one, or pretrained=True")
+    return None
 
 
 def read_teacher(teacher: object, data: DataSplits, device: torch.device) -> Teacher:

@@ -269,6 +269,25 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, default: str) -> None
     group.add_argument("--test-limit", type=int, metavar="N", help="use N test images, stratified")
 
 
+def add_extra_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a second source of training images."""
+    group = parser.add_argument_group("extra training images")
+    group.add_argument(
+        "--extra",
+        type=Path,
+        metavar="FILE.npz",
+        help="more images for training: `image`, uint8 [N, H, W, 3], and perhaps `label`, integers [N]",
+    )
+    group.add_argument(
+        "--extra-ratio", type=float, metavar="F", help="their share of each training batch (default: 0.7)"
+    )
+    group.add_argument(
+        "--pseudo-label",
+        metavar="teacher|DIR",
+        help="who labels them in place of the file: --teacher, or the saved result DIR",
+    )
+
+
 def data_from(arguments: argparse.Namespace, *, name: str | None, seed: int = 0) -> DataSplits:
     """Load what the data arguments say; `name` stands for `--data`, None for the embedded digits."""
     return load_data(
@@ -279,6 +298,9 @@ def data_from(arguments: argparse.Namespace, *, name: str | None, seed: int = 0)
         train_limit=arguments.train_limit,
         test_limit=arguments.test_limit,
         seed=seed,
+        extra=getattr(arguments, "extra", None),  # of commands that train
+        extra_ratio=getattr(arguments, "extra_ratio", None),
+        pseudo_label=getattr(arguments, "pseudo_label", None),
     )
 
 

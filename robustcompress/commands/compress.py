@@ -13,6 +13,7 @@ from robustcompress.api import carry_out
 from robustcompress.budget import Budget
 from robustcompress.commands.arguments import (
     add_data_arguments,
+    add_extra_arguments,
     add_model_arguments,
     add_run_arguments,
     add_teaching_arguments,
@@ -119,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_arguments(parser)
     add_teaching_arguments(parser)
     add_data_arguments(parser, default="the embedded handwritten digits")
+    add_extra_arguments(parser)
     report = parser.add_argument_group("report")
     report.add_argument(
         "--attacks",

@@ -16,7 +16,17 @@ from robustcompress.robust.objectives import Objective, objective_from_json
 from robustcompress.strategies import Strategy, make_strategy
 from robustcompress.train import Recipe
 
-DATA_KEYS = ("source", "root", "image_size", "train_limit", "test_limit", "seed")
+DATA_KEYS = (
+    "source",
+    "root",
+    "image_size",
+    "train_limit",
+    "test_limit",
+    "seed",
+    "extra",
+    "extra_ratio",
+    "pseudo_label",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
