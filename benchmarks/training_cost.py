@@ -3,13 +3,14 @@
 A forward pass costs the network's MACs at that moment; the gradient to the images costs as much again, and so does the
 gradient to the weights. With K attack steps an image of a training step therefore costs
 
-    pgd-at   2 K + 3        fgsm-rs   2 + 3        trades   1 + 2 K + 6        natural   3
+    pgd-at   2 K + 3        fgsm-rs   2 + 3        trades   1 + 2 K + 6        natural   3        rslad   2 K + 6
 
 times the MACs; an epoch under AWP or S2AP adds the passes of the loss once more (3, for trades 6), and the clean look
 every tenth step adds 1/10. A search for scores is counted like training, though it computes no gradients of weights;
 re-estimating batch-norm statistics is not counted. PGD-10 on the validation split, where the best epoch is chosen, and
 on the images that grape scores is counted too. So is what rcnas spends on candidates: their steps of recovery, at the
-candidate's own MACs (5, and 1 of the teacher's where it is asked), and PGD on the validation split.
+candidate's own MACs (5, and 1 of the teacher's where it is asked), and PGD on the validation split. A teacher that is
+the reference itself is asked once a step, at the reference's MACs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def passes(objective: Mapping[str, Any]) -> float:
         "fgsm-rs": 2 + 3 + 1 / CLEAN_EVERY,
         "pgd-at": 2 * steps + 3 + 1 / CLEAN_EVERY,
         "trades": 1 + 2 * steps + 6,
+        "rslad": 2.0 * steps + 6,
     }[objective["name"]]
 
 
@@ -47,6 +49,8 @@ def training_cost(
     objective: Mapping[str, Any],
     probes: int,
     scored: int,
+    finetune: Mapping[str, Any] | None = None,
+    teacher_macs: float = 0.0,
 ) -> dict[str, Any]:
     """Images trained on, how many a second (attacks included, validation not), and multiply-adds of the whole run.
 
@@ -56,9 +60,10 @@ def training_cost(
         objective: What `Objective.to_json` wrote.
         probes: Validation images that a selecting epoch attacks with PGD-10, at two forward passes more.
         scored: Training images that a scoring growth event attacks with PGD-10, at one forward and one gradient more.
+        finetune: The same of the fine-tuning, where it has a loss of its own.
+        teacher_macs: What the fine-tuning's teacher costs, which is asked once for every image.
     """
     images = seconds = total = macs = 0.0
-    each, again = passes(objective), 6 if objective["name"] == "trades" else 3
     steps_of = {id(entry): steps for entry, steps in epochs_of(history)}
     for entry in history:
         if id(entry) in steps_of:
@@ -66,7 +71,11 @@ def training_cost(
             images += trained
             seconds += trained / entry["images_per_s"]
             macs = entry["macs"]
-            total += trained * macs * (each + (again if any(entry.get(key) for key in ASCENTS) else 0))
+            tuned = finetune is not None and entry["phase"] == "finetune"
+            loss = finetune if finetune is not None and tuned else objective
+            again = 6 if loss["name"] in ("trades", "rslad") else 3
+            total += trained * macs * (passes(loss) + (again if any(entry.get(key) for key in ASCENTS) else 0))
+            total += trained * (teacher_macs if tuned else 0.0)
         total += _recovered(entry, macs, batch=batch)
         # Scores are made before the network grows, so at the MACs of the epoch before.
         # What a mask is judged by comes after the cut.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,17 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustcompress.budget import Budget, Cost, human, measure
+from robustcompress.budget import Budget, measure
 from robustcompress.calibration import final_latency, limit_latency
 from robustcompress.checkpoint import Journal, fingerprint, remove
-from robustcompress.data import DataSplits
-from robustcompress.errors import BudgetError, InputError, RobustCompressError
+from robustcompress.data import TEACHER, DataSplits
+from robustcompress.errors import InputError
 from robustcompress.export.timing import Stopwatch
 from robustcompress.models import ModelSpec
+from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of
 from robustcompress.reach import check_budget, default_rounding
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
-from robustcompress.robust import RobustReport, ThreatModel, attack_by_name, evaluate
+from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
 from robustcompress.series import AUTOATTACK
@@ -32,7 +31,9 @@ from robustcompress.session import Goal, Session
 from robustcompress.smallest import find_smallest, workplace
 from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
-from robustcompress.train import Progress, Recipe, augmentation, describe, set_memory_format
+from robustcompress.teacher import REFERENCE, Teacher, frozen_copy, introduce, with_labels
+from robustcompress.teacher_source import TeacherLike
+from robustcompress.train import Progress, Recipe, augmentation, set_memory_format
 
 SMALL_DATA = 10_000
 """Below so many training images the default is a short run."""
@@ -60,6 +61,8 @@ def compress(
     checkpoint_every_s: float = 60.0,
     deadline: float | None = None,
     latency_table: str | Path | None = None,
+    finetune: Objective | str | None = None,
+    teacher: TeacherLike | None = None,
 ) -> CompressResult:
     """Make a compact network that withstands attacks.
 
@@ -102,6 +105,11 @@ def compress(
             Needs `checkpoint`. Evaluation at the end is not counted.
         latency_table: Times that another device measured (see `export_latency`): a limit on latency is about that
             device then, and the network is not timed again at the end.
+        finetune: Loss of the fine-tuning after a cut; the objective by default. "rslad" distils: without a `teacher`
+            the reference as it was before the cut teaches.
+        teacher: Whom a distillation ("rslad", "adaad", ...) learns from: a network, the directory of a saved result,
+            or (model, safetensors file). Its PGD-10 accuracy on validation images is measured first: one that is no
+            better than guessing is refused, one that is hardly robust is warned of. It stays on the device.
 
     Returns:
         The result, whose `.model` is a plain module in eval mode on the CPU.
@@ -135,6 +143,8 @@ def compress(
         checkpoint_every_s=checkpoint_every_s,
         deadline=deadline,
         latency_table=latency_table,
+        finetune=finetune,
+        teacher=teacher,
     )
     return carry_out(request, progress=progress, started=started)
 
@@ -171,10 +181,10 @@ def carry_out(
     if journal is not None:
         journal.finish()
     session.settle()
-    compact = _close(session.model)
-    _check_outcome(chosen, compact, example, request.budget, before)
+    compact = closed(session.model)
+    check_outcome(chosen, compact, example, request.budget, before)
     times = final_latency(session, stopwatch, compact, request.latency_table)
-    report = _evaluate(compact, request, shown)
+    report = report_on(compact, request, shown)
     cpu_example = torch.zeros(1, *splits.image_shape)
     sparse = request.budget.density is not None  # only zeros compress, and compressing takes its time
     result = CompressResult(
@@ -188,13 +198,13 @@ def carry_out(
         history=tuple(session.history),
         report=report,
         threat=request.threat,
-        data=_describe_data(splits),
-        settings=_settings(goal, request.device)
+        data=describe_data(goal.data),
+        settings=settings_of(goal, request.device, session.history)
         | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
     )
     if request.out is not None:
-        saved = _save(result, request.out, shown)
+        saved = save_beside(result, request.out, shown)
         if on_saved is not None:
             on_saved(saved)
     if journal is not None:
@@ -226,10 +236,16 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
         shown.say(before.note)
     check_budget(chosen, editor, example, request.budget, before, step, shown)
 
+    teacher = _teacher(request, reference)
+    splits = with_labels(splits, request.labeller or teacher, shown)
+    objective, finetune = request.objective, request.finetune
+    if teacher is not None:
+        objective = objective.taught_by(teacher.model)
+        finetune = None if finetune is None else finetune.taught_by(teacher.model)
     goal = Goal(
         data=splits,
         threat=request.threat,
-        objective=request.objective,
+        objective=objective,
         budget=request.budget,
         reference=before,
         epochs=request.epochs or (10 if len(splits.train) < SMALL_DATA else 30),
@@ -237,10 +253,24 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
         seed=request.seed,
         pretrained=request.pretrained,
         round_to=step,
+        finetune=finetune,
     )
     untouched = copy.deepcopy(reference).cpu()
     journal = _journal(request, goal, untouched, shown, started)
-    return Session(reference, editor, example, goal, progress=shown, journal=journal), untouched, journal
+    session = Session(reference, editor, example, goal, progress=shown, journal=journal)
+    if teacher is not None:
+        introduce(session, teacher)
+    return session, untouched, journal
+
+
+def _teacher(request: Request, reference: nn.Module) -> Teacher | None:
+    """Who teaches from the start: whom the caller gave, or the reference where it is robust already and asked for."""
+    asked = any(loss is not None and loss.needs_teacher for loss in (request.objective, request.finetune))
+    extra = request.data.extra
+    asked |= extra is not None and extra.labelled_by == TEACHER
+    if request.teacher is not None or not (asked and request.pretrained):
+        return request.teacher
+    return Teacher(model=frozen_copy(reference), told={"source": REFERENCE})
 
 
 def _carry_out_smallest(
@@ -254,7 +284,7 @@ def _carry_out_smallest(
     with workplace(request.checkpoint) as place:
         found = find_smallest(request, place, carry_out, shown, started)
         attacks = tuple(dict.fromkeys((*request.attacks, attack_by_name(demand.attack))))
-        report = _evaluate(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
+        report = report_on(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
         result = replace(found, budget=request.budget.to_json(), report=report)
         if not demand.holds(report) and report is not None:
             final = report.result(demand.attack)
@@ -263,7 +293,7 @@ def _carry_out_smallest(
                 f"({100 * final.low:.1f} to {100 * final.high:.1f}, n={final.n}), which does not show {demand}"
             )
         if request.out is not None:
-            saved = _save(result, request.out, shown)
+            saved = save_beside(result, request.out, shown)
             if on_saved is not None:
                 on_saved(saved)
     return result
@@ -273,7 +303,7 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
     """Where the run is recorded, with everything that its weights depend on; None where nobody asked for it."""
     if request.checkpoint is None:
         return None
-    settings = _settings(goal, request.device)
+    settings = settings_of(goal, request.device)
     identity = {
         **fingerprint(reference),
         "strategy": request.strategy.identity(),
@@ -284,6 +314,7 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
         "seed": goal.seed,
         **{name: settings[name] for name in ("objective", "recipe", "epochs", "pretrained", "round_to")},
     }
+    identity |= request.companions
     if request.latency_table is not None:
         identity["latency_table"] = request.latency_table.sha256
     identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key != "compile"}  # how, not what
@@ -295,18 +326,6 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
         deadline=None if request.deadline is None else started + request.deadline,
         say=progress.say,
     )
-
-
-def _save(result: CompressResult, out: Path, progress: Progress) -> Path:
-    """Save; if the place was taken during the training, save beside it: hours of work are not thrown away."""
-    target = out
-    for number in range(2, 100):
-        if not target.exists():
-            break
-        target = out.with_name(f"{out.name}-{number}")
-    if target != out:
-        progress.say(f"{out} came to be during the training; the result is saved to {target}")
-    return result.save(target)
 
 
 def _fit_classifier(
@@ -328,73 +347,3 @@ def _fit_classifier(
         )
     editor.resize_output(data.num_classes)
     progress.say(f"classifier replaced: the model has {outputs} outputs, {data.name} has {data.num_classes} classes")
-
-
-def _close(model: nn.Module) -> nn.Module:
-    """A plain module: eval mode, contiguous tensors, gradients cleared, nothing attached."""
-    set_memory_format(model, torch.contiguous_format)
-    model.zero_grad(set_to_none=True)
-    hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-    assert not hooked, f"hooks left on {hooked}"
-    return model.eval()
-
-
-def _check_outcome(
-    strategy: Strategy, model: nn.Module, example: torch.Tensor, budget: Budget, reference: Cost
-) -> None:
-    cost = measure(model, example)
-    if strategy.direction != "none" and not budget.allows(cost, reference):
-        raise BudgetError(
-            f"{strategy.name} ended at {human(cost.macs)} MACs, {human(cost.params)} parameters and "
-            f"{human(cost.nonzeros or 0)} weights that are not zero, over {budget}"
-        )
-    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
-        raise RobustCompressError(f"{strategy.name} ended with weights that are not finite; lower the learning rate")
-
-
-def _evaluate(
-    model: nn.Module, request: Request, progress: Progress, *, resume_dir: Path | None = None
-) -> RobustReport | None:
-    if not request.attacks or len(request.data.test) == 0:
-        return None
-    report = evaluate(
-        model,
-        request.data.test,
-        request.threat,
-        attacks=request.attacks,
-        device=request.device,
-        seed=request.seed,
-        max_images=request.test_images,
-        resume_dir=resume_dir,
-    )
-    for warning in report.warnings:
-        progress.say(f"warning: {warning}")
-    return report
-
-
-def _describe_data(data: DataSplits) -> dict[str, Any]:
-    return {
-        "name": Path(data.name).name,
-        "sha256": data.sha256,
-        "classes": list(data.classes),
-        "image_shape": list(data.image_shape),
-        "train": len(data.train),
-        "val": len(data.val),
-        "test": len(data.test),
-    }
-
-
-def _settings(goal: Goal, device: torch.device) -> dict[str, Any]:
-    from robustcompress import __version__
-
-    settings = {
-        "objective": goal.objective.to_json(),
-        "recipe": goal.recipe.to_json(),
-        "epochs": goal.epochs,
-        "pretrained": goal.pretrained,
-        "round_to": goal.round_to,
-        "device": describe(device),
-        "versions": {"robustcompress": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    parsed: dict[str, Any] = json.loads(json.dumps(settings))
-    return parsed

@@ -26,6 +26,7 @@ class Goal:
         seed: Seeds everything random.
         pretrained: Whether the reference already is robust, so that pretraining is skipped.
         round_to: Widths are multiples of this wherever a group is that wide.
+        finetune: The loss of the fine-tuning after a cut (see `Session.finetune`); None for `objective`.
     """
 
     data: DataSplits
@@ -38,6 +39,7 @@ class Goal:
     seed: int
     pretrained: bool
     round_to: int
+    finetune: Objective | None = None
 
     @property
     def kept_weights(self) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from robustcompress.budget import Budget
 from robustcompress.checkpoint import check_directory
-from robustcompress.data import DataSplits, load_data
+from robustcompress.data import TEACHER, DataSplits, load_data
 from robustcompress.errors import InputError, Problems
 from robustcompress.latency_table import LatencyTable, read_latency_table
 from robustcompress.min_robust import WORKPLACE
@@ -26,6 +26,8 @@ from robustcompress.robust.autoattack import check_autoattack
 from robustcompress.robust.objectives import PGDAT, Objective, objective_from_name
 from robustcompress.robust.sanity import check_images
 from robustcompress.strategies import Strategy, make_strategy
+from robustcompress.teacher import Teacher
+from robustcompress.teacher_source import check_teaching, labeller_of, read_teacher
 from robustcompress.train import Recipe, resolve_device
 
 
@@ -54,6 +56,9 @@ class Request:
         checkpoint_every_s: Least seconds between two checkpoints within a phase.
         deadline: Seconds after which to stop; None for never.
         latency_table: Times of another device; None where this machine's own count.
+        finetune: The loss of the fine-tuning after a cut; None for the objective.
+        teacher: Who teaches; None for nobody, or for the run's own reference.
+        labeller: Who labels extra images, where a saved result is to.
     """
 
     model: nn.Module
@@ -76,6 +81,22 @@ class Request:
     checkpoint_every_s: float
     deadline: float | None
     latency_table: LatencyTable | None = None
+    finetune: Objective | None = None
+    teacher: Teacher | None = None
+    labeller: Teacher | None = None
+
+    @property
+    def companions(self) -> dict[str, Any]:
+        """What a run depends on beside its reference, strategy and settings, as plain JSON; empty for most."""
+        extra, found = self.data.extra, {}
+        if self.finetune is not None:
+            found["finetune"] = self.finetune.to_json()
+        if self.teacher is not None:
+            found["teacher"] = dict(self.teacher.identity)
+        if extra is not None:
+            by = extra.labelled_by if self.labeller is None else dict(self.labeller.identity)
+            found["extra"] = {"sha256": extra.sha256, "ratio": extra.ratio, "labels": by}
+        return found
 
 
 def resolve(
@@ -100,6 +121,8 @@ def resolve(
     deadline: Any = None,
     problems: Problems | None = None,
     latency_table: Any = None,
+    finetune: Any = None,
+    teacher: Any = None,
 ) -> Request:
     """Turn the arguments of compress() into a `Request`; what else was complained about comes as `problems`.
 
@@ -121,6 +144,7 @@ def resolve(
         check_granularity(problems, chosen, _as_limits(problems, chosen, limits), round_to)
     adversary = problems.attempt(lambda: _threat(threat))
     loss = problems.attempt(lambda: _objective(objective))
+    tuning = None if finetune is None else problems.attempt(lambda: _objective(finetune, "finetune"))
     specs = _attacks(problems, attacks)
     target = problems.attempt(lambda: resolve_device(device))
     if out is not None:
@@ -140,8 +164,19 @@ def resolve(
         if any(spec.kind == "autoattack" for spec in specs) or (demand is not None and demand.attack == "autoattack"):
             for item in check_autoattack(adversary, splits.image_shape[1:]).items:
                 problems.add(item)
-    if isinstance(splits, DataSplits) and loss is not None:
-        loss = problems.attempt(lambda: loss.for_labels(splits.train.labels, splits.num_classes))
+    if isinstance(splits, DataSplits):
+        known = functools.partial(_for_labels, splits)
+        loss, tuning = (kind and problems.attempt(functools.partial(known, kind)) for kind in (loss, tuning))
+    if chosen is not None:
+        labels = isinstance(splits, DataSplits) and splits.extra is not None and splits.extra.labelled_by == TEACHER
+        check_teaching(problems, chosen, loss, tuning, teacher, pretrained, labels=labels)
+    master = labeller = None
+    if teacher is not None and isinstance(splits, DataSplits) and target is not None:
+        master = problems.attempt(lambda: read_teacher(teacher, splits, target))
+    if isinstance(splits, DataSplits) and splits.extra is not None:
+        size = recipe.batch_size if isinstance(recipe, Recipe) else Recipe().batch_size
+        nobody = teacher is None and not pretrained
+        labeller = labeller_of(problems, splits, splits.extra, target, batch_size=size, nobody=nobody)
     reference, spec = problems.attempt(lambda: _reference(model, seed)) or (None, None)
     if reference is not None and isinstance(splits, DataSplits):
         problems.attempt(lambda: check_image_size(reference, *splits.image_shape[1:]))
@@ -168,6 +203,9 @@ def resolve(
         checkpoint_every_s=checkpoint_every_s,
         deadline=deadline,
         latency_table=table,
+        finetune=tuning,
+        teacher=master,
+        labeller=labeller,
     )
 
 
@@ -261,14 +299,18 @@ def _threat(threat: object) -> ThreatModel:
     raise InputError(f"threat={threat!r}: give a ThreatModel, such as ThreatModel('linf', 8/255), or an linf radius")
 
 
-def _objective(objective: object) -> Objective:
+def _objective(objective: object, what: str = "objective") -> Objective:
     if objective is None:
         return PGDAT()
     if isinstance(objective, str):
         return objective_from_name(objective)
     if isinstance(objective, Objective):
         return objective
-    raise InputError(f"objective={objective!r}: give an Objective, or the name of one, such as 'pgd-at'")
+    raise InputError(f"{what}={objective!r}: give an Objective, or the name of one, such as 'pgd-at'")
+
+
+def _for_labels(data: DataSplits, objective: Objective) -> Objective:
+    return objective.for_labels(data.train.labels, data.num_classes)
 
 
 def _attacks(problems: Problems, attacks: object) -> tuple[AttackSpec, ...]:

@@ -98,7 +98,7 @@ def identity_of(request: Request) -> dict[str, Any]:
         "round_to": request.round_to,
         "seed": request.seed,
     }
-    parsed: dict[str, Any] = json.loads(json.dumps(identity))
+    parsed: dict[str, Any] = json.loads(json.dumps(identity | request.companions))
     return parsed
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from robustcompress.budget import Cost, CostModel, measure
+from robustcompress.budget import Cost, measure
+from robustcompress.budgeted import BudgetedRun
 from robustcompress.checkpoint import Journal, State
 from robustcompress.data import Batches
-from robustcompress.errors import InputError
 from robustcompress.goal import Goal
-from robustcompress.latency import LatencyLimit
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective
 from robustcompress.robust.probe import accuracies
-from robustcompress.run import Run
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
     STATISTICS_BATCHES,
@@ -37,18 +35,17 @@ from robustcompress.train import (
     make_guard,
     make_optimizer,
     phase_steps,
+    recipe_ascent,
     safe_memory_format,
     set_memory_format,
-    sharpness_ascent,
     train,
-    weight_ascent,
     with_auxiliary,
 )
 
 __all__ = ["Goal", "Session"]
 
 
-class Session(Run):
+class Session(BudgetedRun):
     """A network under compression.
 
     Args:
@@ -66,6 +63,7 @@ class Session(Run):
         goal: What the run is for.
         cost_model: Predicts the cost of any widths.
         latency: The limit on latency; None where the budget says nothing about it.
+        tuning: The loss of `finetune`; None for the goal's objective. `teacher.appoint` gives it a teacher.
     """
 
     def __init__(
@@ -80,13 +78,11 @@ class Session(Run):
         journal: Journal | None = None,
     ) -> None:
         if goal.recipe.awp or goal.recipe.sam:
-            goal.objective.require_parts()
-        super().__init__(goal.seed + 1, progress=progress, on_record=on_record, journal=journal)
+            for objective in filter(None, (goal.objective, goal.finetune)):
+                objective.require_parts()
+        super().__init__(editor, example, goal, progress=progress, on_record=on_record, journal=journal)
         self.model = model
-        self.editor = editor
-        self.goal = goal
-        self.cost_model = CostModel(editor, example)
-        self.latency: LatencyLimit | None = None
+        self.tuning = goal.finetune
         self._example = example
         self._device = example.device
         self._attack_generator = torch.Generator(self._device).manual_seed(goal.seed + 2)
@@ -98,6 +94,7 @@ class Session(Run):
             generator=torch.Generator().manual_seed(goal.seed),
             drop_last=True,
             channels_last=False,  # until `_lay_out` says otherwise
+            extra=goal.data.extra,
         )
         self._memory_format = torch.contiguous_format
         self._optimizer: torch.optim.Optimizer | None = None
@@ -118,46 +115,9 @@ class Session(Run):
             self.keep("guard", self._guard)
 
     @property
-    def limits(self) -> tuple[float, float]:
-        """The absolute limits on MACs and parameters."""
-        return self.goal.budget.limits(self.goal.reference)
-
-    @property
     def averaged(self) -> nn.Module:
         """The averaged network where there is one, else the network: what scores and selections look at."""
         return self._ema.module if self._ema is not None else self.model
-
-    def fits(self, widths: Mapping[str, int], *, without: Sequence[str] = ()) -> bool:
-        """Whether the network with these widths, and without these blocks, keeps the budget.
-
-        Raises:
-            InputError: Latency is limited, and parts were inserted, of which the predictor does not know.
-        """
-        if self.latency is not None and self.editor.inserted:
-            raise InputError(
-                "a limit on latency cannot be kept here: parts were inserted, whose time is not predicted; give a "
-                "budget in multiply-adds or parameters"
-            )
-        if not self._affords(widths, without):
-            return False
-        return self.latency is None or self.latency.predict(widths, without=without) <= self.latency.limit
-
-    def _affords(self, widths: Mapping[str, int], without: Sequence[str] = ()) -> bool:
-        macs, params = self.cost_model.predict(widths, without=without)
-        return macs <= self.limits[0] and params <= self.limits[1]
-
-    def choose(self, name: str, pick: Callable[[], dict[str, int]]) -> dict[str, int]:
-        """Choose widths that `fits` accepts; where latency is limited, until the network that they make is measured so.
-
-        A decision like those of `decide`, and not to be made within one.
-
-        Args:
-            name: What they are for, for messages.
-            pick: Chooses; asked again after `fits` was corrected by a measurement. Draws nothing.
-        """
-        if self.latency is None:
-            return pick()
-        return self.latency.settle(name, pick, decide=self.decide, say=self.say, allows=self._affords)
 
     def steps(self, share: float) -> int:
         """How many training steps a phase of this share of the epochs has."""
@@ -176,6 +136,7 @@ class Session(Run):
         lr_scale: float = 1.0,
         select: bool = False,
         awp: float | None = None,
+        objective: Objective | None = None,
     ) -> None:
         """Train all weights for a share of the run's epochs.
 
@@ -188,25 +149,37 @@ class Session(Run):
             lr_scale: Factor on the recipe's learning rate.
             select: Keep the epoch whose averaged weights withstand PGD-10 best on the validation split.
             awp: Radius of adversarial weight perturbation in this phase; None for the recipe's.
+            objective: What is minimised; the goal's objective by default.
         """
         recipe = self.goal.recipe
         if self._optimizer is None:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
             self._optimizer = make_optimizer(recipe, parameters, lr=recipe.lr)
             self.editor.follow(self._optimizer)
-        if self._ema is None:
-            self._ema = make_average(self.model, recipe)
-            if self._ema is not None:
-                self.editor.follow(self._ema)
+        if self._ema is None and (average := make_average(self.model, recipe)) is not None:
+            self._ema = average
+            self.editor.follow(average)
         selection = self._selection(share) if select else None
         begins = (recipe.awp_warmup - self._spent) / share if share else 0.0
-        if awp and recipe.sam:
-            raise InputError(f"awp={awp!r} in phase {phase!r} and the recipe's sam={recipe.sam!r}: choose one of them")
-        ascent = weight_ascent(self._optimizer, recipe.awp if awp is None else awp, begins=begins)
-        ascent = ascent or sharpness_ascent(self._optimizer, recipe.sam, adaptive=recipe.sam_adaptive)
-        self._loop(phase, share, self._optimizer, recipe.lr * lr_scale, schedule, self._ema, selection, ascent)
+        ascent = recipe_ascent(self._optimizer, recipe, awp, begins=begins)
+        self._loop(
+            phase, share, self._optimizer, lr_scale * recipe.lr, schedule, self._ema, selection, ascent, objective
+        )
         if selection is not None:
             selection.restore()
+
+    def finetune(self, *, share: float, lr_scale: float = 1.0, awp: float | None = None) -> None:
+        """Train what a cut has left, by the loss that the goal has for it; the best epoch is kept.
+
+        The phase is called "finetune". Where that loss wants a teacher and the caller gave none, `teacher.appoint` has
+        made one of the reference before the cut.
+
+        Args:
+            share: Share of all epochs.
+            lr_scale: Factor on the recipe's learning rate.
+            awp: Radius of adversarial weight perturbation in this phase; None for the recipe's.
+        """
+        self.train("finetune", share=share, lr_scale=lr_scale, select=True, awp=awp, objective=self.tuning)
 
     def train_only(
         self,
@@ -378,9 +351,9 @@ class Session(Run):
             with eval_mode(net):
                 yield pgd(net, x, y, self.goal.threat, steps=steps, generator=self._attack_generator), y
 
-    def validate(self) -> tuple[float, float]:
-        """Clean and PGD-10 accuracy of the averaged network on (at most `recipe.val_images`) validation images."""
+    def validate(self, network: nn.Module | None = None) -> tuple[float, float]:
+        """Clean and PGD-10 accuracy on (at most `recipe.val_images`) validation images, by default of the average."""
         images = self.goal.data.val.first(self.goal.recipe.val_images)
         batches = Batches(images, self.goal.recipe.batch_size, device=self._device)
         generator = torch.Generator(self._device).manual_seed(self.goal.seed)  # the same noise every time
-        return accuracies(self.averaged, batches, self.goal.threat, generator=generator)
+        return accuracies(self.averaged if network is None else network, batches, self.goal.threat, generator=generator)

@@ -169,7 +169,7 @@ class _Search:
             cost = measure(network, torch.zeros(1, *request.data.image_shape, device=request.device))
             return self._judged(network, limit=1.0, size=1.0, macs=cost.macs, params=cost.params)
         self._say("the reference is trained first")
-        asked = replace(request, strategy=Reference(), budget=Budget(macs=1.0))
+        asked = replace(request, strategy=Reference(), finetune=None, budget=Budget(macs=1.0))
         result = self._compress(REFERENCE, asked)
         return self._judged(result.model, limit=1.0, size=1.0, macs=result.after.macs, params=result.after.params)
 

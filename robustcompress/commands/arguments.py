@@ -17,7 +17,7 @@ from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.result import CompressResult, load
 from robustcompress.robust import Objective
-from robustcompress.robust.objectives import objective_from_name
+from robustcompress.robust.objectives import OBJECTIVES, objective_from_name
 from robustcompress.train import Recipe
 
 
@@ -143,6 +143,57 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_teaching_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the loss of the fine-tuning, and who teaches."""
+    teaching = parser.add_argument_group("fine-tuning and distillation")
+    teaching.add_argument(
+        "--finetune",
+        metavar="NAME",
+        help="loss of the fine-tuning after a cut, such as rslad, which learns from the reference as it was before the "
+        "cut or from --teacher (default: the objective)",
+    )
+    teaching.add_argument(
+        "--finetune-option", type=assignment, action="append", default=[], metavar="K=V", help="an option of that loss"
+    )
+    teaching.add_argument(
+        "--teacher",
+        metavar="DIR|MODEL",
+        help="a robust teacher for rslad, adaad, ard, iad and ltd: a saved result, or a model with --teacher-weights",
+    )
+    teaching.add_argument(
+        "--teacher-weights", type=Path, metavar="FILE", help="safetensors with the weights of the model --teacher"
+    )
+
+
+def finetune_from(arguments: argparse.Namespace) -> Objective | None:
+    """The loss of the fine-tuning that the arguments name; its attack takes as many steps as the objective's.
+
+    Raises:
+        InputError: No such loss or option, or options without a loss.
+    """
+    if arguments.finetune is None:
+        if arguments.finetune_option:
+            raise InputError("--finetune-option goes with --finetune: give it too")
+        return None
+    kind = OBJECTIVES.get(arguments.finetune)
+    steps = kind is not None and "steps" in {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    options = {"steps": arguments.attack_steps} if steps else {}
+    return objective_from_name(arguments.finetune, **(options | dict(arguments.finetune_option)))
+
+
+def teacher_from(arguments: argparse.Namespace) -> str | tuple[str, Path] | None:
+    """Whom the arguments name as the teacher; it is read later, with the data at hand.
+
+    Raises:
+        InputError: There are weights for no model.
+    """
+    if arguments.teacher_weights is None:
+        return arguments.teacher  # type: ignore[no-any-return]
+    if arguments.teacher is None:
+        raise InputError("--teacher-weights goes with --teacher MODEL: give it too")
+    return arguments.teacher, arguments.teacher_weights
+
+
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """The training settings that the arguments say.
 
@@ -218,6 +269,25 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, default: str) -> None
     group.add_argument("--test-limit", type=int, metavar="N", help="use N test images, stratified")
 
 
+def add_extra_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a second source of training images."""
+    group = parser.add_argument_group("extra training images")
+    group.add_argument(
+        "--extra",
+        type=Path,
+        metavar="FILE.npz",
+        help="more images for training: `image`, uint8 [N, H, W, 3], and perhaps `label`, integers [N]",
+    )
+    group.add_argument(
+        "--extra-ratio", type=float, metavar="F", help="their share of each training batch (default: 0.7)"
+    )
+    group.add_argument(
+        "--pseudo-label",
+        metavar="teacher|DIR",
+        help="who labels them in place of the file: --teacher, or the saved result DIR",
+    )
+
+
 def data_from(arguments: argparse.Namespace, *, name: str | None, seed: int = 0) -> DataSplits:
     """Load what the data arguments say; `name` stands for `--data`, None for the embedded digits."""
     return load_data(
@@ -228,6 +298,9 @@ def data_from(arguments: argparse.Namespace, *, name: str | None, seed: int = 0)
         train_limit=arguments.train_limit,
         test_limit=arguments.test_limit,
         seed=seed,
+        extra=getattr(arguments, "extra", None),  # of commands that train
+        extra_ratio=getattr(arguments, "extra_ratio", None),
+        pseudo_label=getattr(arguments, "pseudo_label", None),
     )
 
 

@@ -13,16 +13,20 @@ from robustcompress.api import carry_out
 from robustcompress.budget import Budget
 from robustcompress.commands.arguments import (
     add_data_arguments,
+    add_extra_arguments,
     add_model_arguments,
     add_run_arguments,
+    add_teaching_arguments,
     add_training_arguments,
     assignment,
     count_or_all,
     data_from,
+    finetune_from,
     load_weights,
     names,
     objective_from,
     recipe_from,
+    teacher_from,
 )
 from robustcompress.errors import InputError, Problems
 from robustcompress.min_robust import Axis, MinRobust, trials_of
@@ -52,6 +56,8 @@ examples:
   robustcompress compress resnet18 --data photos --image-size 32 --max-params 1000000 --epochs 20 --out runs/photos
   robustcompress compress resnet8 --strategy grape --option order=random --option events=6 --eps 0.1
   robustcompress compress resnet8 --strategy hydra --option granularity=weight --density 0.1 --eps 0.1
+  robustcompress compress resnet8 --strategy hydra --finetune rslad --eps 0.1
+  robustcompress compress resnet18 --data cifar10 --objective rslad --teacher runs/wide --strategy uniform
   robustcompress compress resnet8 --strategy s2ap --option 'host={"name": "harp", "search": 0.2}' --eps 0.1
   robustcompress compress timm:vit_tiny_patch16_224 --model-arg img_size=32 --model-arg patch_size=4 --data cifar10
   robustcompress compress my_models:small_net --eps 0.5 --norm l2 --objective trades --attack-steps 7 --json"""
@@ -112,7 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget.add_argument("--round-to", type=int, metavar="N", help="widths become multiples of N (default: by size)")
     add_training_arguments(parser)
+    add_teaching_arguments(parser)
     add_data_arguments(parser, default="the embedded handwritten digits")
+    add_extra_arguments(parser)
     report = parser.add_argument_group("report")
     report.add_argument(
         "--attacks",
@@ -137,6 +145,8 @@ def run(arguments: argparse.Namespace) -> Output:
     threat = problems.attempt(lambda: ThreatModel(arguments.norm, arguments.eps))
     budget = problems.attempt(lambda: _budget(arguments, strategy))
     objective = problems.attempt(lambda: objective_from(arguments))
+    finetune = problems.attempt(lambda: finetune_from(arguments))
+    teacher = problems.attempt(lambda: teacher_from(arguments))
     recipe = problems.attempt(lambda: recipe_from(arguments))
     problems.attempt(lambda: resolve_device(arguments.device))
     for attack in arguments.attacks:
@@ -168,6 +178,8 @@ def run(arguments: argparse.Namespace) -> Output:
         out=arguments.out,
         checkpoint=arguments.checkpoint,
         latency_table=arguments.latency_table,
+        finetune=finetune,
+        teacher=teacher,
     )
     request = replace(request, spec=spec)  # a factory of the user's own is known here, though not from the model alone
     places: list[Path] = []

@@ -96,8 +96,14 @@ def run(arguments: argparse.Namespace) -> Output:
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe as a result keeps it, without directories of this machine: a result may be sent to others."""
     data = {key: value for key, value in recipe["data"].items() if key != "root"}
-    if isinstance(source := data.get("source"), str):
-        data["source"] = Path(source).name
+    for key in ("source", "extra", "pseudo_label"):
+        if isinstance(place := data.get(key), str):
+            data[key] = Path(place).name
+    teacher = recipe.get("teacher")
+    if isinstance(teacher, str):
+        return {**recipe, "data": data, "teacher": Path(teacher).name}
+    if isinstance(teacher, dict):
+        return {**recipe, "data": data, "teacher": {**teacher, "weights": Path(teacher["weights"]).name}}
     return {**recipe, "data": data}
 
 

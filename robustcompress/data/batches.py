@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustcompress.data.extra import Extra
 from robustcompress.data.images import Images
 from robustcompress.errors import Problems, nearest
 
@@ -60,9 +61,14 @@ class Batches:
         shuffle: False keeps the order of `images` and draws only the augmentation.
         drop_last: Leave out a last batch that is not full.
         channels_last: Memory format of the batches.
+        extra: Images of a second source, of which every batch has its share, behind the others. An epoch is one pass
+            over `images` all the same. Which extra images come is a function of the seed and the epoch too: they are
+            walked through in an order drawn anew for each pass over them, across epochs. Needs labels, `drop_last` and
+            a generator.
 
     Raises:
-        InputError: No images, no full batch, an unknown augmentation, or an augmentation without a generator.
+        InputError: No images, no full batch, an unknown augmentation, an augmentation without a generator, or extra
+            images that cannot be mixed in.
     """
 
     def __init__(
@@ -76,19 +82,26 @@ class Batches:
         shuffle: bool = True,
         drop_last: bool = False,
         channels_last: bool = True,
+        extra: Extra | None = None,
     ) -> None:
         problems = Problems("cannot make batches")
         if len(images) == 0:
             problems.add("there are no images")
         if batch_size < 1:
             problems.add(f"batch_size={batch_size}: must be positive")
-        elif drop_last and batch_size > len(images) > 0:
+        elif drop_last and extra is None and batch_size > len(images) > 0:
             problems.add(f"batch_size={batch_size} with drop_last: there are only {len(images)} images")
         if augment not in get_args(Augment):
             problems.add(f"augment={augment!r} does not exist{nearest(str(augment), get_args(Augment))}")
         elif augment != "none" and generator is None:
             problems.add(f"augment={augment!r} needs a generator to be seeded by")
+        if extra is not None and (extra.labels is None or not drop_last or generator is None):
+            problems.add("extra images need labels, drop_last and a generator")
+        own, theirs = (batch_size, 0) if extra is None else problems.attempt(lambda: extra.shares(batch_size)) or (1, 0)
+        if drop_last and extra is not None and own > len(images) > 0:
+            problems.add(f"batch_size={batch_size}: {own} of each are of {len(images)} images")
         problems.raise_if_any()
+        self._extra, self._own, self._theirs = extra, own, theirs
         self.images = images.to(device)
         self.batch_size = batch_size
         self.augment = augment
@@ -99,7 +112,7 @@ class Batches:
         self.epoch = 0
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.images), self.batch_size)
+        full, rest = divmod(len(self.images), self._own)
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -113,28 +126,62 @@ class Batches:
             `(x, y)`: float32 `[B, 3, H, W]` in [0, 1] and int64 `[B]`, on the device.
         """
         pixels, labels = self.images.pixels, self.images.labels
-        order, rows, columns, flip = (t.to(pixels.device) for t in self._draw(epoch))
+        order, *moves = (t.to(pixels.device) for t in self._draw(f"{self.seed}/{epoch}", len(self.images)))
+        others = self._others(epoch)
         for index in range(start, len(self)):
-            part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+            part = slice(index * self._own, (index + 1) * self._own)
             chosen = order[part]
-            batch = pixels[chosen]
+            batch, y = pixels[chosen], labels[chosen]
+            shifts = [move[part] for move in moves]
+            if others is not None:
+                more, more_y, more_shifts = others(index)
+                batch, y = torch.cat([batch, more]), torch.cat([y, more_y])
+                shifts = [torch.cat(pair) for pair in zip(shifts, more_shifts, strict=True)]
             if self.augment != "none":
-                batch = crop_flip(batch, rows[part], columns[part], flip[part], padding=self._padding)
-            yield batch.to(torch.float32, memory_format=self.memory_format).div_(255), labels[chosen]
+                batch = crop_flip(batch, shifts[0], shifts[1], shifts[2], padding=self._padding)
+            yield batch.to(torch.float32, memory_format=self.memory_format).div_(255), y
+
+    def _others(self, epoch: int) -> Callable[[int], tuple[Tensor, Tensor, list[Tensor]]] | None:
+        """What gives the extra images of a batch: pixels, labels and moves, on the device."""
+        extra, device = self._extra, self.images.pixels.device
+        if extra is None:
+            return None
+        labels, count = extra.labels, len(self) * self._theirs
+        assert labels is not None  # __init__ has looked
+        walked = torch.arange(epoch * count, (epoch + 1) * count)  # places in an endless walk
+        passes = walked // len(extra)
+        order = torch.cat(
+            [self._walk(number)[walked[passes == number] % len(extra)] for number in sorted(set(passes.tolist()))]
+        )
+        moves = self._draw(f"{self.seed}/{epoch}/extra", count)[1:]
+
+        def give(index: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+            part = slice(index * self._theirs, (index + 1) * self._theirs)
+            chosen = order[part]
+            return extra.take(chosen).to(device), labels[chosen].to(device), [move[part].to(device) for move in moves]
+
+        return give
+
+    def _walk(self, number: int) -> Tensor:
+        """The order of one pass over the extra images."""
+        assert self._extra is not None
+        return torch.randperm(len(self._extra), generator=_seeded(f"{self.seed}/extra/{number}"))
 
     @property
     def _padding(self) -> int:
         return max(1, self.images.pixels.shape[2] // 8)
 
-    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Order, upper edges, left edges and flips of a pass, all `[N]`."""
-        count, edges = len(self.images), 2 * self._padding + 1
-        generator = torch.Generator()
-        if self.seed is not None:
-            # Hashed, since neighbouring seeds must not share epochs (seed 0, epoch 1 and seed 1, epoch 0).
-            digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
-            generator.manual_seed(int.from_bytes(digest[:7], "big"))
+    def _draw(self, key: str, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Order, upper edges, left edges and flips of a pass, all `[count]`."""
+        edges = 2 * self._padding + 1
+        generator = torch.Generator() if self.seed is None else _seeded(key)
         order = torch.randperm(count, generator=generator)
         rows, columns = torch.randint(edges, (2, count), generator=generator)
         flip = torch.rand(count, generator=generator) < (0.5 if self.augment == "crop-flip" else 0.0)
         return order if self.shuffle else torch.arange(count), rows, columns, flip
+
+
+def _seeded(key: str) -> torch.Generator:
+    """Hashed, since neighbouring seeds must not share epochs (seed 0, epoch 1 and seed 1, epoch 0)."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from robustcompress.errors import InputError, Problems
+
+if TYPE_CHECKING:
+    from robustcompress.data.extra import Extra
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +86,7 @@ class DataSplits:
         val: Held out of the training images, for any selection.
         test: For the final figures alone.
         notes: Lines that the user should read once, such as which data were taken in place of none.
+        extra: More images for training alone, of which every batch has a share; None for none.
     """
 
     name: str
@@ -90,6 +95,7 @@ class DataSplits:
     val: Images
     test: Images
     notes: tuple[str, ...] = ()
+    extra: Extra | None = None
 
     def __post_init__(self) -> None:
         sides = {name: tuple(getattr(self, name).pixels.shape[2:]) for name in ("train", "val", "test")}
@@ -111,7 +117,7 @@ class DataSplits:
 
     @property
     def sha256(self) -> str:
-        """Hex digest over the pixels and labels of all three splits: equal data, equal digest."""
+        """Hex digest over the pixels and labels of the three splits: equal data, equal digest; extra images apart."""
         digest = hashlib.sha256()
         for name, images in (("train", self.train), ("val", self.val), ("test", self.test)):
             digest.update(f"{name}{list(images.pixels.shape)}".encode())

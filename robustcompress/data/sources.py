@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,12 +12,16 @@ from torch import Tensor
 from robustcompress.data.arrays import array_source
 from robustcompress.data.checks import check_labels
 from robustcompress.data.digits import digits_source
+from robustcompress.data.extra import read_extra, refuse_known
 from robustcompress.data.folder import folder_source
 from robustcompress.data.images import DataSplits, Images
 from robustcompress.data.pools import Pool, Source, resized
 from robustcompress.data.splits import stratified, without
 from robustcompress.data.vision import VISION_NAMES, vision_source
-from robustcompress.errors import Problems, nearest
+from robustcompress.errors import InputError, Problems, nearest
+
+EXTRA_RATIO = 0.7
+"""Generated images in each batch by default (Gowal et al. 2021: about that share is best on CIFAR-10)."""
 
 NAMES = ("digits", *VISION_NAMES)
 
@@ -35,6 +40,9 @@ def load_data(
     test_limit: int | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
+    extra: str | Path | None = None,
+    extra_ratio: float | None = None,
+    pseudo_label: str | Path | None = None,
 ) -> DataSplits:
     """Load images into memory as bytes and divide them.
 
@@ -61,6 +69,11 @@ def load_data(
             validation images.
         seed: Draws the validation images and the limited subsets. The test images of a source that has none
             of its own are a fixed fifth, the same for every seed.
+        extra: More images for training, generated or collected: an `.npz` with `image` (uint8 `[N, H, W, 3]`) and
+            perhaps `label` (integers `[N]`). They are never among the validation or test images.
+        extra_ratio: Their share of each training batch, 0.7 where None. An epoch stays one pass over the data set's own
+            images, and so has 1 / (1 - ratio) times as many steps.
+        pseudo_label: Who labels them in place of the file: "teacher" (of the run), or the directory of a result.
 
     Returns:
         Three disjoint, stratified splits. Images that come class by class are reordered so that the first n
@@ -71,11 +84,14 @@ def load_data(
     """
     problems = Problems("cannot load the data")
     _check_options(problems, image_size, train_limit, test_limit, val_fraction)
+    if extra is None and (extra_ratio is not None or pseudo_label is not None):
+        problems.add("extra_ratio and pseudo_label are about extra images: name their file (extra=)")
     if isinstance(source, DataSplits):
         parts = [("train", source.train), ("val", source.val), ("test", source.test)]
         check_labels([(n, p.labels) for n, p in parts if len(p) or n == "train"], source.classes, problems)
         problems.raise_if_any()
-        return _limited(source, image_size, train_limit, test_limit, seed)
+        limited = _limited(source, image_size, train_limit, test_limit, seed)
+        return _with_extra(limited, extra, extra_ratio, pseudo_label)
     size = image_size if _is_int(image_size) else None
     opened = _open(source, problems, root, download, size)
     if opened is not None:
@@ -86,7 +102,25 @@ def load_data(
             problems.add(f"train_limit={train_limit}: {len(opened.classes)} classes need at least {least}, two each")
     problems.raise_if_any()
     assert opened is not None  # _open says why it gives nothing
-    return _divide(opened, train_limit, test_limit, val_fraction, seed)
+    return _with_extra(_divide(opened, train_limit, test_limit, val_fraction, seed), extra, extra_ratio, pseudo_label)
+
+
+def _with_extra(
+    splits: DataSplits, path: str | Path | None, ratio: float | None, pseudo_label: str | Path | None
+) -> DataSplits:
+    if path is None:
+        return splits
+    share = EXTRA_RATIO if ratio is None else ratio
+    height, width = splits.image_shape[1:]
+    extra = read_extra(
+        path, ratio=share, classes=splits.num_classes, image_size=(height, width), pseudo_label=pseudo_label
+    )
+    refuse_known(extra, {"val": splits.val, "test": splits.test})
+    note = (
+        f"{100 * share:.3g} % of each training batch is from {extra.name} ({len(extra):,} images): an epoch is a pass "
+        f"over the {len(splits.train):,} training images, and {1 / (1 - share):.1f} times as long"
+    )
+    return replace(splits, extra=extra, notes=(*splits.notes, note))
 
 
 def _open(
@@ -162,13 +196,13 @@ def _limited(
 
     if image_size is None and train_limit is None and test_limit is None:
         return splits
-    return DataSplits(
-        name=splits.name,
-        classes=splits.classes,
+    if splits.extra is not None and image_size is not None:
+        raise InputError(f"image_size={image_size!r} does not resize the extra images: load both anew")
+    return replace(
+        splits,
         train=change(splits.train, train_limit, 2),
         val=change(splits.val, None, 0),
         test=change(splits.test, test_limit, 0),
-        notes=splits.notes,
     )
 
 

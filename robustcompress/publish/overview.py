@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from robustcompress.budget import Budget, human
 from robustcompress.publish import chart
@@ -87,14 +89,22 @@ def compression(result: CompressResult) -> Html:
                 "threat trained against": f"{result.threat.label()}, pixels from {result.threat.bounds[0]:g} to "
                 f"{result.threat.bounds[1]:g}",
                 "training objective": short(result.settings.get("objective")),
+                "fine-tuned by": _of(result.settings, "finetune"),
+                "teacher": _of(result.settings, "teacher"),
                 "epochs": short(result.settings.get("epochs")),
                 "edits": _edits(result),
                 "images": f"{data_name(result)}: {' x '.join(map(str, result.image_shape))} in [0, 1], "
                 f"{len(result.classes)} classes ({short(list(result.classes[:20]))})",
+                "extra training images": _of(result.data, "extra"),
             }
         ),
         None if result.meets_budget else note(f"this network costs more than {Budget(**result.budget)}.", warning=True),
     )
+
+
+def _of(record: Mapping[str, Any], key: str) -> str | None:
+    """A part of a record that most results do not have."""
+    return short(record[key]) if record.get(key) else None
 
 
 def _does(kind: object) -> str | None:

@@ -116,6 +116,8 @@ def recipe_of(result: CompressResult) -> str:
             "budget": dict(result.budget),
             "threat": {"norm": result.threat.norm, "eps": result.threat.eps, "bounds": list(result.threat.bounds)},
             "objective": result.settings.get("objective"),
+            "finetune": result.settings.get("finetune"),
+            "teacher": _teacher(result),
             "training": result.settings.get("recipe"),
             "evaluate": _evaluation(result),
             "epochs": result.settings.get("epochs"),
@@ -142,7 +144,18 @@ def _data(result: CompressResult) -> dict[str, Any]:
         found["test_limit"] = test
     if result.image_shape[1] != 32:
         found["image_size"] = result.image_shape[1]
+    extra = data.get("extra")
+    if isinstance(extra, Mapping):
+        found |= {"extra": extra.get("name"), "extra_ratio": extra.get("ratio")}
+        if (by := extra.get("labels")) != "file":
+            found["pseudo_label"] = "teacher" if by == "teacher" else "DIR"
     return found
+
+
+def _teacher(result: CompressResult) -> str | None:
+    """A place to fill in, where somebody else than the reference taught."""
+    told = result.settings.get("teacher")
+    return "DIR" if isinstance(told, Mapping) and told.get("source") != "reference" else None
 
 
 def _evaluation(result: CompressResult) -> dict[str, Any] | None:

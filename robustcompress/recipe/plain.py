@@ -9,7 +9,7 @@ from typing import Any
 
 from robustcompress.errors import InputError
 
-NAMED = ("model", "strategy", "objective")
+NAMED = ("model", "strategy", "objective", "finetune")
 """Keys whose value is a name, or a mapping with a name and options."""
 
 

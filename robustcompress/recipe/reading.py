@@ -16,7 +16,17 @@ from robustcompress.robust.objectives import Objective, objective_from_json
 from robustcompress.strategies import Strategy, make_strategy
 from robustcompress.train import Recipe
 
-DATA_KEYS = ("source", "root", "image_size", "train_limit", "test_limit", "seed")
+DATA_KEYS = (
+    "source",
+    "root",
+    "image_size",
+    "train_limit",
+    "test_limit",
+    "seed",
+    "extra",
+    "extra_ratio",
+    "pseudo_label",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +98,25 @@ def _strategy(value: Any) -> Strategy:
     return make_strategy(name, **options)
 
 
-def _objective(value: Any) -> Objective:
-    name, options = _named(value, "objective")
+def _objective(value: Any, what: str = "objective") -> Objective:
+    name, options = _named(value, what)
     return objective_from_json({"name": name, **{k: _fraction(v) for k, v in options.items()}})
+
+
+def _finetune(value: Any) -> Objective:
+    return _objective(value, "finetune")
+
+
+def _teacher(value: Any) -> str | tuple[ModelSpec, str]:
+    """The directory of a result, or a mapping with a model and the file of its weights; read when the run begins."""
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, Mapping) or set(value) != {"model", "weights"} or not isinstance(value["weights"], str):
+        raise InputError(
+            f"teacher={value!r}: give the directory of a result, or a mapping with 'model' and 'weights' (a "
+            "safetensors file)"
+        )
+    return _model(value["model"]), value["weights"]
 
 
 def _threat(value: Any) -> ThreatModel:
@@ -170,6 +196,8 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "budget": _budget,
     "threat": _threat,
     "objective": _objective,
+    "finetune": _finetune,
+    "teacher": _teacher,
     "training": _training,
     "evaluate": _evaluation,
 }

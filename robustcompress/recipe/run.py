@@ -33,6 +33,8 @@ class RunRecipe:
         budget: What the result may cost.
         threat: What it must withstand.
         objective: Loss of every phase.
+        finetune: Loss of the fine-tuning after a cut; None for the objective.
+        teacher: Whom a distillation learns from: the directory of a result, or a model and its safetensors file.
         training: Optimizer, learning rate, averaging and the like.
         evaluate: How the result is judged.
         epochs: Passes over the training images; None for the default.
@@ -47,6 +49,8 @@ class RunRecipe:
     budget: Budget = Budget(macs=0.5)
     threat: ThreatModel = ThreatModel("linf", 8 / 255)
     objective: Objective = field(default_factory=PGDAT)
+    finetune: Objective | None = None
+    teacher: str | tuple[ModelSpec, str] | None = None
     training: Recipe = field(default_factory=Recipe)
     evaluate: Evaluation = field(default_factory=Evaluation)
     epochs: float | None = None
@@ -115,6 +119,12 @@ class RunRecipe:
             "seed": self.seed,
             "about": self.about,
         }
+        if self.finetune is not None:
+            value["finetune"] = self.finetune.to_json()
+        if isinstance(self.teacher, tuple):
+            value["teacher"] = {"model": self.teacher[0].to_json(), "weights": self.teacher[1]}
+        elif self.teacher is not None:
+            value["teacher"] = self.teacher
         parsed: dict[str, Any] = json.loads(json.dumps(value))
         return parsed
 
@@ -139,6 +149,8 @@ class RunRecipe:
             budget=self.budget,
             threat=self.threat,
             objective=self.objective,
+            finetune=self.finetune,
+            teacher=self.teacher,
             epochs=self.epochs,
             recipe=self.training,
             round_to=self.round_to,

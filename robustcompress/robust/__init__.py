@@ -7,14 +7,20 @@ from robustcompress.robust.autoattack import AutoAttackConfig
 from robustcompress.robust.evaluate import evaluate
 from robustcompress.robust.judge import EvaluationProgress
 from robustcompress.robust.objectives import (
+    ARD,
     FGSMRS,
+    IAD,
+    LTD,
     MART,
     PGDAT,
+    RSLAD,
     TRADES,
+    AdaAD,
     FreeAT,
     Natural,
     Objective,
     ObjectiveStep,
+    RobustDistillation,
     objective_from_json,
     objective_from_name,
 )
@@ -23,10 +29,15 @@ from robustcompress.robust.statistics import PairedTest, compare, paired_test, w
 from robustcompress.robust.threat import ThreatModel
 
 __all__ = [
+    "ARD",
     "FGSMRS",
+    "IAD",
+    "LTD",
     "MART",
     "PGDAT",
+    "RSLAD",
     "TRADES",
+    "AdaAD",
     "AttackResult",
     "AttackSpec",
     "AutoAttackConfig",
@@ -36,6 +47,7 @@ __all__ = [
     "Objective",
     "ObjectiveStep",
     "PairedTest",
+    "RobustDistillation",
     "RobustReport",
     "ThreatModel",
     "attack_by_name",

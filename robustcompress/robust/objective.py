@@ -152,6 +152,20 @@ class Objective(ABC):
         """
         return self
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it can train only after `taught_by`."""
+        return False
+
+    def taught_by(self, teacher: nn.Module) -> Objective:
+        """The same objective with a teacher to learn from; itself where it needs none.
+
+        Args:
+            teacher: Maps images to logits of the same classes, on the device of the images; it is asked in eval mode,
+                and its weights never get gradients.
+        """
+        return self
+
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Return the name and the options as plain data, for `objective_from_json`."""

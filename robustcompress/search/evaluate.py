@@ -17,7 +17,7 @@ from robustcompress.robust.objectives import FGSMRS
 from robustcompress.robust.probe import accuracies
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.search.dressed import Dressed
-from robustcompress.search.recovery import Distilled
+from robustcompress.search.recovery import distilled
 from robustcompress.search.space import Architecture
 from robustcompress.session import Session
 from robustcompress.structure.gates import top_channels
@@ -102,7 +102,7 @@ class Evaluator:
         self._session, self._lr, self._workers = session, lr, workers
         self._device = next(session.model.parameters()).device
         self._teacher = copy.deepcopy(session.model).eval().requires_grad_(False)
-        objective = Distilled(self._teacher) if recovery == "distill" else FGSMRS()
+        objective = distilled(self._teacher, goal.threat) if recovery == "distill" else FGSMRS()
         self._objective = with_auxiliary(objective, session.editor)
         self._dressed = Dressed(session, kinds) if kinds else None
         # Which channels of a block are large is not for its parts to say, whose weights are drawn.

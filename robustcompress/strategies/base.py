@@ -41,6 +41,16 @@ class Strategy(ABC):
         """What is removed: channels, or single weights, which become zeros in a network of the same shape."""
         return "channel"
 
+    @property
+    def finetunes(self) -> bool:
+        """Whether a phase of fine-tuning follows a cut (`Session.finetune`), which may have a loss of its own."""
+        return False
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the reference is trained before it is cut, and so can teach what is left (`teacher.appoint`)."""
+        return False
+
     def largest(self, widths: Widths) -> Widths:
         """The widest network this strategy can end with, given the reference's widths."""
         return dict(widths)

@@ -13,6 +13,7 @@ from robustcompress.shapes import Widths, floor_widths
 from robustcompress.strategies.base import Direction, Granularity, Strategy, check_choices, check_numbers
 from robustcompress.strategies.units import Allocation, Channels, Choice, Residual, Scores, Weights, granular
 from robustcompress.structure import StructuralEditor
+from robustcompress.teacher import appoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,16 @@ class Pruning(Strategy):
         self.check(problems)
         problems.raise_if_any()
 
+    @property
+    def finetunes(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def pretrains(self) -> bool:
+        """Where epochs are spent on it."""
+        return self.pretrain > 0
+
     def check(self, problems: Problems) -> None:
         """Note what else is wrong with the options; nothing by default."""
 
@@ -65,7 +76,7 @@ class Pruning(Strategy):
         return granular(session, granularity=self.granularity, allocation=self.allocation, residual=self.residual)
 
     def begin(self, session: Session) -> float:
-        """Pretrain.
+        """Pretrain; what comes of it teaches the fine-tuning, where that wants it.
 
         Returns:
             The share of the epochs that it took.
@@ -74,6 +85,7 @@ class Pruning(Strategy):
         if share:
             session.train("pretrain", share=share)
             session.settle()
+        appoint(session)
         return share
 
 
@@ -97,7 +109,7 @@ def one_shot(
         session.record(dict(note))
     units = strategy.units(session)
     with cut(session, units, lambda: Choice(score(units))):
-        session.train("finetune", share=1 - spent, lr_scale=strategy.finetune_lr, select=True)
+        session.finetune(share=1 - spent, lr_scale=strategy.finetune_lr)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from robustcompress.shapes import Widths, capped
 from robustcompress.strategies.base import Direction, Strategy, check_choices, check_numbers, prune_by
 from robustcompress.structure import StructuralEditor
 from robustcompress.structure.magnitudes import group_norms
+from robustcompress.teacher import appoint
 
 Feasibility = Literal["project", "penalty"]
 
@@ -147,6 +148,16 @@ class RCNAS(Strategy):
             problems.add("searcher='optuna' needs Optuna: pip install 'robustcompress[search]', or take 'evolution'")
         problems.raise_if_any()
 
+    @property
+    def finetunes(self) -> bool:
+        """Always: the winner."""
+        return True
+
+    @property
+    def pretrains(self) -> bool:
+        """Where epochs are spent on the teacher."""
+        return self.teacher > 0
+
     def largest(self, widths: Widths) -> Widths:
         """Every group at its cap."""
         return capped(widths, self.cap)
@@ -163,7 +174,7 @@ class RCNAS(Strategy):
         winner = self._search(session, space, policy) if space.domain.coordinates else ()
         self._take(session, space, winner)
         share = 1.0 if session.goal.pretrained else 1 - self.teacher
-        session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True)
+        session.finetune(share=share, lr_scale=self.finetune_lr)
 
     def lay_out(self, session: Session) -> Space:
         """Train the teacher, unless it is robust already, and say what there is to find within it.
@@ -184,6 +195,7 @@ class RCNAS(Strategy):
         if self.teacher and not session.goal.pretrained:
             session.train("teacher", share=self.teacher)
             session.settle()
+        appoint(session)
         task, images = self._task(session)
         order = first_to_leave(session, images) if self.depth else []
         network = Dressed(session, self._kinds) if self._kinds else session

@@ -67,7 +67,8 @@ class S2AP(Strategy):
         """Run the host, its search under an ascent in the scores and its fine-tuning under one in the weights."""
         assert isinstance(self.host, ScoreBased)
         if self.gamma != 0 or self.finetune_awp:
-            session.goal.objective.require_parts()
+            for objective in filter(None, (session.goal.objective, session.tuning)):
+                objective.require_parts()
         if self.finetune_awp and session.goal.recipe.sam:
             raise InputError(
                 f"finetune_awp={self.finetune_awp!r} and the recipe's sam={session.goal.recipe.sam!r} would each move "
@@ -78,6 +79,18 @@ class S2AP(Strategy):
             ascent=self._ascent if self.gamma != 0 else None,
             finetune_awp=self.finetune_awp or None,
         )
+
+    @property
+    def finetunes(self) -> bool:
+        """As the host."""
+        assert isinstance(self.host, Strategy)
+        return self.host.finetunes
+
+    @property
+    def pretrains(self) -> bool:
+        """As the host."""
+        assert isinstance(self.host, Strategy)
+        return self.host.pretrains
 
     def largest(self, widths: Widths) -> Widths:
         """The host's largest."""

@@ -94,7 +94,7 @@ class ScoreBased(Pruning):
         found = self.learn(session, units, ascent) if self.searches else None
         share = 1 - spent - self.search_share
         with cut(session, units, lambda: found or Choice(units.magnitudes())):
-            session.train("finetune", share=share, lr_scale=self.finetune_lr, select=True, awp=finetune_awp)
+            session.finetune(share=share, lr_scale=self.finetune_lr, awp=finetune_awp)
 
     @abstractmethod
     def learn(self, session: Session, units: Channels | Weights, ascent: MakeAscent | None) -> Choice:

@@ -1,6 +1,6 @@
 """One training loop for every strategy."""
 
-from robustcompress.train.ascent import Ascent, SharpnessAscent, sharpness_ascent, weight_ascent
+from robustcompress.train.ascent import Ascent, SharpnessAscent, recipe_ascent, sharpness_ascent, weight_ascent
 from robustcompress.train.auxiliary import with_auxiliary
 from robustcompress.train.compiled import CompiledNetwork
 from robustcompress.train.device import (
@@ -50,6 +50,7 @@ __all__ = [
     "make_guard",
     "make_optimizer",
     "phase_steps",
+    "recipe_ascent",
     "resolve_device",
     "safe_memory_format",
     "set_memory_format",

@@ -14,6 +14,7 @@ from robustcompress.errors import InputError
 from robustcompress.robust.attacks import kept_buffers
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.threat import ThreatModel
+from robustcompress.train.recipe import Recipe
 
 _TINY = 1e-20
 
@@ -189,6 +190,26 @@ def sharpness_ascent(optimizer: torch.optim.Optimizer, rho: float, *, adaptive: 
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     return SharpnessAscent(parameters, rho, adaptive=adaptive) if parameters else None
+
+
+def recipe_ascent(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, awp: float | None, *, begins: float = 0.0
+) -> Ascent | None:
+    """The ascent that a recipe asks for, if any: adversarial weight perturbation, or sharpness-aware minimisation.
+
+    Args:
+        optimizer: Holds the weights.
+        recipe: Says which.
+        awp: Radius of adversarial weight perturbation; None for the recipe's.
+        begins: As in `Ascent`.
+
+    Raises:
+        InputError: A radius is out of range, or both are asked for.
+    """
+    if awp and recipe.sam:
+        raise InputError(f"awp={awp!r} and the recipe's sam={recipe.sam!r} would each move the weights: choose one")
+    perturbation = weight_ascent(optimizer, recipe.awp if awp is None else awp, begins=begins)
+    return perturbation or sharpness_ascent(optimizer, recipe.sam, adaptive=recipe.sam_adaptive)
 
 
 def forward_backward(

@@ -29,6 +29,14 @@ def made(name: str, **options: Any) -> Objective:
     return kind(**({"steps": 2} if "steps" in kind.__slots__ else {}), **options)
 
 
+def ready(name: str) -> Objective:
+    """With a teacher, where it needs one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        teacher = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4))
+    return made(name).taught_by(teacher)
+
+
 def has_parts(objective: Objective) -> bool:
     try:
         objective.require_parts()
@@ -54,7 +62,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step(convnet: nn.Module, images: Tensor, labels: Tensor, name: str, threat: ThreatModel) -> None:
     """Finite, in the ball and the bounds, modes as before, no gradients of weights before the caller asks for them."""
-    objective, model = made(name), convnet.train()
+    objective, model = ready(name), convnet.train()
     model[1].eval()  # modes differ within it
     for x in (images, (images > 0.5).float()):  # pixels at the bounds, too
         step = objective.loss(model, x, labels, threat, generator=seeded())
@@ -74,7 +82,7 @@ def test_a_step(convnet: nn.Module, images: Tensor, labels: Tensor, name: str, t
 def test_an_attack_moves_nothing_but_images(
     convnet: nn.Module, images: Tensor, labels: Tensor, name: str, threat: ThreatModel
 ) -> None:
-    objective, model = made(name), convnet.train()
+    objective, model = ready(name), convnet.train()
     if not has_parts(objective):
         pytest.skip("attacks and learns in one pass")
     before = state(model)
@@ -91,7 +99,7 @@ def test_frozen_weights_and_eval_mode_are_respected(
     model = convnet.eval()
     model[0].weight.requires_grad_(False)
     before = state(model)
-    made(name).loss(model, images, labels, THREATS[1], generator=seeded()).loss.backward()
+    ready(name).loss(model, images, labels, THREATS[1], generator=seeded()).loss.backward()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model[0].weight.grad is None and model[5].weight.grad is not None
 
@@ -101,7 +109,7 @@ def test_under_bfloat16_the_loss_is_finite_and_float32(
     convnet: nn.Module, images: Tensor, labels: Tensor, name: str
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        step = made(name).loss(convnet.train(), images, labels, THREATS[0], generator=seeded())
+        step = ready(name).loss(convnet.train(), images, labels, THREATS[0], generator=seeded())
     step.loss.backward()
     assert step.loss.dtype == torch.float32 and bool(step.loss.isfinite())
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in convnet.parameters())

@@ -15,7 +15,7 @@ from robustcompress.data import Batches
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.probe import accuracies
 from robustcompress.search.evaluate import Evaluator, Job, local_lipschitz
-from robustcompress.search.recovery import Distilled
+from robustcompress.search.recovery import distilled
 from robustcompress.search.space import Architecture, Space
 from robustcompress.search.stages import discover
 from robustcompress.session import Session
@@ -116,7 +116,7 @@ def test_distillation_pulls_the_attacked_student_to_the_clean_teacher() -> None:
     teacher, student = build("chain", seed=1).eval(), build("chain", seed=2).eval()
     x = torch.rand(6, 3, 16, 16, generator=generator)
     y = torch.randint(10, (6,), generator=generator)
-    objective = Distilled(teacher)
+    objective = distilled(teacher, rc.ThreatModel())
     x_adv = objective.attack(student, x, y, rc.ThreatModel(), generator=generator)
     assert 0 < float((x_adv - x).abs().max()) <= 8 / 255 + 1e-6
     step = objective.loss_on(student, x, x_adv, y)

@@ -15,6 +15,7 @@ from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives.distil import ARD, IAD, LTD, RSLAD, AdaAD, RobustDistillation
 from robustcompress.robust.objectives.free import FreeAT
 from robustcompress.robust.objectives.labels import ClassWeights, LabelLoss
 from robustcompress.robust.objectives.mart import MART
@@ -22,11 +23,16 @@ from robustcompress.robust.objectives.parts import AttackMode
 from robustcompress.robust.objectives.standard import FGSMRS, PGDAT, TRADES, Natural
 
 __all__ = [
+    "ARD",
     "FGSMRS",
+    "IAD",
+    "LTD",
     "MART",
     "OBJECTIVES",
     "PGDAT",
+    "RSLAD",
     "TRADES",
+    "AdaAD",
     "AttackMode",
     "ClassWeights",
     "FreeAT",
@@ -34,11 +40,16 @@ __all__ = [
     "Natural",
     "Objective",
     "ObjectiveStep",
+    "RobustDistillation",
     "objective_from_json",
     "objective_from_name",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, FreeAT, TRADES, MART)}
+KINDS: tuple[type[Objective], ...] = (
+    *(Natural, PGDAT, FGSMRS, FreeAT, TRADES, MART),
+    *(RSLAD, AdaAD, ARD, IAD, LTD, RobustDistillation),
+)
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in KINDS}
 """By name; each is a frozen dataclass of its options."""
 
 

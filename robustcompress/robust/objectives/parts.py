@@ -64,6 +64,10 @@ def _class_weights(value: Any) -> str:
     return "" if fine else "give a positive number for each class"
 
 
+def _weight(value: Any) -> str:
+    return _number(value, lambda v: 0 <= v < float("inf"), "be at least 0, and finite")
+
+
 RULES: dict[str, Callable[[Any], str]] = {
     "attack_mode": _one_of(*get_args(AttackMode)),
     "steps": _count,
@@ -71,6 +75,13 @@ RULES: dict[str, Callable[[Any], str]] = {
     "step_size": lambda value: "" if value is None else _positive(value),
     "label_smoothing": _share,
     "class_weights": _class_weights,
+    "inner": _one_of("ce", "kl-clean", "kl-attacked"),
+    "target": _one_of("clean", "attacked"),
+    "adversarial": _weight,
+    "natural": _weight,
+    "labels": _weight,
+    "teacher_temperature": lambda value: "" if value is None else _positive(value),
+    "trust": lambda value: "" if value is None else _positive(value),
 }
 """By an option's name, what is wrong with a value (empty for nothing); options not named here are positive numbers."""
 
