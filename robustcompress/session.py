@@ -76,6 +76,7 @@ class Session(Run):
         on_record: Callable[[dict[str, Any]], None] | None = None,
         journal: Journal | None = None,
     ) -> None:
+        goal.objective.check(goal.threat)
         if goal.recipe.awp:
             goal.objective.require_parts()
         super().__init__(goal.seed + 1, progress=progress, on_record=on_record, journal=journal)
@@ -239,6 +240,7 @@ class Session(Run):
         objective: Objective | None = None,
         look: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
+        began = self._spent
         self._spent += share
         self._lay_out()
         done, state = 0, None
@@ -260,7 +262,8 @@ class Session(Run):
             if self._journal is not None and state is not None:
                 self._journal.epoch_done(record["steps"], self.history, state)
 
-        compiles = self.goal.recipe.compile and optimizer is self._optimizer  # gates are hooks, opaque to a compiler
+        # Gates are hooks, opaque to a compiler.
+        compiles = self.goal.recipe.compile and self.goal.objective.compiles and optimizer is self._optimizer
         train(
             CompiledNetwork(self.model) if compiles else self.model,
             self._batches,
@@ -279,6 +282,7 @@ class Session(Run):
             autocast=self._autocast,
             ascent=ascent,
             start=done,
+            span=(min(began, 1.0), min(self._spent, 1.0)),
         )
 
     def _selection(self, share: float) -> Selection:
@@ -349,8 +353,12 @@ class Session(Run):
                 yield pgd(net, x, y, self.goal.threat, steps=steps, generator=self._attack_generator), y
 
     def validate(self) -> tuple[float, float]:
-        """Clean and PGD-10 accuracy of the averaged network on (at most `recipe.val_images`) validation images."""
+        """Clean and robust accuracy of the averaged network on (at most `recipe.val_images`) validation images.
+
+        Robust against PGD-10, or what `Objective.withstood` says.
+        """
         images = self.goal.data.val.first(self.goal.recipe.val_images)
         batches = Batches(images, self.goal.recipe.batch_size, device=self._device)
         generator = torch.Generator(self._device).manual_seed(self.goal.seed)  # the same noise every time
-        return accuracies(self.averaged, batches, self.goal.threat, generator=generator)
+        goal = self.goal
+        return accuracies(self.averaged, batches, goal.threat, generator=generator, objective=goal.objective)

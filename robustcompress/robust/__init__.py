@@ -8,11 +8,14 @@ from robustcompress.robust.evaluate import evaluate
 from robustcompress.robust.judge import EvaluationProgress
 from robustcompress.robust.objectives import (
     FGSMRS,
+    IBP,
     PGDAT,
     TRADES,
+    CrownIBP,
     Natural,
     Objective,
     ObjectiveStep,
+    Smoothing,
     objective_from_json,
     objective_from_name,
 )
@@ -22,17 +25,20 @@ from robustcompress.robust.threat import ThreatModel
 
 __all__ = [
     "FGSMRS",
+    "IBP",
     "PGDAT",
     "TRADES",
     "AttackResult",
     "AttackSpec",
     "AutoAttackConfig",
+    "CrownIBP",
     "EvaluationProgress",
     "Natural",
     "Objective",
     "ObjectiveStep",
     "PairedTest",
     "RobustReport",
+    "Smoothing",
     "ThreatModel",
     "attack_by_name",
     "compare",

@@ -71,6 +71,10 @@ class WithAuxiliary(Objective):
         self._inner, self._weight = inner, weight
         self._whole = type(inner).loss is not Objective.loss
 
+    def at(self, progress: float) -> Objective:
+        """See `Objective.at`."""
+        return WithAuxiliary(self._inner.at(progress), self._weight)
+
     def attack(
         self,
         model: nn.Module,

@@ -15,23 +15,30 @@ from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives.interval import IBP, CrownIBP
 from robustcompress.robust.objectives.parts import AttackMode
+from robustcompress.robust.objectives.smoothing import Smoothing
 from robustcompress.robust.objectives.standard import FGSMRS, PGDAT, TRADES, Natural
 
 __all__ = [
     "FGSMRS",
+    "IBP",
     "OBJECTIVES",
     "PGDAT",
     "TRADES",
     "AttackMode",
+    "CrownIBP",
     "Natural",
     "Objective",
     "ObjectiveStep",
+    "Smoothing",
     "objective_from_json",
     "objective_from_name",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES, Smoothing, IBP, CrownIBP)
+}
 """By name; each is a frozen dataclass of its options."""
 
 

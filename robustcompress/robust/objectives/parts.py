@@ -62,6 +62,9 @@ RULES: dict[str, Callable[[Any], str]] = {
     "steps": _count,
     "step_size": lambda value: "" if value is None else _positive(value),
     "label_smoothing": _share,
+    "kappa": _share,
+    "warm_up": _share,
+    "ramp": _share,
 }
 """By an option's name, what is wrong with a value (empty for nothing); options not named here are positive numbers."""
 
