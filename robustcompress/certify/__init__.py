@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from robustcompress.certify.binomial import lower_bound
-from robustcompress.certify.certify import certify
+from robustcompress.certify.certify import certify, checked_settings
 from robustcompress.certify.plot import plot_certificates
-from robustcompress.certify.report import ABSTAINS, METHODS, CertificateReport
+from robustcompress.certify.report import ABSTAINS, METHODS, CertificateReport, save_certificate
 from robustcompress.certify.smoothing import certified_radius
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "CertificateReport",
     "certified_radius",
     "certify",
+    "checked_settings",
     "lower_bound",
     "plot_certificates",
+    "save_certificate",
 ]

@@ -85,7 +85,9 @@ def certify(
     pixels, labels = _images(data)
     network, result = (model.model, model) if isinstance(model, CompressResult) else (model, None)
     target = problems.attempt(lambda: resolve_device(device))
-    settings = _settings(problems, method, sigma=sigma, n0=n0, n=n, alpha=alpha, eps=eps, result=result)
+    if eps is None and method != "smoothing" and result is not None and result.threat.norm == "linf":
+        eps = result.threat.eps
+    settings = checked_settings(problems, method, sigma=sigma, n0=n0, n=n, alpha=alpha, eps=eps)
     for key, count in (("batch_size", batch_size), ("max_images", max_images)):
         if count is not None and not _whole(count):
             problems.add(f"{key}={count!r}: give a whole number, at least 1")
@@ -179,24 +181,21 @@ def _by_bounds(network: nn.Module, pixels: Tensor, device: torch.device, eps: fl
     return judge
 
 
-def _settings(
+def checked_settings(
     problems: Problems,
     method: str,
     *,
-    sigma: float,
-    n0: int,
-    n: int,
-    alpha: float,
-    eps: float | None,
-    result: CompressResult | None,
+    sigma: float = 0.25,
+    n0: int = 100,
+    n: int = 10_000,
+    alpha: float = 0.001,
+    eps: float | None = None,
 ) -> dict[str, float]:
-    """Check what the method needs, and return it."""
+    """Check what a method needs, note what is wrong with it, and return it; see `certify` for the arguments."""
     if method not in METHODS:
         problems.add(f"method={method!r} is unknown{nearest(str(method), METHODS)}")
         return {}
     if method != "smoothing":
-        if eps is None and result is not None and result.threat.norm == "linf":
-            eps = result.threat.eps
         if eps is None:
             problems.add(f"method {method!r} needs eps, an linf radius such as 8/255")
             return {}

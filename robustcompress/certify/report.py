@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -207,3 +210,23 @@ class CertificateReport:
         if any(not math.isclose(report.certified_accuracy(radius), share, abs_tol=1e-9) for radius, share in stated):
             raise ResultError("the radii do not give the stated accuracies: the file was changed, certify again")
         return report
+
+
+def save_certificate(directory: str | Path, report: CertificateReport) -> Path:
+    """Write a certificate beside the result that it is about: `certificate.METHOD-STRENGTH.json`, whole or not at all.
+
+    Args:
+        directory: Of the saved result.
+        report: The certificate; one of the same method and strength is replaced.
+
+    Returns:
+        The file.
+    """
+    path = Path(directory) / f"certificate.{report.name}.json"
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from robustcompress.certify import METHODS, CertificateReport, certify, plot_certificates
+from robustcompress.certify import METHODS, CertificateReport, certify, plot_certificates, save_certificate
 from robustcompress.commands.arguments import (
     add_data_arguments,
     add_result_argument,
@@ -14,7 +14,6 @@ from robustcompress.commands.arguments import (
     data_of,
     fraction,
     result_from,
-    write_json,
 )
 from robustcompress.errors import InputError
 from robustcompress.plots import check_picture
@@ -94,14 +93,7 @@ def run(arguments: argparse.Namespace) -> Output:
             **options,
         )
     document: dict[str, Any] = {"result": str(directory), "certificate": report.to_json(), "saved": None, "plot": None}
-    parts: list[Any] = [
-        table(
-            f"{directory}: certified by {report.name} ({report.norm}); predicted right: {100 * report.accuracy:.1f} %",
-            ["radius", "certified %", "95 % interval", "n"],
-            report.rows(),
-        ),
-        *report.notes(),
-    ]
+    parts: list[Any] = shown(str(directory), report)
     if arguments.save:
         path = save_certificate(directory, report)
         document["saved"] = str(path)
@@ -113,11 +105,10 @@ def run(arguments: argparse.Namespace) -> Output:
     return Output(document=document, parts=tuple(parts))
 
 
-def save_certificate(directory: Path, report: CertificateReport) -> Path:
-    """Write a certificate beside the result that it is about; returns where."""
-    path = directory / f"certificate.{report.name}.json"
-    write_json(path, report.to_json())
-    return path
+def shown(name: str, report: CertificateReport) -> list[Any]:
+    """What is printed of a certificate: its table, and what has to be read with it."""
+    title = f"{name}: certified by {report.name} ({report.norm}); predicted right: {100 * report.accuracy:.1f} %"
+    return [table(title, ["radius", "certified %", "95 % interval", "n"], report.rows()), *report.notes()]
 
 
 def _asked(arguments: argparse.Namespace, result: CompressResult) -> tuple[str, dict[str, Any]]:
