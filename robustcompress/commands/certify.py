@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> Output:
 def shown(name: str, report: CertificateReport) -> list[Any]:
     """What is printed of a certificate: its table, and what has to be read with it."""
     title = f"{name}: certified by {report.name} ({report.norm}); predicted right: {100 * report.accuracy:.1f} %"
-    return [table(title, ["radius", "certified %", "95 % interval", "n"], report.rows()), *report.notes()]
+    return [title, table("", ["radius", "certified %", "95 % interval", "n"], report.rows()), *report.notes()]
 
 
 def _asked(arguments: argparse.Namespace, result: CompressResult) -> tuple[str, dict[str, Any]]:
