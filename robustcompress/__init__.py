@@ -21,6 +21,7 @@ from robustcompress.artefact import (
     verify_artefact,
 )
 from robustcompress.budget import Budget, Cost, measure
+from robustcompress.certify import CertificateReport, certify, plot_certificates
 from robustcompress.cuts import Sensitivity
 from robustcompress.data import DataSplits, Images, load_data
 from robustcompress.errors import (
@@ -87,6 +88,7 @@ __all__ = [
     "BenchReport",
     "Budget",
     "BudgetError",
+    "CertificateReport",
     "CheckpointError",
     "CompressResult",
     "Cost",
@@ -127,6 +129,7 @@ __all__ = [
     "__version__",
     "bench_onnx",
     "build_model",
+    "certify",
     "compare",
     "compress",
     "evaluate",
@@ -140,6 +143,7 @@ __all__ = [
     "model_card",
     "open_onnx",
     "pareto",
+    "plot_certificates",
     "plot_curve",
     "plot_front",
     "plot_results",

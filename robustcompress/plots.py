@@ -11,6 +11,7 @@ from torch import nn
 
 from robustcompress.errors import InputError, RobustCompressError
 from robustcompress.result import CompressResult
+from robustcompress.robust.objectives import OBJECTIVES, Objective
 from robustcompress.structure import StructuralEditor
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -176,7 +177,9 @@ def _courses(axes: Any, results: Mapping[str, CompressResult], colours: Mapping[
             axes.plot(events, foot, "^", color=colours[name], markersize=7, markeredgecolor="white")
     handles = [Line2D([], [], color=colours[name], linewidth=2, label=name) for name in results]
     if validated:
-        handles.append(Line2D([], [], color=GREY, linestyle="", marker="o", markersize=5, label="validation (PGD-10)"))
+        by_pgd = all(_validated_by_pgd(result) for result in results.values())
+        label = "validation (PGD-10)" if by_pgd else "validation"
+        handles.append(Line2D([], [], color=GREY, linestyle="", marker="o", markersize=5, label=label))
     if edited:
         handles.append(Line2D([], [], color=GREY, linestyle="", marker="^", markersize=7, label="grown or pruned"))
     axes.set(
@@ -188,6 +191,11 @@ def _courses(axes: Any, results: Mapping[str, CompressResult], colours: Mapping[
     axes.set_yticks(range(0, 101, 20))
     axes.set_title("Training (lines) and validation (dots)", fontsize=11)
     _keep_handles(axes, handles)
+
+
+def _validated_by_pgd(result: CompressResult) -> bool:
+    kind = OBJECTIVES.get(str(result.settings.get("objective", {}).get("name")), Objective)
+    return kind.withstood is Objective.withstood
 
 
 def _course(result: CompressResult) -> tuple[list[tuple[float, float]], list[tuple[float, float]], list[float]]:

@@ -77,8 +77,10 @@ class Session(BudgetedRun):
         on_record: Callable[[dict[str, Any]], None] | None = None,
         journal: Journal | None = None,
     ) -> None:
-        if goal.recipe.awp or goal.recipe.sam:
-            for objective in filter(None, (goal.objective, goal.finetune)):
+        losses = list(filter(None, (goal.objective, goal.finetune)))
+        for objective in losses:
+            objective.check(goal.threat)
+            if goal.recipe.awp or goal.recipe.sam:
                 objective.require_parts()
         super().__init__(editor, example, goal, progress=progress, on_record=on_record, journal=journal)
         self.model = model
@@ -263,7 +265,8 @@ class Session(BudgetedRun):
             if self._journal is not None and state is not None:
                 self._journal.epoch_done(record["steps"], self.history, state)
 
-        compiles = self.goal.recipe.compile and optimizer is self._optimizer  # gates are hooks, opaque to a compiler
+        # Gates are hooks, opaque to a compiler.
+        compiles = self.goal.recipe.compile and self.goal.objective.compiles and optimizer is self._optimizer
         train(
             CompiledNetwork(self.model) if compiles else self.model,
             self._batches,
@@ -282,6 +285,7 @@ class Session(BudgetedRun):
             autocast=self._autocast,
             ascent=ascent,
             start=done,
+            span=(min(before, 1.0), min(self._spent, 1.0)),
         )
 
     def _selection(self, share: float) -> Selection:
@@ -352,8 +356,12 @@ class Session(BudgetedRun):
                 yield pgd(net, x, y, self.goal.threat, steps=steps, generator=self._attack_generator), y
 
     def validate(self, network: nn.Module | None = None) -> tuple[float, float]:
-        """Clean and PGD-10 accuracy on (at most `recipe.val_images`) validation images, by default of the average."""
+        """Clean and robust accuracy on (at most `recipe.val_images`) validation images, by default of the average.
+
+        Robust against PGD-10, or (of the run's own network) what `Objective.withstood` says.
+        """
         images = self.goal.data.val.first(self.goal.recipe.val_images)
         batches = Batches(images, self.goal.recipe.batch_size, device=self._device)
         generator = torch.Generator(self._device).manual_seed(self.goal.seed)  # the same noise every time
-        return accuracies(self.averaged if network is None else network, batches, self.goal.threat, generator=generator)
+        judged, view = (self.averaged, self.goal.objective) if network is None else (network, None)
+        return accuracies(judged, batches, self.goal.threat, generator=generator, objective=view)

@@ -29,7 +29,7 @@ LAYERS = [
     {"diagnostics"},
     {"strategies", "result", "records"},
     {"export", "plots", "stability", "widths", "front", "cuts", "sensitivity"},
-    {"artefact"},
+    {"artefact", "certify"},
     {"search_plot", "width_plot", "front_plot", "sensitivity_plot"},
     {"reach"},
     {"latency_table"},

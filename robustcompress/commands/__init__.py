@@ -10,6 +10,7 @@ from robustcompress.commands import (
     bench,
     card,
     catalogue,
+    certify,
     compress,
     evaluate,
     export,
@@ -26,7 +27,7 @@ from robustcompress.commands import (
 )
 
 COMMANDS = (
-    *(quickstart, compress, run, pareto, evaluate),
+    *(quickstart, compress, run, pareto, evaluate, certify),
     *(export, quantize, bench, latency),
     *(report, card, push, pull),
     *(inspect, sensitivity, catalogue),

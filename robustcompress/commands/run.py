@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from robustcompress.certify import save_certificate
+from robustcompress.commands.certify import shown as shown_certificate
 from robustcompress.errors import InputError
 from robustcompress.recipe import RunRecipe, merged, read_yaml
 from robustcompress.result import check_target
@@ -70,24 +72,31 @@ def run(arguments: argparse.Namespace) -> Output:
     )
     if arguments.quiet:
         report = recipe.judge(result, data, device=device)
+        certificate = recipe.certify(result, data, device=device)
     else:
         with evaluation_bar(recipe.strategy.name) as advance:
             report = recipe.judge(result, data, device=device, progress=advance)
+            certificate = recipe.certify(result, data, device=device, progress=advance)
     curve = recipe.security_curve(result, data, device=device)
     said = {"run": _without_places(recipe.to_json()), **({"curve": curve} if curve else {})}
     result = replace(result, report=report, settings={**result.settings, **said})
     saved = "nothing was saved: pass --out DIR to keep the model"
     if arguments.out is not None:
         result.save(arguments.out, overwrite=True)  # now with the report; the network was saved before it was attacked
+        if certificate is not None:
+            save_certificate(arguments.out, certificate)
         saved = f"saved to {arguments.out}; next: robustcompress export --onnx {arguments.out}"
     parts: list[Any] = [str(result), ""]
     if curve:
         rows = [[f"{point['eps']:.4g}", f"{100 * point['accuracy']:.1f}", f"{point['n']:.0f}"] for point in curve]
         parts += [table("security curve (PGD-20)", ["eps", "accuracy %", "images"], rows), ""]
+    if certificate is not None:
+        parts += [*shown_certificate(recipe.strategy.name, certificate), ""]
     document = result.to_json() | {
         "meets_budget": result.meets_budget,
         "recipe": recipe.to_json(),
         "curve": curve,
+        "certificate": None if certificate is None else certificate.to_json(),
         "out": str(arguments.out) if arguments.out is not None else None,
     }
     return Output(document=document, parts=(*parts, saved))

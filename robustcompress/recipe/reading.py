@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from robustcompress.budget import Budget
+from robustcompress.certify import checked_settings
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.models import ModelSpec
 from robustcompress.robust import ThreatModel, attack_by_name
@@ -16,6 +17,7 @@ from robustcompress.robust.objectives import Objective, objective_from_json
 from robustcompress.strategies import Strategy, make_strategy
 from robustcompress.train import Recipe
 
+CERTIFY_KEYS = ("method", "sigma", "n0", "n", "alpha", "eps", "images")
 DATA_KEYS = (
     "source",
     "root",
@@ -39,6 +41,8 @@ class Evaluation:
         autoattack_images: How many of those AutoAttack judges; None for all.
         curve: Radii of the security curve, each attacked by PGD-20; none by default.
         curve_images: Test images of the curve; None for as many as `images`.
+        certify: What is proven of it: arguments of `certify()` (method, sigma, n0, n, alpha, eps), and how many
+            `images` (all by default); None for nothing. An eps that is not given is the threat's.
     """
 
     attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
@@ -46,6 +50,7 @@ class Evaluation:
     autoattack_images: int | None = None
     curve: tuple[float, ...] = ()
     curve_images: int | None = None
+    certify: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         problems = Problems("the evaluation cannot be run")
@@ -63,7 +68,26 @@ class Evaluation:
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 problems.add(f"{key}={value!r}: must be a positive whole number, or null for all")
+        if self.certify is not None:
+            _check_certify(self.certify, problems)
         problems.raise_if_any()
+
+
+def _check_certify(options: object, problems: Problems) -> None:
+    if not isinstance(options, Mapping):
+        problems.add(f"certify={options!r}: give keys and values, such as {{method: smoothing, sigma: 0.25}}")
+        return
+    for key in options:
+        if key not in CERTIFY_KEYS:
+            problems.add(f"certify: key {key!r} does not exist{nearest(str(key), CERTIFY_KEYS)}")
+    images = options.get("images")
+    if images is not None and (not isinstance(images, int) or isinstance(images, bool) or images < 1):
+        problems.add(f"certify: images={images!r}: must be a positive whole number, or null for all")
+    given = {key: value for key, value in options.items() if key in CERTIFY_KEYS and key not in ("images", "method")}
+    method = options.get("method", "smoothing")
+    if method != "smoothing":
+        given.setdefault("eps", 0.1)  # the threat's, which is not known here
+    checked_settings(problems, method, **given)
 
 
 def _named(value: Any, what: str) -> tuple[str, dict[str, Any]]:
@@ -152,6 +176,10 @@ def _evaluation(value: Any) -> Evaluation:
     options = _options(Evaluation, value, "evaluate")
     if isinstance(options.get("curve"), tuple):
         options["curve"] = tuple(_fraction(radius) for radius in options["curve"])
+    if isinstance(options.get("certify"), Mapping):
+        options["certify"] = {
+            key: option if key == "method" else _number(_fraction(option)) for key, option in options["certify"].items()
+        }
     return Evaluation(**options)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from robustcompress.api import compress
 from robustcompress.budget import Budget
+from robustcompress.certify import CertificateReport, certify
 from robustcompress.data import DataSplits, load_data
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.models import ModelSpec
@@ -100,6 +101,11 @@ class RunRecipe:
                 problems.add(f"{key}={found!r}: must be {kind}")
             elif found is not None:
                 made[key] = found
+        judged, threat = made.get("evaluate"), made.get("threat")
+        if judged is not None and judged.certify is not None and threat is not None and threat.norm != "linf":
+            method = judged.certify.get("method", "smoothing")
+            if method != "smoothing" and judged.certify.get("eps") is None:
+                problems.add(f"evaluate.certify: method {method!r} needs an eps, as the threat is {threat.label()}")
         problems.raise_if_any()
         return cls(**made)
 
@@ -189,3 +195,16 @@ class RunRecipe:
             found = report.result("pgd-20")
             points.append({"eps": eps, "n": found.n, "accuracy": found.accuracy})
         return points
+
+    def certify(self, result: CompressResult, data: DataSplits, **options: Any) -> CertificateReport | None:
+        """Prove of the test images what the recipe asks for; None where it asks for nothing.
+
+        Args:
+            result: What `run` returned.
+            data: Its test images are taken.
+            options: Go to `certify()`.
+        """
+        if self.evaluate.certify is None:
+            return None
+        asked = {key: value for key, value in self.evaluate.certify.items() if value is not None}
+        return certify(result, data, max_images=asked.pop("images", None), **asked, **options)

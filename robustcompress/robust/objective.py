@@ -42,6 +42,22 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
+    compiles: ClassVar[bool] = True
+    """Whether its passes through a network can be compiled."""
+
+    def at(self, progress: float) -> Objective:
+        """Return the objective as it is at some point of a run; this one, where nothing changes on the way.
+
+        Whatever changes is a function of `progress` alone, so that a run that goes on from a checkpoint needs nothing
+        more. An objective that nobody asked this of is as at the end.
+
+        Args:
+            progress: Share of the run's epochs that is done, in [0, 1].
+        """
+        return self
+
+    def check(self, threat: ThreatModel) -> None:  # noqa: B027 - most have nothing to refuse
+        """Raise InputError where it cannot be used against a threat: to be told before any training."""
 
     @property
     def replays(self) -> int:
@@ -129,6 +145,29 @@ class Objective(ABC):
             generator: Source of the attack's randomness; torch's global one where None.
         """
         return self.loss_on(model, x, self.attack(model, x, y, threat, generator=generator), y)
+
+    def withstood(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        """Say which images count as withstood where the best epoch of a phase is chosen.
+
+        Args:
+            model: Maps images to logits, in eval mode.
+            x: Images within `threat.bounds`, [N, C, H, W].
+            y: Labels, int64 [N].
+            threat: What the adversary may do.
+            generator: Source of randomness; torch's global one where None.
+
+        Returns:
+            Bool [N]; or None, as here, for those that PGD leaves right.
+        """
+        return None
 
     def require_parts(self, who: str = _WHO) -> None:
         """Raise InputError unless `attack` and `loss_on` are defined: to be told before any training.

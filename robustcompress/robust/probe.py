@@ -1,4 +1,4 @@
-"""A quick look at how accurate a network is, clean and under PGD: a progress meter."""
+"""A quick look at how accurate a network is, clean and attacked (by PGD, mostly): a progress meter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.robust.attacks import eval_mode, pgd
+from robustcompress.robust.objective import Objective
 from robustcompress.robust.threat import ThreatModel
 
 
@@ -18,6 +19,7 @@ def accuracies(
     *,
     steps: int = 10,
     generator: torch.Generator | None = None,
+    objective: Objective | None = None,
 ) -> tuple[float, float]:
     """Clean and PGD accuracy, in [0, 1], in eval mode; zeros where there are no images.
 
@@ -27,13 +29,18 @@ def accuracies(
         threat: What the adversary may do.
         steps: Of PGD.
         generator: The attack's randomness.
+        objective: What is trained for; where it has a view of its own of what is withstood, that stands for PGD.
     """
     clean = robust = seen = 0
     with eval_mode(model):
         for x, y in batches:
-            x_adv = pgd(model, x, y, threat, steps=steps, generator=generator)
+            right = None if objective is None else objective.withstood(model, x, y, threat, generator=generator)
+            if right is None:
+                x_adv = pgd(model, x, y, threat, steps=steps, generator=generator)
+                with torch.no_grad():
+                    right = model(x_adv).argmax(1) == y
             with torch.no_grad():
                 clean += int((model(x).argmax(1) == y).sum())
-                robust += int((model(x_adv).argmax(1) == y).sum())
+            robust += int(right.sum())
             seen += len(y)
     return clean / max(1, seen), robust / max(1, seen)

@@ -249,21 +249,27 @@ class PricedObjective(Objective):
 
     Args:
         price: The objective, and the cost.
+        inner: The objective as it is at the moment; the price's own by default.
     """
 
     name: ClassVar[str] = "priced"
 
-    def __init__(self, price: Price) -> None:
+    def __init__(self, price: Price, inner: Objective | None = None) -> None:
         self._price = price
+        self._inner = inner or price.objective
+
+    def at(self, progress: float) -> Objective:
+        """See `Objective.at`."""
+        return PricedObjective(self._price, self._price.objective.at(progress))
 
     def attack(self, model: nn.Module, x: Tensor, y: Tensor, *args: Any, **settings: Any) -> Tensor:
         """As the objective; comes once a step."""
         self._price.step()
-        return self._price.objective.attack(model, x, y, *args, **settings)
+        return self._inner.attack(model, x, y, *args, **settings)
 
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
         """The objective's, and the price."""
-        step = self._price.objective.loss_on(model, x, x_adv, y)
+        step = self._inner.loss_on(model, x, x_adv, y)
         return replace(step, loss=step.loss + self._price())
 
     def to_json(self) -> dict[str, Any]:

@@ -81,6 +81,10 @@ class WithAuxiliary(Objective):
         """See `Objective.begin`."""
         return WithAuxiliary(self._inner.begin(), self._weight)
 
+    def at(self, progress: float) -> Objective:
+        """See `Objective.at`."""
+        return WithAuxiliary(self._inner.at(progress), self._weight)
+
     def attack(
         self,
         model: nn.Module,

@@ -87,6 +87,7 @@ def train(
     autocast: bool = False,
     ascent: Ascent | None = None,
     start: int = 0,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> list[dict[str, Any]]:
     """Train for a number of epochs, which may be a fraction.
 
@@ -110,6 +111,7 @@ def train(
         ascent: Compute gradients one ascent above the parameters, from its beginning on; loss and accuracies of the
             records are then those found there.
         start: Steps that are done already, whole epochs of them: a resumed phase.
+        span: Shares of the run's epochs at which this phase begins and ends, for objectives that change on the way.
 
     Returns:
         One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s, and what
@@ -139,7 +141,7 @@ def train(
                 model,
                 x,
                 y,
-                current,
+                current.at(span[0] + (span[1] - span[0]) * done / steps),
                 threat,
                 generator=generator,
                 precision=precision,

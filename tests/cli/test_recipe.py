@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def test_every_strategy_can_be_written_and_read(name: str) -> None:
         ({"evaluate": {"attacks": ["clean"], "autoattack_images": 9}}, "'autoattack' is not among the attacks"),
         ({"evaluate": {"curve": 0.1}}, "curve=0.1: must be a list"),
         ({"evaluate": {"curve": [0.1, -1]}}, "-1"),
+        ({"evaluate": {"certify": "ibp"}}, "certify='ibp': give keys and values"),
+        ({"evaluate": {"certify": {"sigmas": 1}}}, "certify: key 'sigmas' does not exist; did you mean 'sigma'"),
+        ({"evaluate": {"certify": {"method": "ipb"}}}, "did you mean 'ibp'"),
+        ({"evaluate": {"certify": {"n": 3, "images": 0}}}, "n=3: so few draws"),
+        ({"evaluate": {"certify": {"n": 3, "images": 0}}}, "images=0"),
+        (
+            {"evaluate": {"certify": {"method": "ibp"}}, "threat": {"norm": "l2", "eps": 0.5}},
+            "method 'ibp' needs an eps, as the threat is l2 0.5",
+        ),
         ({"epochs": "many"}, "epochs='many': must be a number"),
         ({"seed": True}, "seed=True: must be a whole number"),
     ],
@@ -125,6 +135,18 @@ def test_run_saves_what_the_recipe_says(run: Run, tmp_path: Path) -> None:
     assert [point["eps"] for point in ran.document["curve"]] == [8 / 255, 0.1]
     assert RunRecipe.from_mapping(ran.document["recipe"]).budget == rc.Budget(macs=0.4)
     assert result.settings["run"] == ran.document["recipe"] and result.settings["curve"] == ran.document["curve"]
+
+
+def test_run_proves_what_the_recipe_asks_for(run: Run, tmp_path: Path) -> None:
+    path, out = tmp_path / "small.yaml", tmp_path / "result"
+    judged = {"attacks": ["clean"], "certify": {"method": "ibp", "eps": "1/255", "images": 3}}
+    path.write_text(yaml.safe_dump(SMALL | {"evaluate": judged, "epochs": 0.5}))
+    ran = run("run", path, "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    saved = rc.CertificateReport.from_json(json.loads((out / "certificate.ibp-0.003922.json").read_text()))
+    assert saved == rc.CertificateReport.from_json(ran.document["certificate"])
+    assert saved.n == 3 and saved.settings == {"eps": 1 / 255}
+    assert RunRecipe.from_mapping(ran.document["recipe"]).evaluate.certify == {**judged["certify"], "eps": 1 / 255}
 
 
 def test_a_result_keeps_no_directory_of_this_machine() -> None:

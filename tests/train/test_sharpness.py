@@ -100,7 +100,7 @@ def test_what_does_not_go_with_it_is_refused_before_any_work() -> None:
     with pytest.raises(InputError, match=r"finetune_awp=0\.005 and the recipe's sam=0\.05"):
         rc.compress(model, "s2ap", recipe=SAM, **settings)
     session = make_session(model, recipe=SAM)
-    with pytest.raises(InputError, match=r"awp=0\.01 in phase 'a' and the recipe's sam=0\.05"):
+    with pytest.raises(InputError, match=r"awp=0\.01 and the recipe's sam=0\.05"):
         session.train("a", share=1.0, awp=0.01)
     assert same(state(model), before) and QUICK_RECIPE.sam == 0
 

@@ -17,15 +17,18 @@ from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.objectives.distil import ARD, IAD, LTD, RSLAD, AdaAD, RobustDistillation
 from robustcompress.robust.objectives.free import FreeAT
+from robustcompress.robust.objectives.interval import IBP, CrownIBP
 from robustcompress.robust.objectives.labels import ClassWeights, LabelLoss
 from robustcompress.robust.objectives.mart import MART
 from robustcompress.robust.objectives.parts import AttackMode
+from robustcompress.robust.objectives.smoothing import Smoothing
 from robustcompress.robust.objectives.standard import FGSMRS, PGDAT, TRADES, Natural
 
 __all__ = [
     "ARD",
     "FGSMRS",
     "IAD",
+    "IBP",
     "LTD",
     "MART",
     "OBJECTIVES",
@@ -35,12 +38,14 @@ __all__ = [
     "AdaAD",
     "AttackMode",
     "ClassWeights",
+    "CrownIBP",
     "FreeAT",
     "LabelLoss",
     "Natural",
     "Objective",
     "ObjectiveStep",
     "RobustDistillation",
+    "Smoothing",
     "objective_from_json",
     "objective_from_name",
 ]
@@ -48,6 +53,7 @@ __all__ = [
 KINDS: tuple[type[Objective], ...] = (
     *(Natural, PGDAT, FGSMRS, FreeAT, TRADES, MART),
     *(RSLAD, AdaAD, ARD, IAD, LTD, RobustDistillation),
+    *(Smoothing, IBP, CrownIBP),
 )
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in KINDS}
 """By name; each is a frozen dataclass of its options."""

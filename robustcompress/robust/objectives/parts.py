@@ -82,6 +82,9 @@ RULES: dict[str, Callable[[Any], str]] = {
     "labels": _weight,
     "teacher_temperature": lambda value: "" if value is None else _positive(value),
     "trust": lambda value: "" if value is None else _positive(value),
+    "kappa": _share,
+    "warm_up": _share,
+    "ramp": _share,
 }
 """By an option's name, what is wrong with a value (empty for nothing); options not named here are positive numbers."""
 

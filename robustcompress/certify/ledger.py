@@ -1,0 +1,54 @@
+"""Images that are certified already, kept in a file, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from robustcompress.errors import InputError
+
+
+class Ledger:
+    """What was found of each image, one line each; a line that a crash cut short is made again.
+
+    Args:
+        directory: Where it is kept, made if missing; None for nowhere.
+        settings: All that decides what is found: the file is named after their hash.
+
+    Raises:
+        InputError: The directory cannot be made.
+    """
+
+    def __init__(self, directory: Path | None, settings: Mapping[str, Any]) -> None:
+        self._path: Path | None = None
+        self._found: dict[int, tuple[int, float, float]] = {}
+        if directory is None:
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"resume_dir={str(directory)!r} cannot be made: {error}") from error
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+        self._path = directory / f"{settings['method']}-{key}.jsonl"
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        for line in lines:
+            try:
+                number, prediction, radius, seconds = json.loads(line)
+                self._found[int(number)] = (int(prediction), float(radius), float(seconds))
+            except (ValueError, TypeError):
+                continue
+
+    def get(self, number: int) -> tuple[int, float, float] | None:
+        """Prediction, radius and seconds of an image; None where it is still to be done."""
+        return self._found.get(number)
+
+    def put(self, number: int, prediction: int, radius: float, seconds: float) -> None:
+        """Keep what was found of an image."""
+        self._found[number] = (prediction, radius, seconds)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                # A leading break: what a crash left of the line before must not swallow this one.
+                file.write(f"\n{json.dumps([number, prediction, radius, seconds])}\n")

@@ -1,0 +1,134 @@
+"""Objectives that train for certificates, against losses made of their definitions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustcompress.errors import InputError
+from robustcompress.robust import IBP, CrownIBP, Smoothing, ThreatModel, objective_from_json, objective_from_name
+from robustcompress.robust.bounds import Interval, box, margins
+from robustcompress.robust.probe import accuracies
+
+THREAT = ThreatModel("linf", 0.03)
+ALL = [Smoothing(), Smoothing(sigma=0.5, label_smoothing=0.1), IBP(), CrownIBP(kappa=0.2)]
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.randint(0, 4, (24,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model(convnet: nn.Module) -> nn.Module:
+    convnet[3].p = 0.0  # type: ignore[union-attr]
+    return convnet.train()
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def test_smoothing_is_cross_entropy_under_its_noise(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    step = Smoothing(sigma=0.5).loss(model, images, labels, THREAT, generator=seeded())
+    noise = torch.randn(images.shape, generator=seeded())
+    assert torch.equal(step.x_adv, images + 0.5 * noise)  # outside [0, 1] too: certification does not clip either
+    torch.testing.assert_close(step.loss, F.cross_entropy(model(images + 0.5 * noise), labels))
+
+
+def test_ibp_by_its_formula(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """kappa CE(clean) + (1 - kappa) CE(worst logits), layer by layer by hand, with clean batch statistics."""
+    step = IBP(kappa=0.3).loss(model, images, labels, THREAT)
+    conv, norm, _, _, _, fc = model.children()
+    lower, upper = (images - 0.03).clamp(0, 1), (images + 0.03).clamp(0, 1)
+    centre, radius = (lower + upper) / 2, (upper - lower) / 2
+    clean = conv(images)
+    mean, var = clean.mean((0, 2, 3), keepdim=True), clean.var((0, 2, 3), unbiased=False, keepdim=True)
+    scale = norm.weight.view(1, -1, 1, 1) / (var + norm.eps).sqrt()
+    shift = norm.bias.view(1, -1, 1, 1)
+    centre = (conv(centre) - mean) * scale + shift
+    radius = F.conv2d(radius, conv.weight.abs(), padding=1) * scale.abs()
+    lower, upper = (centre - radius).relu().flatten(1), (centre + radius).relu().flatten(1)
+    rows = fc.weight[labels][:, None] - fc.weight
+    least = rows.clamp(min=0) @ lower[:, :, None] + rows.clamp(max=0) @ upper[:, :, None]
+    leads = least.squeeze(2) + fc.bias[labels][:, None] - fc.bias
+    logits = fc((((clean - mean) * scale) + shift).relu().flatten(1))
+    expected = 0.3 * F.cross_entropy(logits, labels) + 0.7 * F.cross_entropy(-leads, labels)
+    torch.testing.assert_close(step.loss, expected)
+    torch.testing.assert_close(step.clean_logits, logits.detach())
+    ours = torch.autograd.grad(step.loss, list(model.parameters()))
+    by_hand = torch.autograd.grad(expected, list(model.parameters()))
+    for left, right in zip(ours, by_hand, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
+    proven = (leads.scatter(1, labels[:, None], torch.inf) > 0).all(1)
+    assert torch.equal(step.logits.argmax(1) == labels, proven)
+
+
+def test_the_ramp(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    objective = CrownIBP(kappa=0.5, warm_up=0.1, ramp=0.5)
+    assert objective.at(0.5) is objective and objective.at(1.0) is objective
+    for progress, share in ((0.0, 0.0), (0.1, 0.0), (0.2, 0.25), (0.4, 0.75)):
+        model.eval()
+        now = objective.at(progress)
+        images_at = now.attack(model, images, labels, THREAT)
+        assert isinstance(images_at, Interval)
+        bounds = box(images, share * 0.03)
+        assert torch.equal(images_at.lower, bounds.lower) and torch.equal(images_at.upper, bounds.upper)
+        found = margins(model, bounds, labels, crown=True)
+        leads = (1 - share) * found.crown + share * found.ibp
+        clean = 1 - 0.5 * share
+        expected = clean * F.cross_entropy(found.clean, labels) + (1 - clean) * F.cross_entropy(-leads, labels)
+        step = now.loss(model, images, labels, THREAT)
+        torch.testing.assert_close(step.loss, expected, rtol=1e-4, atol=1e-5)
+        assert now.to_json() == objective.to_json()
+    assert IBP(warm_up=0.0, ramp=0.0).at(0.0) == IBP(warm_up=0.0, ramp=0.0)
+
+
+@pytest.mark.parametrize("objective", ALL, ids=str)
+def test_contract(model: nn.Module, images: Tensor, labels: Tensor, objective: object) -> None:
+    for progress in (0.0, 0.2, 1.0):
+        now = objective.at(progress)  # type: ignore[attr-defined]
+        model.zero_grad()
+        before = int(model[1].num_batches_tracked)  # type: ignore[index]
+        state = torch.random.get_rng_state()
+        step = now.loss(model, images, labels, THREAT, generator=seeded())
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert model.training and all(p.grad is None for p in model.parameters())
+        assert step.loss.shape == () and step.logits.shape == (24, 4) and not step.logits.requires_grad
+        assert int(model[1].num_batches_tracked) == before + 1  # type: ignore[index]
+        step.loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        x_adv = now.attack(model, images, labels, THREAT, generator=seeded())
+        torch.testing.assert_close(now.loss_on(model, images, x_adv, labels).loss, step.loss)
+    objective.require_parts()  # type: ignore[attr-defined]
+    assert objective_from_json(json.loads(json.dumps(objective.to_json()))) == objective  # type: ignore[attr-defined]
+
+
+def test_epochs_are_chosen_by_what_is_certified(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    batches = [(images, labels)]
+    model.eval()
+    leads = margins(model, box(images, 0.03), labels).ibp.scatter(1, labels[:, None], torch.inf)
+    proven = float((leads > 0).all(1).double().mean())
+    assert accuracies(model, batches, THREAT, objective=IBP())[1] == proven
+    noisy = model(images + 0.25 * torch.randn(images.shape, generator=seeded())).argmax(1) == labels
+    found = accuracies(model, batches, THREAT, objective=Smoothing(), generator=seeded())
+    assert found == (float((model(images).argmax(1) == labels).double().mean()), float(noisy.double().mean()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Smoothing(sigma=0), "sigma=0"),
+        (lambda: IBP(kappa=1.5), "kappa=1.5"),
+        (lambda: IBP(warm_up=0.5, ramp=0.2), "warm_up=0.5 lies behind ramp=0.2"),
+        (lambda: objective_from_name("crown-ibp", kapa=0.5), "did you mean 'kappa'"),
+        (lambda: IBP().check(ThreatModel("l2", 0.5)), "use norm='linf'"),
+    ],
+)
+def test_refusals(make: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()  # type: ignore[operator]
