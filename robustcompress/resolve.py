@@ -121,6 +121,8 @@ def resolve(
         check_granularity(problems, chosen, _as_limits(problems, chosen, limits), round_to)
     adversary = problems.attempt(lambda: _threat(threat))
     loss = problems.attempt(lambda: _objective(objective))
+    if loss is not None and adversary is not None:
+        problems.attempt(lambda: loss.check(adversary))
     specs = _attacks(problems, attacks)
     target = problems.attempt(lambda: resolve_device(device))
     if out is not None:

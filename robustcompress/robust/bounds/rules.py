@@ -66,9 +66,11 @@ def _shape(func: Rule, x: Interval, *args: Any, **options: Any) -> Any:
     *(Tensor.unflatten, Tensor.view_as, Tensor.reshape_as, Tensor.expand, Tensor.expand_as, Tensor.__getitem__),
     *(Tensor.contiguous, Tensor.detach, Tensor.to, Tensor.float, Tensor.double),
 )
-def _view(func: Rule, x: Interval, *args: Any, **options: Any) -> Interval:
+def _view(func: Rule, x: Tensor, *args: Any, **options: Any) -> Any:
     _plain(func, *(() if func in (Tensor.view_as, Tensor.reshape_as, Tensor.expand_as) else args))
     args = tuple(other.value if isinstance(other, Interval) else other for other in args)
+    if not isinstance(x, Interval):
+        return func(x, *args, **options)  # a constant in the shape of bounds
     out = x.map(lambda t: func(t, *args, **options), shared=True)
     if x.point is not None and out.value.shape[:1] != x.value.shape[:1]:
         raise NoRuleError(f"crown-ibp has no rule for {name_of(func)} over the images of a batch")
@@ -248,7 +250,7 @@ def _dense(func: Rule, input: Interval, weight: Tensor, bias: Tensor | None = No
     _plain(func, weight, bias)
     out = _linear(input, lambda t: func(t, weight, bias), lambda r: func(r, weight.abs()))
     if input.value.dim() == 2:
-        out.affine = Affine(input, weight, bias)
+        out.affine = Affine(input.centre, input.radius, weight, bias)
     return out
 
 
