@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     path = out_path(options, MODULE)
     if options.quick:
-        options.epochs, options.seeds, options.draws, options.images = 1.0, 1, 50, 8
+        options.epochs, options.seeds, options.draws, options.images = 0.2, 1, 20, 4
     data = load_data("digits")
     cells = []
     with threads(options.threads):
