@@ -125,10 +125,9 @@ def _join(func: Rule, tensors: Sequence[Any], dim: int = 0, **options: Any) -> I
 def _pad(
     func: Rule, input: Interval, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> Interval:
-    # A number in place of a pixel that is not there: the same in all, so bounds hold; but it is no linear function.
-    if input.point is not None and value not in (None, 0, 0.0):
-        raise NoRuleError("crown-ibp has no rule for padding with other numbers than 0")
-    return input.map(lambda t: func(t, pad, mode, value))
+    out = input.map(lambda t: func(t, pad, mode, value))  # the numbers put in are the same in all
+    _whole_batch(func, input, out.value)
+    return out
 
 
 @_rule(F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
