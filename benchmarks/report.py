@@ -1,7 +1,8 @@
 """Write the tables and plots anew from the JSON files under benchmarks/results/. Makes no figure of its own.
 
-Tables go between the markers of benchmarks/README.md, README.md and docs/models.md, and to the README.md beside the
-cells of each grid; plots beside the cells. `--check` changes nothing and fails where a table differs from its JSON.
+Tables go between the markers of benchmarks/README.md, README.md, docs/models.md and docs/certify.md, and to the
+README.md beside the cells of each grid; plots beside the cells. `--check` changes nothing and fails where a table
+differs from its JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from benchmarks import (
     any_model,
+    certified,
     compare_plots,
     compare_report,
     deployment,
@@ -51,6 +53,7 @@ PLOT = "comparison.png"
 QUICKSTART = "quickstart"
 FRONT_PAGE = ROOT / "README.md"
 MODELS = ROOT / "docs" / "models.md"
+CERTIFICATES = ROOT / "docs" / "certify.md"
 NOT_RUN = compare_report.NOT_RUN
 
 
@@ -106,10 +109,13 @@ def pages(results: Path) -> dict[Path, str]:
     table = quickstart_table(read_json(path)) if path.exists() else NOT_RUN
     path = results / f"{any_model.MODULE}.json"
     swept = any_model.markdown(read_json(path)) if path.exists() else NOT_RUN
+    path = results / f"{certified.MODULE}.json"
+    proven = certified.markdown(read_json(path)) if path.exists() else NOT_RUN
     return {
         README: text,
         FRONT_PAGE: fill(FRONT_PAGE.read_text(), QUICKSTART, table),
         MODELS: fill(MODELS.read_text(), any_model.MODULE, swept),
+        CERTIFICATES: fill(CERTIFICATES.read_text(), certified.MODULE, proven),
         **wanted,
     }
 

@@ -145,6 +145,9 @@ def resolve(
     adversary = problems.attempt(lambda: _threat(threat))
     loss = problems.attempt(lambda: _objective(objective))
     tuning = None if finetune is None else problems.attempt(lambda: _objective(finetune, "finetune"))
+    if adversary is not None:
+        for kind in filter(None, (loss, tuning)):
+            problems.attempt(functools.partial(kind.check, adversary))
     specs = _attacks(problems, attacks)
     target = problems.attempt(lambda: resolve_device(device))
     if out is not None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks import (
     any_model,
+    certified,
     common,
     deployment,
     latency,
@@ -41,7 +42,7 @@ from tests.latency.fake import Clockwork
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
-    *(search_tasks, search_meta),
+    *(search_tasks, search_meta, certified),
     *(latency, latency_budget, deployment, any_model, onnx_files, overfitting),
 )
 
@@ -132,6 +133,27 @@ def test_onnx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(value["results"]["quantized"]) == 7
     said = capsys.readouterr().out
     assert all(onnx_files.markdown(value, section) in said for section in value["results"])
+
+
+def test_certified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, kept = tmp_path / "certified.json", tmp_path / "kept"
+    assert certified.main(["--quick", "--keep", str(kept), "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "certified")
+    check_anonymous(out, str(tmp_path))
+    cells = value["results"]["cells"]
+    assert [(cell["objective"], cell["strategy"]) for cell in cells] == [
+        (objective, strategy) for objective in ("smoothing", "ibp", "natural") for strategy in ("none", "hydra")
+    ]
+    assert all(cell["ibp"] <= cell["crown-ibp"] <= cell["pgd-20"] <= cell["clean"] for cell in cells[2:])
+    assert cells[1]["macs"] <= cells[0]["macs"] / 2
+    assert certified.markdown(value) in capsys.readouterr().out
+    first = next(iter(kept.iterdir()))
+    changed = read(first)
+    changed["cell"]["seed"] = 77
+    first.write_text(json.dumps(changed))
+    assert certified.main(["--quick", "--keep", str(kept), "--out", str(out)]) == 0
+    assert 77 in [cell["seed"] for cell in read(out)["results"]["cells"]]  # a kept cell is not made again
 
 
 def test_the_page_on_onnx_files_holds_the_committed_figures() -> None:

@@ -91,6 +91,8 @@ def certify(
     for key, count in (("batch_size", batch_size), ("max_images", max_images)):
         if count is not None and not _whole(count):
             problems.add(f"{key}={count!r}: give a whole number, at least 1")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        problems.add(f"seed={seed!r}: give a whole number")
     check_images(pixels, labels, ThreatModel(), problems)
     if problems.items or target is None:
         problems.raise_if_any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,20 +73,21 @@ def run(arguments: argparse.Namespace) -> Output:
     )
     if arguments.quiet:
         report = recipe.judge(result, data, device=device)
-        certificate = recipe.certify(result, data, device=device)
     else:
         with evaluation_bar(recipe.strategy.name) as advance:
             report = recipe.judge(result, data, device=device, progress=advance)
-            certificate = recipe.certify(result, data, device=device, progress=advance)
     curve = recipe.security_curve(result, data, device=device)
     said = {"run": _without_places(recipe.to_json()), **({"curve": curve} if curve else {})}
     result = replace(result, report=report, settings={**result.settings, **said})
     saved = "nothing was saved: pass --out DIR to keep the model"
     if arguments.out is not None:
         result.save(arguments.out, overwrite=True)  # now with the report; the network was saved before it was attacked
-        if certificate is not None:
-            save_certificate(arguments.out, certificate)
         saved = f"saved to {arguments.out}; next: robustcompress export --onnx {arguments.out}"
+    # After the report is safe: a network that cannot be bounded is refused here.
+    with contextlib.nullcontext() if arguments.quiet else evaluation_bar(recipe.strategy.name) as advance:
+        certificate = recipe.certify(result, data, device=device, progress=advance)
+    if certificate is not None and arguments.out is not None:
+        save_certificate(arguments.out, certificate)
     parts: list[Any] = [str(result), ""]
     if curve:
         rows = [[f"{point['eps']:.4g}", f"{100 * point['accuracy']:.1f}", f"{point['n']:.0f}"] for point in curve]

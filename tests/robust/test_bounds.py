@@ -313,6 +313,34 @@ def test_in_place_changes_reach_all_who_look() -> None:
         F.relu(images.flatten(1), inplace=True)
 
 
+def test_changes_after_the_last_layer_do_not_reach_back_into_it() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.first(x.flatten(1))
+            logits = self.last(a)
+            F.relu(a, inplace=True)
+            a *= 0.0
+            return logits
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        x, y = torch.rand(2, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 1])
+        model = Late().double()
+        straight = nn.Sequential(nn.Flatten(), model.first, model.last)
+        torch.testing.assert_close(margins(model, box(x, 0.1), y).ibp, margins(straight, box(x, 0.1), y).ibp)
+
+
+def test_constants_in_the_shape_of_bounds() -> None:
+    images = box(torch.rand(2, 3, 2, 2), 0.1)
+    assert torch.equal(torch.arange(2.0).expand_as(images), torch.arange(2.0).expand(2, 3, 2, 2))
+    halved = images * images.new_full((1, 3, 1, 1), -0.5) + torch.ones_like(images)
+    torch.testing.assert_close(halved.upper, 1 - 0.5 * images.lower)
+
+
 def test_certified_images_withstand_attacks() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 3)).double()

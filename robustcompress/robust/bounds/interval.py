@@ -18,9 +18,17 @@ class NoRuleError(UnsupportedModelError):
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """That a vector is exactly `weight @ inputs + bias`: what bounds differences of its entries more tightly."""
+    """That vectors are exactly `weight @ inputs + bias`: what bounds differences of their entries more tightly.
 
-    inputs: Interval
+    Attributes:
+        centre: Of the inputs' bounds as they were then, [N, D].
+        radius: Of the same.
+        weight: [K, D].
+        bias: [K].
+    """
+
+    centre: Tensor
+    radius: Tensor
     weight: Tensor
     bias: Tensor | None
 

@@ -116,9 +116,9 @@ def _by_intervals(logits: Interval, y: Tensor) -> Tensor:
     if logits.affine is None:
         found = logits.lower.gather(1, y[:, None]) - logits.upper
         return found.scatter(1, y[:, None], 0.0)
-    inputs, weight, bias = logits.affine.inputs, logits.affine.weight, logits.affine.bias
+    last, weight, bias = logits.affine, logits.affine.weight, logits.affine.bias
     rows = weight[y][:, None, :] - weight  # [N, K, D]
-    found = (rows @ inputs.centre[:, :, None] - rows.abs() @ inputs.radius[:, :, None]).squeeze(2)
+    found = (rows @ last.centre[:, :, None] - rows.abs() @ last.radius[:, :, None]).squeeze(2)
     return found if bias is None else found + bias[y][:, None] - bias
 
 

@@ -66,9 +66,11 @@ def _shape(func: Rule, x: Interval, *args: Any, **options: Any) -> Any:
     *(Tensor.unflatten, Tensor.view_as, Tensor.reshape_as, Tensor.expand, Tensor.expand_as, Tensor.__getitem__),
     *(Tensor.contiguous, Tensor.detach, Tensor.to, Tensor.float, Tensor.double),
 )
-def _view(func: Rule, x: Interval, *args: Any, **options: Any) -> Interval:
+def _view(func: Rule, x: Tensor, *args: Any, **options: Any) -> Any:
     _plain(func, *(() if func in (Tensor.view_as, Tensor.reshape_as, Tensor.expand_as) else args))
     args = tuple(other.value if isinstance(other, Interval) else other for other in args)
+    if not isinstance(x, Interval):
+        return func(x, *args, **options)  # a constant in the shape of bounds
     out = x.map(lambda t: func(t, *args, **options), shared=True)
     if x.point is not None and out.value.shape[:1] != x.value.shape[:1]:
         raise NoRuleError(f"crown-ibp has no rule for {name_of(func)} over the images of a batch")
@@ -123,10 +125,9 @@ def _join(func: Rule, tensors: Sequence[Any], dim: int = 0, **options: Any) -> I
 def _pad(
     func: Rule, input: Interval, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> Interval:
-    # A number in place of a pixel that is not there: the same in all, so bounds hold; but it is no linear function.
-    if input.point is not None and value not in (None, 0, 0.0):
-        raise NoRuleError("crown-ibp has no rule for padding with other numbers than 0")
-    return input.map(lambda t: func(t, pad, mode, value))
+    out = input.map(lambda t: func(t, pad, mode, value))  # the numbers put in are the same in all
+    _whole_batch(func, input, out.value)
+    return out
 
 
 @_rule(F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
@@ -248,7 +249,7 @@ def _dense(func: Rule, input: Interval, weight: Tensor, bias: Tensor | None = No
     _plain(func, weight, bias)
     out = _linear(input, lambda t: func(t, weight, bias), lambda r: func(r, weight.abs()))
     if input.value.dim() == 2:
-        out.affine = Affine(input, weight, bias)
+        out.affine = Affine(input.centre, input.radius, weight, bias)
     return out
 
 
