@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from robustcompress.robust.apgd import apgd_fast
 from robustcompress.robust.attacks import AttackSpec, attack_by_name, eval_mode, fgsm, pgd
 from robustcompress.robust.autoattack import AutoAttackConfig
 from robustcompress.robust.evaluate import evaluate
@@ -34,6 +35,7 @@ __all__ = [
     "PairedTest",
     "RobustReport",
     "ThreatModel",
+    "apgd_fast",
     "attack_by_name",
     "compare",
     "eval_mode",
