@@ -256,9 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     add_out(parser, MODULE)
     add = parser.add_argument
     add("--images", type=positive, default=128, metavar="N", help="test images of each network (default: %(default)s)")
-    add(
-        "--networks", type=positive, default=len(NETS), metavar="N", help="the first N alone (default: all %(default)s)"
-    )
+    add("--networks", type=positive, default=len(NETS), metavar="N", help="only the first N (default: %(default)s)")
     add("--attacks", nargs="+", default=list(ATTACKS), help="cheaper attacks (default: %(default)s)")
     add("--root", type=Path, default=Path("data/cifar10"), help="CIFAR-10 as folders of images (default: %(default)s)")
     add("--nets", type=Path, default=Path(f"runs/{MODULE}"), help="where networks and AutoAttack's results are kept")

@@ -3,12 +3,13 @@
 One thing changes at a time around a base cell (--base, --attack-steps, --batch-size). In each cell the loops of
 benchmarks/training_step.py take turns: ours, the bare passes, the loop most public code has, and where foolbox is
 installed that loop with foolbox's PGD. Ratios are over ours, medians of --steps single steps. The networks are narrower
-than the field's, as their names say ("@0.5" is half of all channels): two CPU cores would take minutes for one step of a
-WideResNet-28-10. The four axes:
+than the field's, as their names say ("@0.5" is half of all channels): two CPU cores would take minutes for one step of
+a WideResNet-28-10. The four axes:
   width   resnet8 at 0.25 to 2       depth  resnet8 to resnet32, and wrn_28_10@0.1, resnet18@0.125
   steps   K = 1, 7, 10               batch  128 to 1,024 images
-"agreement": from the same weights, on the same batches of digits, with the same optimizer, the loops make --agree steps;
-their losses step by step and their PGD-20 accuracies at the end should differ by no more than two seeds of one loop do.
+"agreement": from the same weights, on the same batches of digits, with the same optimizer, the loops make --agree
+steps; their losses step by step and their PGD-20 accuracies at the end should differ by no more than two seeds of one
+loop do.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _steps(model: nn.Module, attack: Attack, images: Images, steps: int) -> list
         loss = F.cross_entropy(model(attacked), y[chosen])
         torch.autograd.backward(loss)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     model.eval()
     return losses
 
@@ -142,13 +143,14 @@ def _ours(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _public(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    delta = torch.zeros_like(x).uniform_(-THREAT.eps, THREAT.eps)
+    delta = torch.clamp(torch.zeros_like(x).uniform_(-THREAT.eps, THREAT.eps), -x, 1 - x)
     for _ in range(5):
         delta.requires_grad_()
-        torch.autograd.backward(F.cross_entropy(model(torch.clamp(x + delta, 0, 1)), y))
+        torch.autograd.backward(F.cross_entropy(model(x + delta), y))
         assert delta.grad is not None
         delta = torch.clamp(delta.detach() + 0.03 * delta.grad.sign(), -THREAT.eps, THREAT.eps)
-    return torch.clamp(x + delta, 0, 1)
+        delta = torch.clamp(delta, -x, 1 - x)
+    return x + delta
 
 
 def _library(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -210,11 +212,9 @@ def plot(value: Mapping[str, Any], path: Path) -> Path:
         for name, seconds in (("ours", "ours_s"), ("bare passes", "bare_s"), ("public", "public_s")):
             speed = [row["batch_size"] / row[seconds] for row in rows]
             axes.plot(at, speed, "o--" if seconds == "bare_s" else "o-", label=name, markersize=4)
-        library = [
-            (x, row["batch_size"] / row["library_s"]) for x, row in zip(at, rows, strict=True) if row["library_s"]
-        ]
-        if library:
-            axes.plot(*zip(*library, strict=True), "o-", label="library (foolbox)", markersize=4)
+        if all(row["library_s"] for row in rows):
+            speed = [row["batch_size"] / row["library_s"] for row in rows]
+            axes.plot(at, speed, "o-", label="library (foolbox)", markersize=4)
         if key == "macs":
             for x, row in zip(at, rows, strict=True):
                 axes.annotate(row["model"], (x, row["images_per_s"]), xytext=(3, 5), textcoords="offset points", size=7)
