@@ -34,6 +34,10 @@ class Recipe:
         awp_warmup: Share of the run's epochs before the perturbation begins.
         compile: Compile the passes of phases that train weights (`torch.compile`). Every new shape, and so every edit,
             costs some tens of seconds: it pays in long phases on a GPU.
+        accumulate: Attack and pass each batch in so many parts, whose gradients are summed: the memory of a part, and
+            the step of the whole batch, but that batch norms see the statistics of a part.
+        checkpointing: Keep the inputs of blocks alone and compute their activations again on the way back: less memory
+            for one more forward pass with each backward one. Numbers stay the same.
     """
 
     optimizer: Optimizer = "sgd"
@@ -49,6 +53,8 @@ class Recipe:
     awp: float = 0.0
     awp_warmup: float = 0.0
     compile: bool = False
+    accumulate: int = 1
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         problems = Problems("the training recipe makes no sense")
@@ -64,6 +70,7 @@ class Recipe:
             ("momentum", False, 0, 0.9999),
             ("weight_decay", False, 0, 1),
             ("batch_size", True, 1, 1_000_000),
+            ("accumulate", True, 1, 1_000_000),
             ("ema", False, 0, 0.999999),
             ("val_images", True, 0, 1_000_000_000),
             ("awp", False, 0, 1),
@@ -78,6 +85,12 @@ class Recipe:
             problems.add(f"clip_norm={self.clip_norm!r}: must be a positive number, or None")
         if not isinstance(self.compile, bool):
             problems.add(f"compile={self.compile!r}: must be True or False")
+        if not isinstance(self.checkpointing, bool):
+            problems.add(f"checkpointing={self.checkpointing!r}: must be True or False")
+        elif self.checkpointing and self.compile:
+            problems.add("checkpointing with compile: a compiled network has no blocks to compute again; leave one out")
+        if _whole(self.accumulate) and _whole(self.batch_size) and self.accumulate > self.batch_size >= 1:
+            problems.add(f"accumulate={self.accumulate}: a batch of {self.batch_size} has no so many images")
         if self.bf16 not in (True, False, "auto"):
             problems.add(f"bf16={self.bf16!r}: must be True, False or 'auto'")
         problems.raise_if_any()
@@ -85,6 +98,10 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON."""
         return asdict(self)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 MIRROR_CHANGES_MEANING = ("digits", "mnist", "svhn")
