@@ -37,7 +37,7 @@ from benchmarks.common import (
     threads,
     write_json,
 )
-from benchmarks.training_step import CLOCKS, compare, library_is_installed
+from benchmarks.training_step import CLOCKS, compare, library, library_is_installed
 from robustcompress import ThreatModel, build_model, evaluate, load_data
 from robustcompress.data import Images
 from robustcompress.robust import PGDAT
@@ -154,8 +154,7 @@ def _public(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _library(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    import foolbox
-
+    foolbox = library()
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     attacked: Tensor = foolbox.attacks.LinfPGD(abs_stepsize=0.03, steps=5)(wrapped, x, y, epsilons=THREAT.eps)[1]
     return attacked
