@@ -206,6 +206,9 @@ def plot(value: Mapping[str, Any], path: Path) -> Path:
     for axes, (title, key, belongs, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         fixed = [name for name in ("batch_size", "attack_steps") if name != key]
         rows = [row for row in results["cells"] if belongs(row) and all(row[k] == base[k] for k in fixed)]
+        if not rows:  # another --base than the figures' own
+            axes.set_axis_off()
+            continue
         rows.sort(key=lambda row: row[key])
         at = [row[key] / (1e6 if key == "macs" else 1) for row in rows]
         for name, seconds in (("ours", "ours_s"), ("bare passes", "bare_s"), ("public", "public_s")):
