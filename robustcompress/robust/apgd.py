@@ -34,6 +34,9 @@ _FIRST, _LATER = 20, 15  # steps of the run on the cross-entropy, and of each ta
 _DIVERSE = 3  # steps along a drawn direction of the logits before a targeted run
 _MOMENTUM, _RISES = 0.75, 0.75  # APGD's alpha and rho
 _GIVE_UP = 1.0
+"""An image is given up after a targeted run if more of its margin is left than this many times what was taken away.
+
+Not after the first run: where the cross-entropy saturates, its gradient is zero and says nothing."""
 _TINY = 1e-12
 
 
@@ -253,7 +256,7 @@ def _advance(model: Callable[[Tensor], Tensor], t: _Tracks, threat: ThreatModel,
 
     broken = margin < 0
     ended = t.at >= torch.where(t.run == 0, _FIRST, _LATER)
-    hopeless = ended & (t.margin > _GIVE_UP * (t.clean - t.margin))
+    hopeless = ended & (t.run > 0) & (t.margin > _GIVE_UP * (t.clean - t.margin))
     done = broken | hopeless | (t.left <= 0)
     _next_run(t, ended & ~done, threat, seed)
     return done

@@ -141,6 +141,20 @@ def test_passes_are_kept_and_batches_are_full(mlp, count):
     assert counter.images <= 300 * 51
 
 
+def test_a_cross_entropy_that_saturates_does_not_stop_it(mlp, images):
+    # Logits so far apart that the cross-entropy is exactly zero in float32, and its gradient with it.
+    threat, stands = ThreatModel("linf", 0.03), []
+    for gain in (1.0, 1e5):
+        model = mlp(6, gain=gain)
+        with torch.no_grad():
+            model[3].bias.mul_(gain)
+        y = model(images).argmax(1)
+        stands.append(right(model, apgd_fast(model, images, y, threat), y))
+    saturated = right(model, pgd(model, images, y, threat, steps=20), y)
+    assert saturated.sum() > stands[0].sum(), "the case tests nothing"
+    assert int((stands[0] != stands[1]).sum()) <= 1
+
+
 def test_nothing_of_the_network_is_touched(convnet, images):
     convnet.eval()
     convnet[5].weight.grad = torch.full_like(convnet[5].weight, 7.0)
