@@ -20,6 +20,7 @@ from benchmarks import (
     compare_plots,
     compare_report,
     deployment,
+    evaluation_speed,
     latency,
     latency_budget,
     overfitting,
@@ -27,8 +28,11 @@ from benchmarks import (
     search_step,
     search_surrogate,
     search_tuning,
+    strong_attack,
     structure,
     trace_memory,
+    training_memory,
+    training_scaling,
     training_step,
 )
 from benchmarks.common import RESULTS, ROOT, read_json, write_text
@@ -39,6 +43,10 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     structure.MODULE: structure.markdown,
     trace_memory.MODULE: trace_memory.markdown,
     training_step.MODULE: training_step.markdown,
+    training_scaling.MODULE: training_scaling.markdown,
+    training_memory.MODULE: training_memory.markdown,
+    strong_attack.MODULE: strong_attack.markdown,
+    evaluation_speed.MODULE: evaluation_speed.markdown,
     search_step.MODULE: search_step.markdown,
     search_surrogate.MODULE: search_surrogate.markdown,
     search_tuning.MODULE: search_tuning.markdown,
@@ -48,6 +56,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     latency_budget.MODULE: latency_budget.markdown,
     overfitting.MODULE: overfitting.markdown,
 }
+SPEED = (training_scaling, training_memory, strong_attack, evaluation_speed)
 GRIDS = ROOT / "benchmarks" / "grids"
 PLOT = "comparison.png"
 QUICKSTART = "quickstart"
@@ -71,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     traced = RESULTS / f"{structure.MODULE}.json"
     if traced.exists():
         print(f"{structure.plot(read_json(traced), traced.with_suffix('.png')).relative_to(ROOT)}: drawn")
-    for script in (search_surrogate, search_meta):
+    for script in (search_surrogate, search_meta, *SPEED):
         searched = RESULTS / f"{script.MODULE}.json"
         if searched.exists():
             print(f"{script.plot(read_json(searched), searched.with_suffix('.png')).relative_to(ROOT)}: drawn")

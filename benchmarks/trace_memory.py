@@ -86,24 +86,24 @@ def measure(name: str, what: str, threads: int, seed: int) -> dict[str, Any]:
     example = torch.zeros(2, 3, size, size)
     row: dict[str, Any] = {"model": name, "image_size": size, "params": sum(p.numel() for p in model.parameters())}
     row["bytes"] = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    before = _begin()
+    before = begin_peak()
     if what == "trace":
         row["groups"] = len(StructuralEditor(model, example, seed=seed).groups)
     else:
         with torch.no_grad():
             model(example[:1])
-    return row | {what: _status("VmHWM") - before}
+    return row | {what: status("VmHWM") - before}
 
 
-def _begin() -> int:
+def begin_peak() -> int:
     """Give back what is not used, begin the peak anew, and tell the resident set."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 

@@ -9,9 +9,11 @@ Three loops take turns on the same kind of batch, step by step, so that load and
           augmentation, no average, no metrics
   public  the loop most public code has: NCHW, and `loss.backward()` in the attack, which computes gradients of all
           weights too and throws them away; otherwise as bare, with projection
-"efficiency" is bare / ours; the aim is at least 0.95. "speed-up" is public / ours. Medians of single steps; those of
-ours that look at the clean images are weighted with their share. Pixels and labels are random bytes. On a machine that
-is shared, `--clock cpu` counts processor time in place of wall time.
+  library the same loop with the attack of a public library, `foolbox.attacks.LinfPGD` as its users call it (which also
+          judges what it returns: one more forward pass); only where foolbox is installed (`pip install foolbox`)
+"efficiency" is bare / ours; the aim is at least 0.95. "speed-up" is public / ours, "library" is library / ours. Medians
+of single steps; those of ours that look at the clean images are weighted with their share. Pixels and labels are random
+bytes. On a machine that is shared, `--clock cpu` counts processor time in place of wall time.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import importlib
+import importlib.util
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -93,12 +98,17 @@ def compare(
     bare()
     public()
     rivals: dict[str, Callable[[], object]] = {"bare": bare, "public": public}
+    if library_is_installed():
+        rivals["library"] = LibraryStep(copy.deepcopy(model), attack_steps, batch_size, seed)
+        rivals["library"]()
     ours_times, others = _run(ours, rivals, batch_size, attack_steps, steps, seed, clock)
     looking = [t for i, t in enumerate(ours_times) if i % CLEAN_EVERY == 0]
     plain = [t for i, t in enumerate(ours_times) if i % CLEAN_EVERY] or looking
     share = 1 / CLEAN_EVERY
     ours_s = share * statistics.median(looking) + (1 - share) * statistics.median(plain)
-    bare_s, public_s = (statistics.median(others[key]) for key in ("bare", "public"))
+    medians = {key: statistics.median(values) for key, values in others.items()}
+    bare_s, public_s, library_s = (medians.get(key) for key in ("bare", "public", "library"))
+    assert bare_s is not None and public_s is not None
     return {
         "model": name,
         "macs": measure_macs(model),
@@ -110,6 +120,8 @@ def compare(
         "public_s": round(public_s, 7),
         "efficiency": round(bare_s / ours_s, 4),
         "speed_up": round(public_s / ours_s, 4),
+        "library_s": None if library_s is None else round(library_s, 7),
+        "over_library": None if library_s is None else round(library_s / ours_s, 4),
         "images_per_s": round(batch_size / ours_s, 2),
         "times": {"ours": summary(plain), "ours_looking": summary(looking)}
         | {key: summary(values) for key, values in others.items()},
@@ -234,6 +246,40 @@ class PublicStep:
         self.optimizer.step()
 
 
+def library_is_installed() -> bool:
+    """Whether foolbox can be compared with; the toolkit itself never needs it."""
+    return importlib.util.find_spec("foolbox") is not None
+
+
+def library() -> Any:
+    """The package foolbox, without what it says of the age of its own imports."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("foolbox")
+
+
+class LibraryStep:
+    """The same step, the images attacked by foolbox's PGD as its users call it."""
+
+    def __init__(self, model: nn.Module, attack_steps: int, batch_size: int, seed: int) -> None:
+        foolbox = library()
+        images = random_images(batch_size, seed)
+        self.x, self.y = images.as_float(), images.labels
+        self.model = model.eval()
+        self.wrapped = foolbox.PyTorchModel(self.model, bounds=(0, 1), device="cpu")
+        self.attack = foolbox.attacks.LinfPGD(abs_stepsize=THREAT.eps / 4, steps=attack_steps)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def __call__(self) -> None:
+        """Make one step."""
+        self.model.eval()
+        _, attacked, _ = self.attack(self.wrapped, self.x, self.y, epsilons=THREAT.eps)
+        self.model.train()
+        self.optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(self.model(attacked), self.y))
+        self.optimizer.step()
+
+
 def markdown(value: Mapping[str, Any]) -> str:
     """The table, and where it comes from."""
     head = (
@@ -246,6 +292,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         "public s",
         "efficiency",
         "speed-up",
+        "library",
         "images/s",
     )
     rows = [
@@ -259,6 +306,7 @@ def markdown(value: Mapping[str, Any]) -> str:
             f"{row['public_s']:.3f}",
             f"{row['efficiency']:.3f}",
             f"{row['speed_up']:.2f}x",
+            "-" if row.get("over_library") is None else f"{row['over_library']:.2f}x",
             f"{row['images_per_s']:.1f}",
         )
         for row in value["results"]

@@ -23,7 +23,7 @@ from robustcompress.robust.evaluate import chosen_images
 from robustcompress.robust.judge import as_float
 
 Twin = nn.Module | CompressResult
-_NAMES = ("clean", "fgsm", "pgd-20", "autoattack", "square", "square-5000")
+_NAMES = ("clean", "fgsm", "pgd-20", "apgd-fast", "autoattack", "square", "square-5000")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

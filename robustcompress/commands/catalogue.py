@@ -34,6 +34,7 @@ ATTACKS = {
     "pgd-20": "20 projected steps from a random start (Madry et al. 2018); any number of steps",
     "pgd-10x5": "the same with 5 restarts",
     "pgd-20-margin": "the same on the margin between logits; also -kl",
+    "apgd-fast": "short targeted APGD runs on what stands, 150 gradient passes an image at most; or apgd-fast-400",
     "autoattack": "APGD-CE, APGD-T, FAB-T and Square in turn (Croce and Hein 2020): robust accuracy proper, and slow",
 }
 DATA = {

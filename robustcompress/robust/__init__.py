@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from robustcompress.robust.apgd import apgd_fast
 from robustcompress.robust.attacks import AttackSpec, attack_by_name, eval_mode, fgsm, pgd
 from robustcompress.robust.autoattack import AutoAttackConfig
 from robustcompress.robust.evaluate import evaluate
@@ -56,6 +57,7 @@ __all__ = [
     "RobustReport",
     "Smoothing",
     "ThreatModel",
+    "apgd_fast",
     "attack_by_name",
     "compare",
     "eval_mode",

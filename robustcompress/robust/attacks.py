@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.robust.apgd import PASSES, apgd_fast
 from robustcompress.robust.threat import ThreatModel
 
 Model = Callable[[Tensor], Tensor]
 AttackLoss = Literal["ce", "margin", "kl"]
-AttackKind = Literal["clean", "fgsm", "pgd", "autoattack"]
+AttackKind = Literal["clean", "fgsm", "pgd", "apgd-fast", "autoattack"]
 
-_EXAMPLES = ("autoattack", "clean", "fgsm", "pgd-20", "pgd-10x5", "pgd-20-margin")
+_EXAMPLES = ("autoattack", "clean", "fgsm", "apgd-fast", "pgd-20", "pgd-10x5", "pgd-20-margin")
+_FAST_NAME = re.compile(r"apgd-fast(?:-(?P<passes>[1-9]\d*))?")
 _PGD_NAME = re.compile(r"pgd-(?P<steps>[1-9]\d*)(?:x(?P<restarts>[1-9]\d*))?(?:-(?P<loss>ce|margin|kl))?")
 
 
@@ -190,8 +192,8 @@ class AttackSpec:
     """One attack of an evaluation, as its name says it.
 
     Attributes:
-        kind: "clean" (no attack), "fgsm", "pgd" or "autoattack".
-        steps: Steps of PGD; 0 where there are none to choose.
+        kind: "clean" (no attack), "fgsm", "pgd", "apgd-fast" or "autoattack".
+        steps: Steps of PGD, or most gradient passes an image of "apgd-fast"; 0 where there are none to choose.
         restarts: Restarts of PGD.
         loss: Loss of PGD.
     """
@@ -204,15 +206,32 @@ class AttackSpec:
     @property
     def name(self) -> str:
         """The shortest name that `attack_by_name` reads back."""
+        if self.kind == "apgd-fast":
+            return self.kind if self.steps == PASSES else f"{self.kind}-{self.steps}"
         if self.kind != "pgd":
             return self.kind
         restarts = f"x{self.restarts}" if self.restarts > 1 else ""
         return f"pgd-{self.steps}{restarts}" + (f"-{self.loss}" if self.loss != "ce" else "")
 
     def perturb(
-        self, model: Model, x: Tensor, y: Tensor, threat: ThreatModel, *, generator: torch.Generator | None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        *,
+        generator: torch.Generator | None,
+        batch_size: int | None = None,
     ) -> Tensor:
         """Attack `x`; "clean" returns it as it is.
+
+        Args:
+            model: Maps images to logits.
+            x: Images.
+            y: Labels.
+            threat: What the adversary may do.
+            generator: Source of random starts; of "apgd-fast" its first seed alone counts.
+            batch_size: For "apgd-fast", which keeps its own batches full: images that the network sees at once.
 
         Raises:
             InputError: For "autoattack", which `evaluate` runs through its own adapter.
@@ -221,6 +240,9 @@ class AttackSpec:
             return x
         if self.kind == "fgsm":
             return fgsm(model, x, y, threat)
+        if self.kind == "apgd-fast":
+            seed = 0 if generator is None else generator.initial_seed()
+            return apgd_fast(model, x, y, threat, passes=self.steps, seed=seed, batch_size=batch_size)
         if self.kind == "pgd":
             return pgd(
                 model,
@@ -238,6 +260,8 @@ class AttackSpec:
 def attack_by_name(name: str) -> AttackSpec:
     """Read "clean", "fgsm", "autoattack", "pgd-20", "pgd-10x5" (5 restarts), "pgd-20-margin", "pgd-10x5-kl".
 
+    "apgd-fast" is `apgd_fast`, and "apgd-fast-400" the same with at most 400 gradient passes an image.
+
     Raises:
         InputError: The name is none of these; the message offers the nearest.
     """
@@ -248,6 +272,9 @@ def attack_by_name(name: str) -> AttackSpec:
         return AttackSpec(kind="fgsm")
     if text == "autoattack":
         return AttackSpec(kind="autoattack")
+    match = _FAST_NAME.fullmatch(text)
+    if match is not None:
+        return AttackSpec(kind="apgd-fast", steps=int(match["passes"] or PASSES))
     match = _PGD_NAME.fullmatch(text)
     if match is None:
         raise InputError(f"attack {name!r} is unknown{nearest(text, _EXAMPLES)}")

@@ -14,6 +14,8 @@ from robustcompress.robust.attacks import AttackSpec
 from robustcompress.robust.report import AttackResult
 from robustcompress.robust.threat import ThreatModel
 
+_POOL = 4  # batches that `apgd-fast` draws from
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationProgress:
@@ -83,15 +85,17 @@ class Judge:
         # On the CPU whatever the device, so that a seed means the same starts everywhere.
         generator = torch.Generator().manual_seed(self.seed)
         furthest = 0.0
-        for at in range(0, len(clean), self.batch_size):
-            which = at + clean[at : at + self.batch_size].nonzero().flatten()
+        # An attack that drops what it has broken refills its batches from a larger pool.
+        size = self.batch_size * (_POOL if spec.kind == "apgd-fast" else 1)
+        for at in range(0, len(clean), size):
+            which = at + clean[at : at + size].nonzero().flatten()
             if len(which):
                 x, y = self.batch(which)
-                x_adv = spec.perturb(self.model, x, y, self.threat, generator=generator)
+                x_adv = spec.perturb(self.model, x, y, self.threat, generator=generator, batch_size=self.batch_size)
                 x_adv = self.threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
                 furthest = max(furthest, self.furthest(x_adv, x))
                 correct[which] = self._right(x_adv, y)
-            done = min(at + self.batch_size, len(clean))
+            done = min(at + size, len(clean))
             self.report(spec.name, correct[:done], len(clean), began)
         seconds = time.perf_counter() - began
         return AttackResult(name=spec.name, correct=correct, seconds=seconds, max_perturbation=furthest)
@@ -119,7 +123,8 @@ class Judge:
 
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            logits: Tensor = self.model(x)
+            starts = range(0, len(x), self.batch_size)
+            logits = torch.cat([self.model(x[at : at + self.batch_size]) for at in starts])
         return (logits.argmax(1) == y).cpu()
 
 

@@ -142,7 +142,7 @@ def flag_model(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
 def flag_order(results: Sequence[AttackResult], specs: Sequence[AttackSpec]) -> list[str]:
     """Look for a stronger attack that does worse than a weaker one, which means that gradients mislead.
 
-    FGSM and PGD are compared by an exact paired test at the 1 % level, since chance decides single images.
+    FGSM, PGD and APGD are compared by an exact paired test at the 1 % level, since chance decides single images.
     AutoAttack is held to more: every image that a weaker attack breaks and AutoAttack does not is counted.
 
     Args:
@@ -186,6 +186,8 @@ def _stronger(strong: AttackSpec, weak: AttackSpec) -> bool:
     """Whether theory puts the one above the other."""
     if strong.kind == "autoattack":
         return weak.kind in ("fgsm", "pgd")
+    if strong.kind == "apgd-fast":
+        return weak.kind in ("fgsm", "pgd") or (weak.kind == strong.kind and strong.steps > weak.steps)
     if strong.kind != "pgd" or strong.loss == "kl":
         return False
     if weak.kind == "fgsm":

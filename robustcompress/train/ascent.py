@@ -222,6 +222,7 @@ def forward_backward(
     generator: torch.Generator,
     precision: AbstractContextManager[Any],
     ascent: Ascent | None,
+    share: float = 1.0,
 ) -> ObjectiveStep:
     """Leave the gradient of the objective in `.grad`: at the weights, or above them where there is an ascent.
 
@@ -236,6 +237,7 @@ def forward_backward(
         generator: The attack's randomness.
         precision: Context of each forward pass; entered up to three times, one after the other.
         ascent: Where to compute the gradient; None for where the weights are.
+        share: Factor of the gradient: which part of a batch these images are.
 
     Returns:
         The objective's step, from above where there is an ascent.
@@ -243,7 +245,7 @@ def forward_backward(
     if ascent is None:
         with precision:
             step = objective.loss(model, x, y, threat, generator=generator)
-        torch.autograd.backward(step.loss)
+        torch.autograd.backward(step.loss if share == 1 else step.loss * share)
         return step
     with precision:
         x_adv = objective.attack(model, x, y, threat, generator=generator)
@@ -254,6 +256,6 @@ def forward_backward(
 
     with ascent.raised(model, lambda: evaluate().loss):
         step = evaluate()
-        torch.autograd.backward(step.loss)
+        torch.autograd.backward(step.loss if share == 1 else step.loss * share)
     ascent.note(step.loss)
     return step

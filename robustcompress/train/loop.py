@@ -18,9 +18,11 @@ from robustcompress.errors import RobustCompressError
 from robustcompress.robust.attacks import eval_mode, kept_modes
 from robustcompress.robust.objectives import Objective
 from robustcompress.robust.threat import ThreatModel
-from robustcompress.train.ascent import Ascent, forward_backward
+from robustcompress.train.accumulate import step_in_parts
+from robustcompress.train.ascent import Ascent
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe
+from robustcompress.train.remat import rematerialised
 from robustcompress.train.schedules import Schedule, lr_factor
 
 CLEAN_EVERY = 10
@@ -38,9 +40,12 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: fl
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    # One kernel for all tensors in place of several a tensor. On the CPU the plain one stays: it is what results there
+    # were made with, bit for bit.
+    fused = True if all(p.is_cuda and p.is_floating_point() for p in parameters) else None
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(recipe.momentum, 0.999))
-    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+        return torch.optim.AdamW(groups, lr=lr, betas=(recipe.momentum, 0.999), fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
 
 
 @dataclass(slots=True)
@@ -97,7 +102,7 @@ def train(
         objective: What a step minimises; asked at the beginning of each epoch what that is (`Objective.begin`). Where
             it replays batches, an epoch has as many steps, and fewer images.
         threat: What the adversary may do.
-        recipe: Clipping; the rest is already in `optimizer`, `batches` and `ema`.
+        recipe: Clipping, and what saves memory; the rest is already in `optimizer`, `batches` and `ema`.
         epochs: How long; rounded to whole steps, at least one.
         optimizer: Holds the parameters that move. A parameter group's own "lr_scale" multiplies its learning rate.
         lr: Peak learning rate of this phase.
@@ -137,16 +142,18 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
             optimizer.zero_grad(set_to_none=True)
-            step = forward_backward(
-                model,
-                x,
-                y,
-                current.at(span[0] + (span[1] - span[0]) * done / steps),
-                threat,
-                generator=generator,
-                precision=precision,
-                ascent=ascent if done >= ascends_from else None,
-            )
+            with rematerialised(model) if recipe.checkpointing else contextlib.nullcontext():
+                step = step_in_parts(
+                    recipe.accumulate,
+                    model,
+                    x,
+                    y,
+                    current.at(span[0] + (span[1] - span[0]) * done / steps),
+                    threat,
+                    generator=generator,
+                    precision=precision,
+                    ascent=ascent if done >= ascends_from else None,
+                )
             if recipe.clip_norm is not None:
                 moving = [p for group in optimizer.param_groups for p in group["params"]]
                 nn.utils.clip_grad_norm_(moving, recipe.clip_norm)

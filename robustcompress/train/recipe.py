@@ -47,6 +47,10 @@ class Recipe:
             overfitting the epoch is undone, and training goes on with PGD-2 (see `Guard`). 0 switches it off.
         compile: Compile the passes of phases that train weights (`torch.compile`). Every new shape, and so every edit,
             costs some tens of seconds: it pays in long phases on a GPU.
+        accumulate: Attack and pass each batch in so many parts, whose gradients are summed: the memory of a part, and
+            the step of the whole batch, but that batch norms see the statistics of a part.
+        checkpointing: Keep the inputs of blocks alone and compute their activations again on the way back: less memory
+            for one more forward pass with each backward one. Numbers stay the same.
     """
 
     optimizer: Optimizer = "sgd"
@@ -67,6 +71,8 @@ class Recipe:
     sam_adaptive: bool = False
     guard: int = 128
     compile: bool = False
+    accumulate: int = 1
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         problems = Problems("the training recipe makes no sense")
@@ -83,6 +89,7 @@ class Recipe:
             ("momentum", False, 0, 0.9999),
             ("weight_decay", False, 0, 1),
             ("batch_size", True, 1, 1_000_000),
+            ("accumulate", True, 1, 1_000_000),
             ("ema", False, 0, 0.999999),
             ("swa_start", False, 0, 0.999),
             ("val_images", True, 0, 1_000_000_000),
@@ -98,11 +105,15 @@ class Recipe:
                 problems.add(f"{name}={value!r}: must be a {kind} from {low:g} to {high:g}")
         if self.clip_norm is not None and not (isinstance(self.clip_norm, int | float) and self.clip_norm > 0):
             problems.add(f"clip_norm={self.clip_norm!r}: must be a positive number, or None")
-        for name in ("compile", "sam_adaptive"):
+        for name in ("compile", "sam_adaptive", "checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 problems.add(f"{name}={getattr(self, name)!r}: must be True or False")
         if self.awp and self.sam:
             problems.add(f"awp={self.awp!r} and sam={self.sam!r} would each move the weights: choose one of them")
+        if self.checkpointing is True and self.compile is True:
+            problems.add("checkpointing with compile: a compiled network has no blocks to compute again; leave one out")
+        if _whole(self.accumulate) and _whole(self.batch_size) and self.accumulate > self.batch_size >= 1:
+            problems.add(f"accumulate={self.accumulate}: a batch of {self.batch_size} has no so many images")
         if self.bf16 not in (True, False, "auto"):
             problems.add(f"bf16={self.bf16!r}: must be True, False or 'auto'")
         problems.raise_if_any()
@@ -110,6 +121,10 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON."""
         return asdict(self)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 MIRROR_CHANGES_MEANING = ("digits", "mnist", "svhn")

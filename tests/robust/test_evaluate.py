@@ -144,7 +144,7 @@ def test_progress(mlp, images, labels):
 
 def test_an_attack_outside_the_ball_would_be_noticed(mlp, images, labels, monkeypatch):
     monkeypatch.setattr(ThreatModel, "project", lambda self, x_adv, x: x_adv)
-    monkeypatch.setattr(AttackSpec, "perturb", lambda self, model, x, y, threat, generator: 1 - x)
+    monkeypatch.setattr(AttackSpec, "perturb", lambda self, model, x, *_, **__: 1 - x)
     with pytest.raises(AssertionError, match="left the ball"):
         evaluate(mlp(4, gain=3.0), (images, labels), THREAT, attacks=("fgsm",), device="cpu")
 

@@ -68,3 +68,26 @@ def test_strategies_run_compiled(strategy: rc.Strategy, monkeypatch: pytest.Monk
     result = rc.compress(build("residual"), strategy, recipe=replace(QUICK_RECIPE, compile=True), **settings)
     assert result.meets_budget and len(made) == 2
     assert type(result.model) is type(build("residual"))
+
+
+def test_a_network_is_compiled_once_for_attacks_and_once_for_training_and_anew_after_an_edit(
+    network: nn.Module,
+) -> None:
+    counters = torch._dynamo.utils.counters
+    x, y, threat = torch.rand(4, 3, 32, 32), torch.arange(4), ThreatModel("linf", 0.1)
+    editor = rc.StructuralEditor(network, x)
+    group = next(name for name, found in editor.groups.items() if found.width > 4)
+
+    def graphs(compiled: CompiledNetwork, steps: int) -> int:
+        before = counters["stats"]["unique_graphs"]
+        for number in range(steps):
+            compiled.train()
+            step = PGDAT(steps=3).loss(compiled, x, y, threat, generator=torch.Generator().manual_seed(number))
+            step.loss.backward()
+        return counters["stats"]["unique_graphs"] - before
+
+    for _ in range(2):
+        compiled = CompiledNetwork(network, backend="eager")
+        assert graphs(compiled, 2) == 2, "one in eval mode, one in train mode"
+        assert graphs(compiled, 3) == 0, "later steps find what is there"
+        editor.prune(group, list(range(editor.groups[group].width - 1)))
