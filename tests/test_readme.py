@@ -79,3 +79,20 @@ def test_the_quickstart_table_is_the_committed_one() -> None:
         for attack in ("clean", "pgd-20", "autoattack"):
             assert f"{100 * network['accuracies'][attack]['accuracy']:.1f}" in line
         assert f"n={network['accuracies']['autoattack']['n']}" in table
+
+
+def test_the_table_of_distillation_is_the_committed_one() -> None:
+    text = (
+        (ROOT / "docs" / "distillation.md").read_text().split("<!-- distilled -->")[1].split("<!-- /distilled -->")[0]
+    )
+    lines = [line for line in text.splitlines() if line.startswith("| 0.")]
+    for line, budget in zip(lines, ("0.5", "0.25"), strict=True):
+        for attack in ("clean", "pgd-20", "pgd-100-margin"):
+            means = []
+            for arm in ("hydra+rslad", "hydra"):
+                cells = (ROOT / "benchmarks" / "results" / "digits-distilled").glob(f"{arm}_{budget}_s?.json")
+                reports = [json.loads(cell.read_text())["results"]["report"]["attacks"] for cell in cells]
+                found = [entry["accuracy"] for report in reports for entry in report if entry["name"] == attack]
+                assert len(found) == 3
+                means.append(f"{100 * sum(found) / 3:.1f}")
+            assert " against ".join(means) in line
