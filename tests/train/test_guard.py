@@ -215,10 +215,10 @@ def test_a_provoked_collapse_is_cured() -> None:
     for guard in (0, 1000):
         torch.manual_seed(0)
         model = rc.build_model("resnet8", num_classes=10)[0]
-        recipe = Recipe(batch_size=64, augment="none", weight_decay=0.0, guard=guard)
+        recipe = Recipe(lr=0.02, batch_size=64, augment="none", weight_decay=0.0, guard=guard)
         settings: dict[str, Any] = {"data": data, "objective": FGSMRS(step_scale=3.0), "threat": threat}
-        session = make_session(model, epochs=16.0, recipe=recipe, **settings)
+        session = make_session(model, epochs=30.0, recipe=recipe, **settings)
         session.train("a", share=1.0, schedule="constant")
         ends.append(accuracies(model, images, threat, generator=torch.Generator().manual_seed(0))[1])
-    assert ends[0] < 0.03 < 0.1 < ends[1]
+    assert ends[0] < 0.01 < 0.04 < ends[1]
     assert any(record.get("collapsed") for record in session.history)
