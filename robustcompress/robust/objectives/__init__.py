@@ -10,33 +10,51 @@ Two habits of the field are kept, and both can matter more than the loss itself:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.objectives.parts import AttackMode
+from robustcompress.robust.objectives.regularised import (
+    PLUS,
+    REGULARISERS,
+    Regularised,
+    options_of,
+    regularisers_from,
+)
+from robustcompress.robust.objectives.regularisers import JacobianNorm, LatentBoundary, Regulariser, Separability
+from robustcompress.robust.objectives.semantic import SemanticAT
 from robustcompress.robust.objectives.standard import FGSMRS, PGDAT, TRADES, Natural
 
 __all__ = [
     "FGSMRS",
     "OBJECTIVES",
     "PGDAT",
+    "REGULARISERS",
     "TRADES",
     "AttackMode",
+    "JacobianNorm",
+    "LatentBoundary",
     "Natural",
     "Objective",
     "ObjectiveStep",
+    "Regularised",
+    "Regulariser",
+    "SemanticAT",
+    "Separability",
     "objective_from_json",
     "objective_from_name",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES, SemanticAT)}
 """By name; each is a frozen dataclass of its options."""
 
 
 def objective_from_name(name: str, **options: Any) -> Objective:
     """Build an objective of `OBJECTIVES` with `options`; None stands for an option's default.
+
+    Names of `REGULARISERS` may follow, each after a plus; their options begin with their names.
 
     Raises:
         InputError: No such objective, or an option that it does not have (the nearest is offered), or a bad value.
@@ -44,18 +62,27 @@ def objective_from_name(name: str, **options: Any) -> Objective:
     Example:
         >>> objective_from_name("trades", steps=5).steps
         5
+        >>> objective_from_name("pgd-at+jacobian", jacobian_weight=0.1).regularisers
+        (JacobianNorm(weight=0.1, projections=1),)
     """
-    kind = OBJECTIVES.get(str(name).strip().lower())
+    asked, *added = str(name).strip().lower().split(PLUS)
+    kind = OBJECTIVES.get(asked)
     if kind is None:
-        raise InputError(f"objective {name!r} is unknown{nearest(str(name), OBJECTIVES)}")
+        raise InputError(f"objective {name!r} is unknown{nearest(asked, OBJECTIVES)}")
     given = {key: value for key, value in options.items() if value is not None}
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # all are dataclasses
-    problems = Problems(f"objective {kind.name!r} cannot be built")
+    theirs = [option for extra in added if extra in REGULARISERS for option in options_of(REGULARISERS[extra])]
+    problems = Problems(f"objective {name!r} cannot be built")
     for key in given:
-        if key not in known:
-            problems.add(f"it has no option {key!r}{nearest(key, known)}")
+        if key not in known + theirs:
+            problems.add(f"it has no option {key!r}{nearest(key, known + theirs)}")
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
+            problems.add(f"it needs the option {field.name!r}")
+    regularisers = problems.attempt(lambda: regularisers_from(added, given))
     problems.raise_if_any()
-    return kind(**given)
+    inner = kind(**{key: value for key, value in given.items() if key in known})
+    return Regularised(inner, regularisers) if added else inner
 
 
 def objective_from_json(data: Mapping[str, Any]) -> Objective:

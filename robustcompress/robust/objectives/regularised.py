@@ -1,0 +1,130 @@
+"""An objective with regularisers: their composition, and how it is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.robust.objective import Objective, ObjectiveStep
+from robustcompress.robust.objectives.regularisers import JacobianNorm, LatentBoundary, Regulariser, Separability
+from robustcompress.robust.threat import ThreatModel
+
+PLUS = "+"
+"""Between the names of an objective and its regularisers: "pgd-at+jacobian"."""
+
+REGULARISERS: dict[str, type[Regulariser]] = {kind.name: kind for kind in (JacobianNorm, Separability, LatentBoundary)}
+"""By name; each is a frozen dataclass of its options."""
+
+
+@dataclass(frozen=True, slots=True)
+class Regularised(Objective):
+    """An objective and the weighted penalties that are added to its loss; the attack is the objective's own.
+
+    Attributes:
+        inner: The objective.
+        regularisers: The penalties, each at most once.
+
+    Raises:
+        InputError: No regularisers, one of them twice, or `inner` has some already.
+
+    Example:
+        >>> from robustcompress.robust import PGDAT
+        >>> Regularised(PGDAT(steps=3), (JacobianNorm(weight=0.1),)).to_json()["name"]
+        'pgd-at+jacobian'
+    """
+
+    name: ClassVar[str] = "regularised"
+    inner: Objective
+    regularisers: tuple[Regulariser, ...]
+
+    def __post_init__(self) -> None:
+        problems = Problems("this objective cannot be used")
+        given = [regulariser.name for regulariser in self.regularisers]
+        if not given:
+            problems.add(f"there are no regularisers: give one of {', '.join(REGULARISERS)}, or the objective alone")
+        for name in sorted({name for name in given if given.count(name) > 1}):
+            problems.add(f"regulariser {name!r} is there twice")
+        if isinstance(self.inner, Regularised):
+            problems.add("the objective has regularisers already: name all of them at once")
+        problems.raise_if_any()
+
+    @property
+    def label_smoothing(self) -> float:
+        """The objective's, for what else is trained with its loss."""
+        return float(getattr(self.inner, "label_smoothing", 0.0))
+
+    def attack(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See `Objective.attack`."""
+        return self.inner.attack(model, x, y, threat, generator=generator)
+
+    def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
+        """See `Objective.loss_on`."""
+        return self._penalised(self.inner.loss_on(model, x, x_adv, y), model, x, y)
+
+    def loss(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> ObjectiveStep:
+        """See `Objective.loss`; of an objective without parts, the penalties see the images that its step names."""
+        return self._penalised(self.inner.loss(model, x, y, threat, generator=generator), model, x, y)
+
+    def require_parts(self, who: str = "AWP, S2AP and diagnose") -> None:
+        """See `Objective.require_parts`."""
+        self.inner.require_parts(who)
+
+    def to_json(self) -> dict[str, Any]:
+        """The objective's own, with the regularisers' names and options: "jacobian_weight" and the like."""
+        data = self.inner.to_json()
+        name = PLUS.join([str(data["name"]), *(regulariser.name for regulariser in self.regularisers)])
+        flat = {f"{r.name}_{key}": value for r in self.regularisers for key, value in r.options().items()}
+        return data | {"name": name} | flat
+
+    def _penalised(self, step: ObjectiveStep, model: nn.Module, x: Tensor, y: Tensor) -> ObjectiveStep:
+        penalties = [r.weight * r.penalty(model, x, step.x_adv, y) for r in self.regularisers]
+        return replace(step, loss=step.loss + torch.stack(penalties).sum())
+
+
+def options_of(kind: type[Regulariser]) -> tuple[str, ...]:
+    """The names under which an objective takes the options of a regulariser: "jacobian_weight" and the like."""
+    return tuple(f"{kind.name}_{field.name}" for field in fields(kind))  # type: ignore[arg-type]  # all are dataclasses
+
+
+def regularisers_from(names: list[str], options: Mapping[str, Any]) -> tuple[Regulariser, ...]:
+    """Build regularisers by name.
+
+    Args:
+        names: Keys of `REGULARISERS`.
+        options: By the names of `options_of`; others are left alone.
+
+    Raises:
+        InputError: No such regulariser, or a value that makes no sense.
+    """
+    problems = Problems("the regularisers cannot be built")
+    made = []
+    for name in names:
+        kind = REGULARISERS.get(name)
+        if kind is None:
+            problems.add(f"regulariser {name!r} is unknown{nearest(name, REGULARISERS)}")
+            continue
+        mine = {key.removeprefix(f"{name}_"): options[key] for key in options_of(kind) if key in options}
+        made.append(problems.attempt(lambda kind=kind, mine=mine: kind(**mine)))  # type: ignore[misc]
+    problems.raise_if_any(InputError)
+    return tuple(made)
