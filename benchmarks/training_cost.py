@@ -3,13 +3,15 @@
 A forward pass costs the network's MACs at that moment; the gradient to the images costs as much again, and so does the
 gradient to the weights. With K attack steps an image of a training step therefore costs
 
-    pgd-at   2 K + 3        fgsm-rs   2 + 3        trades   1 + 2 K + 6        natural   3
+    pgd-at, semantic-at   2 K + 3        fgsm-rs   2 + 3        trades   1 + 2 K + 6        natural   3
 
-times the MACs; an epoch under AWP or S2AP adds the passes of the loss once more (3, for trades 6), and the clean look
-every tenth step adds 1/10. A search for scores is counted like training, though it computes no gradients of weights;
-re-estimating batch-norm statistics is not counted. PGD-10 on the validation split, where the best epoch is chosen, and
-on the images that grape scores is counted too. So is what rcnas spends on candidates: their steps of recovery, at the
-candidate's own MACs (5, and 1 of the teacher's where it is asked), and PGD on the validation split.
+times the MACs; regularisers add 6 for separability (two passes and their gradients), 3 for boundary, and for jacobian 3
+and another 3 a projection (a gradient, and the gradients of that); an epoch under AWP or S2AP adds the passes of the
+loss once more (3, for trades 6), and the clean look every tenth step adds 1/10. A search for scores is counted like
+training, though it computes no gradients of weights; re-estimating batch-norm statistics is not counted. PGD-10 on the
+validation split, where the best epoch is chosen, and on the images that grape scores is counted too. So is what rcnas
+spends on candidates: their steps of recovery, at the candidate's own MACs (5, and 1 of the teacher's where it is
+asked), and PGD on the validation split.
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ def passes(objective: Mapping[str, Any]) -> float:
         objective: What `Objective.to_json` wrote.
     """
     steps = int(objective.get("steps", 0))
-    return {
+    name, *added = objective["name"].split("+")
+    extra = {"separability": 6, "boundary": 3, "jacobian": 3 + 3 * int(objective.get("jacobian_projections", 0))}
+    alone = {
         "natural": 3.0,
         "fgsm-rs": 2 + 3 + 1 / CLEAN_EVERY,
         "pgd-at": 2 * steps + 3 + 1 / CLEAN_EVERY,
+        "semantic-at": 2 * steps + 3 + 1 / CLEAN_EVERY,
         "trades": 1 + 2 * steps + 6,
-    }[objective["name"]]
+    }[name]
+    return alone + sum(extra[regulariser] for regulariser in added)
 
 
 def training_cost(
@@ -58,7 +64,7 @@ def training_cost(
         scored: Training images that a scoring growth event attacks with PGD-10, at one forward and one gradient more.
     """
     images = seconds = total = macs = 0.0
-    each, again = passes(objective), 6 if objective["name"] == "trades" else 3
+    each, again = passes(objective), 6 if objective["name"].startswith("trades") else 3
     steps_of = {id(entry): steps for entry, steps in epochs_of(history)}
     for entry in history:
         if id(entry) in steps_of:

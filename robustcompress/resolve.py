@@ -140,6 +140,8 @@ def resolve(
         if any(spec.kind == "autoattack" for spec in specs) or (demand is not None and demand.attack == "autoattack"):
             for item in check_autoattack(adversary, splits.image_shape[1:]).items:
                 problems.add(item)
+    if isinstance(splits, DataSplits) and isinstance(loss, Objective):
+        problems.attempt(lambda: loss.check_classes(splits.classes))
     reference, spec = problems.attempt(lambda: _reference(model, seed)) or (None, None)
     if reference is not None and isinstance(splits, DataSplits):
         problems.attempt(lambda: check_image_size(reference, *splits.image_shape[1:]))

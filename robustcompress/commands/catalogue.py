@@ -12,7 +12,7 @@ from robustcompress.data import NAMES
 from robustcompress.models import list_timm_models
 from robustcompress.models.registry import BUILT_IN, list_torchvision_models
 from robustcompress.models.timm_models import timm_is_installed
-from robustcompress.robust.objectives import OBJECTIVES
+from robustcompress.robust.objectives import OBJECTIVES, PLUS, REGULARISERS
 from robustcompress.strategies import STRATEGIES
 from robustcompress.terminal import Output, table
 
@@ -96,7 +96,11 @@ def _strategies() -> list[dict[str, Any]]:
 
 def _objectives() -> list[dict[str, Any]]:
     kinds = OBJECTIVES.values()
-    return [{"name": kind.name, "summary": _summary(kind), "options": _options(kind)} for kind in kinds]
+    listed = [{"name": kind.name, "summary": _summary(kind), "options": _options(kind)} for kind in kinds]
+    for extra in REGULARISERS.values():
+        options = {f"{extra.name}_{key}": value for key, value in _options(extra).items()}
+        listed.append({"name": f"NAME{PLUS}{extra.name}", "summary": _summary(extra), "options": options})
+    return listed
 
 
 def _data() -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from robustcompress.errors import InputError, Problems, ResultError, nearest
 SHIPPED = ("cifar10", "digits")
 """Hierarchies that come with the package, by name."""
 
+_DEEPEST = 50  # levels of groups; WordNet has 19
+
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
@@ -66,9 +68,14 @@ class Hierarchy:
     def ordered(self, classes: Sequence[str]) -> Hierarchy:
         """The same tree with labels in the order of `classes`.
 
+        Images given as tensors have no names: where `classes` are "0", "1", and so on, and as many as ours, our own
+        order is taken to be that of the labels.
+
         Raises:
             InputError: These are other classes; the message names those that are missing on either side.
         """
+        if tuple(classes) == tuple(str(label) for label in range(len(self.classes))):
+            return self
         problems = Problems(f"hierarchy {self.name!r} is not about these classes")
         for label, ours, theirs in (
             ("does not know", classes, self.classes),
@@ -162,7 +169,9 @@ def _read(data: object, name: str) -> Hierarchy:
 
 
 def _leaves(node: object, path: tuple[str, ...], problems: Problems) -> Iterator[tuple[str, tuple[str, ...]]]:
-    if isinstance(node, Mapping):
+    if len(path) > _DEEPEST:
+        problems.add(f"group {'/'.join(path[:3])!r} goes on for more than {_DEEPEST} levels")
+    elif isinstance(node, Mapping):
         for key, below in node.items():
             if below is None:
                 yield str(key), path

@@ -260,11 +260,16 @@ class RobustReport:
             notes.append(f"AutoAttack: {autoattack.suite}")
             if autoattack.n < self.n:
                 notes.append(f"AutoAttack judged {autoattack.n} of {self.n} images, the worst case is over those")
-        mistakes = [f"{r.name} {_mistakes(r.severity)}" for r in self.attacks if r.severity is not None]
-        if self.hierarchy is not None and mistakes:
-            about = f"{self.hierarchy.name!r} (a class at random: {self.hierarchy.chance:.2f})"
-            notes.append(f"mean distance of mistakes in {about}: {', '.join(mistakes)}")
+        notes += self.mistakes()
         return notes + [f"warning: {warning}" for warning in self.warnings]
+
+    def mistakes(self) -> list[str]:
+        """Return one sentence on how far from the truth mistakes are; none where no hierarchy was given."""
+        if self.hierarchy is None:
+            return []
+        found = [f"{r.name} {_mistakes(r.severity)}" for r in self.attacks if r.severity is not None]
+        about = f"{self.hierarchy.name!r} (a class at random: {self.hierarchy.chance:.2f})"
+        return [f"mean distance of mistakes in {about}: {', '.join(found)}"] if found else []
 
     def __str__(self) -> str:
         rows = self.rows()

@@ -31,6 +31,7 @@ __all__ = [
     "FGSMRS",
     "OBJECTIVES",
     "PGDAT",
+    "PLUS",
     "REGULARISERS",
     "TRADES",
     "AttackMode",

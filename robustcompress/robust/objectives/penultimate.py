@@ -24,26 +24,25 @@ def still(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def classifier_of(model: nn.Module, x: Tensor) -> nn.Module:
-    """The layer that writes the logits: of those that ran last, the last with weights and one output a class.
+    """The layer that writes the logits: the last to run of those that have weights and one output a class.
 
     Args:
         model: Maps images to logits. One pass over two of `x` in eval mode, without gradients.
         x: Images, [N, C, H, W].
 
     Raises:
-        InputError: No layer writes one channel a class.
+        InputError: No layer but the network as a whole writes one channel a class.
     """
-    ran: list[tuple[nn.Module, Tensor]] = []
+    images, ran = x[:2], list[tuple[nn.Module, Tensor]]()
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0] is not images and isinstance(output, Tensor):
             ran.append((module, output))
 
-    weighted = [m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
-    handles = [module.register_forward_hook(note) for module in weighted]
+    handles = [module.register_forward_hook(note) for module in model.modules() if _is_layer(module)]
     try:
         with torch.no_grad(), eval_mode(model), _eager():
-            classes = model(x[:2]).shape[1]
+            classes = model(images).shape[1]
     finally:
         for handle in handles:
             handle.remove()
@@ -92,6 +91,13 @@ def shifted(model: nn.Module, x: Tensor, classifier: nn.Module, shift: Callable[
 def _pooled(given: Tensor, classifier: nn.Module) -> Tensor:
     places = [d for d in range(1, given.dim()) if d != _channel_dim(classifier) % given.dim()]
     return given.mean(places) if places else given
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module has weights and no layers within (those of torch may have parametrizations within)."""
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return True
+    return any(p.dim() > 1 for p in module.parameters(recurse=False)) and not any(True for _ in module.children())
 
 
 def _channel_dim(layer: nn.Module) -> int:

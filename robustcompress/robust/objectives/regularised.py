@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.errors import Problems, nearest
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.objectives.regularisers import JacobianNorm, LatentBoundary, Regulariser, Separability
 from robustcompress.robust.threat import ThreatModel
@@ -57,6 +57,10 @@ class Regularised(Objective):
     def label_smoothing(self) -> float:
         """The objective's, for what else is trained with its loss."""
         return float(getattr(self.inner, "label_smoothing", 0.0))
+
+    def check_classes(self, classes: Sequence[str]) -> None:
+        """See `Objective.check_classes`."""
+        self.inner.check_classes(classes)
 
     def attack(
         self,
@@ -107,7 +111,7 @@ def options_of(kind: type[Regulariser]) -> tuple[str, ...]:
     return tuple(f"{kind.name}_{field.name}" for field in fields(kind))  # type: ignore[arg-type]  # all are dataclasses
 
 
-def regularisers_from(names: list[str], options: Mapping[str, Any]) -> tuple[Regulariser, ...]:
+def regularisers_from(names: Sequence[str], options: Mapping[str, Any]) -> tuple[Regulariser, ...]:
     """Build regularisers by name.
 
     Args:
@@ -126,5 +130,5 @@ def regularisers_from(names: list[str], options: Mapping[str, Any]) -> tuple[Reg
             continue
         mine = {key.removeprefix(f"{name}_"): options[key] for key in options_of(kind) if key in options}
         made.append(problems.attempt(lambda kind=kind, mine=mine: kind(**mine)))  # type: ignore[misc]
-    problems.raise_if_any(InputError)
+    problems.raise_if_any()
     return tuple(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +45,14 @@ class SemanticAT(Objective):
     def __post_init__(self) -> None:
         check_options(self)
         object.__setattr__(self, "hierarchy", hierarchy_from(self.hierarchy))
+
+    def check_classes(self, classes: Sequence[str]) -> None:
+        """See `Objective.check_classes`."""
+        if self.hierarchy.ordered(classes) != self.hierarchy:
+            raise InputError(
+                f"hierarchy {self.hierarchy.name!r} has the classes in another order than the labels of the data: "
+                f"its 'classes' must be {list(classes)!r}"
+            )
 
     def attack(
         self,
