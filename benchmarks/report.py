@@ -20,6 +20,7 @@ from benchmarks import (
     deployment,
     latency,
     latency_budget,
+    regularisers,
     search_meta,
     search_step,
     search_surrogate,
@@ -43,6 +44,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     latency.MODULE: latency.markdown,
     deployment.MODULE: deployment.markdown,
     latency_budget.MODULE: latency_budget.markdown,
+    regularisers.MODULE: regularisers.markdown,
 }
 GRIDS = ROOT / "benchmarks" / "grids"
 PLOT = "comparison.png"

@@ -87,7 +87,7 @@ def test_labels_may_come_in_another_order():
     assert found.distances[0, 1] == 1 and found.distances[0, 3] == 3 and found.classes[0] == "dog"
     unnamed = hierarchy_from(TREE)
     assert unnamed.ordered(["0", "1", "2", "3"]) is unnamed
-    with pytest.raises(InputError, match="does not know 'cow'.*\n.*the data do not, 'truck'"):
+    with pytest.raises(InputError, match=r"does not know 'cow'.*\n.*the data do not, 'truck'"):
         unnamed.ordered(["dog", "cat", "frog", "cow"])
 
 
@@ -195,7 +195,7 @@ def test_autoattack_keeps_distances_with_its_chunks(judged, tmp_path):
 
 def test_bad_trees_are_told_with_all_else(judged):
     model, images, labels = judged
-    with pytest.raises(InputError, match="attack 'pgdd' is unknown(.|\n)*hierarchy 'nowhere.json' cannot be read"):
+    with pytest.raises(InputError, match=r"attack 'pgdd' is unknown(.|\n)*hierarchy 'nowhere.json' cannot be read"):
         evaluate(model, (images, labels), THREAT, attacks=("pgdd",), hierarchy="nowhere.json")
     with pytest.raises(InputError, match="hierarchy 'digits' has 10 classes, the model 4 logits"):
         evaluate(model, (images, labels), THREAT, hierarchy="digits")

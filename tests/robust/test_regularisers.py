@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -285,6 +286,20 @@ def test_a_run_is_told_and_read_back(name):
         progress=False,
     )
     assert rc.robust.objective_from_json(result.settings["objective"]) == objective
+
+
+def test_recipes_name_them(tmp_path):
+    (tmp_path / "tree.json").write_text(json.dumps(hierarchy_from("digits").to_json()))
+    base = {"model": "resnet8", "strategy": "none"}
+    for written in (
+        {"name": "pgd-at+jacobian+separability", "steps": 2, "jacobian_weight": 0.1},
+        {"name": "semantic-at+boundary", "hierarchy": str(tmp_path / "tree.json"), "step_size": "2/255"},
+    ):
+        recipe = rc.RunRecipe.from_mapping(base | {"objective": written})
+        assert recipe.objective.to_json()["name"] == written["name"]
+        assert rc.RunRecipe.from_mapping(recipe.to_json()) == recipe
+    (tmp_path / "tree.json").unlink()
+    assert rc.RunRecipe.from_mapping(recipe.to_json()) == recipe, "the recipe of a result needs no file"
 
 
 def test_ascents_see_the_penalties_too(calm, images, labels):

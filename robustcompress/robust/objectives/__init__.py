@@ -46,6 +46,7 @@ __all__ = [
     "Separability",
     "objective_from_json",
     "objective_from_name",
+    "required_options",
 ]
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Natural, PGDAT, FGSMRS, TRADES, SemanticAT)}
@@ -77,13 +78,19 @@ def objective_from_name(name: str, **options: Any) -> Objective:
     for key in given:
         if key not in known + theirs:
             problems.add(f"it has no option {key!r}{nearest(key, known + theirs)}")
-    for field in fields(kind):  # type: ignore[arg-type]
-        if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
-            problems.add(f"it needs the option {field.name!r}")
+    for option in required_options(kind):
+        if option not in given:
+            problems.add(f"it needs the option {option!r}")
     regularisers = problems.attempt(lambda: regularisers_from(added, given))
     problems.raise_if_any()
     inner = kind(**{key: value for key, value in given.items() if key in known})
     return Regularised(inner, regularisers) if added else inner
+
+
+def required_options(kind: type[Objective]) -> tuple[str, ...]:
+    """The options of an objective that have no default."""
+    found = fields(kind)  # type: ignore[arg-type]  # all are dataclasses
+    return tuple(f.name for f in found if f.default is MISSING and f.default_factory is MISSING)
 
 
 def objective_from_json(data: Mapping[str, Any]) -> Objective:
