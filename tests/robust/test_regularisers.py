@@ -27,6 +27,7 @@ from robustcompress.robust import (
 from robustcompress.robust.objectives.penultimate import classifier_of, features, shifted, still
 from robustcompress.robust.objectives.regularisers import supervised_contrast, to_boundary
 from robustcompress.train import CompiledNetwork
+from robustcompress.train.auxiliary import WithAuxiliary
 from tests.strategies.nets import QUICK_RECIPE, small_data
 
 THREAT = ThreatModel("linf", 8 / 255)
@@ -166,22 +167,27 @@ def test_the_loss_is_the_objectives_and_the_weighted_penalties(calm, images, lab
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "no hook stays"
 
 
-def test_an_objective_without_parts_is_regularised_as_well(calm, images, labels):
+def test_an_objective_without_parts_is_refused():
     class Whole(Objective):
         name = "whole"
 
         def loss(self, model, x, y, threat, *, generator=None):
-            return PGDAT(steps=1).loss(model, x, y, threat, generator=generator)
+            raise AssertionError
 
         def to_json(self):
             return {"name": self.name}
 
-    objective = Regularised(Whole(), (JacobianNorm(),))
-    step = objective.loss(calm, images, labels, THREAT, generator=seeded())
-    inner = PGDAT(steps=1).loss(calm, images, labels, THREAT, generator=seeded())
-    assert step.loss > inner.loss
-    with pytest.raises(InputError, match="cannot be split"):
-        objective.require_parts()
+    with pytest.raises(InputError, match=r"'whole' cannot be split.*or leave out the regularisers"):
+        Regularised(Whole(), (JacobianNorm(),))
+
+
+@pytest.mark.filterwarnings("ignore")  # googlenet's own about its initialisation
+def test_auxiliary_classifiers_are_trained_as_well(labels):
+    model = rc.build_model("torchvision:googlenet", num_classes=4, aux_logits=True)[0].train()
+    objective = WithAuxiliary(Regularised(PGDAT(steps=1, label_smoothing=0.1), ALL))
+    step = objective.loss(model, torch.rand(4, 3, 64, 64), labels[:4], THREAT, generator=seeded())
+    step.loss.backward()
+    assert float(model.aux1.fc2.weight.grad.abs().sum()) > 0 and float(model.fc.weight.grad.abs().sum()) > 0
 
 
 @pytest.mark.parametrize(

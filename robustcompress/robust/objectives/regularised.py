@@ -26,11 +26,11 @@ class Regularised(Objective):
     """An objective and the weighted penalties that are added to its loss; the attack is the objective's own.
 
     Attributes:
-        inner: The objective.
+        inner: The objective; it has the parts `attack` and `loss_on`.
         regularisers: The penalties, each at most once.
 
     Raises:
-        InputError: No regularisers, one of them twice, or `inner` has some already.
+        InputError: No regularisers, one of them twice, or `inner` has some already, or no parts.
 
     Example:
         >>> from robustcompress.robust import PGDAT
@@ -51,6 +51,7 @@ class Regularised(Objective):
             problems.add(f"regulariser {name!r} is there twice")
         if isinstance(self.inner, Regularised):
             problems.add("the objective has regularisers already: name all of them at once")
+        problems.attempt(lambda: self.inner.require_parts("the regularisers"))
         problems.raise_if_any()
 
     @property
@@ -76,23 +77,9 @@ class Regularised(Objective):
 
     def loss_on(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> ObjectiveStep:
         """See `Objective.loss_on`."""
-        return self._penalised(self.inner.loss_on(model, x, x_adv, y), model, x, y)
-
-    def loss(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat: ThreatModel,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> ObjectiveStep:
-        """See `Objective.loss`; of an objective without parts, the penalties see the images that its step names."""
-        return self._penalised(self.inner.loss(model, x, y, threat, generator=generator), model, x, y)
-
-    def require_parts(self, who: str = "AWP, S2AP and diagnose") -> None:
-        """See `Objective.require_parts`."""
-        self.inner.require_parts(who)
+        step = self.inner.loss_on(model, x, x_adv, y)
+        penalties = [r.weight * r.penalty(model, x, x_adv, y) for r in self.regularisers]
+        return replace(step, loss=step.loss + torch.stack(penalties).sum())
 
     def to_json(self) -> dict[str, Any]:
         """The objective's own, with the regularisers' names and options: "jacobian_weight" and the like."""
@@ -100,10 +87,6 @@ class Regularised(Objective):
         name = PLUS.join([str(data["name"]), *(regulariser.name for regulariser in self.regularisers)])
         flat = {f"{r.name}_{key}": value for r in self.regularisers for key, value in r.options().items()}
         return data | {"name": name} | flat
-
-    def _penalised(self, step: ObjectiveStep, model: nn.Module, x: Tensor, y: Tensor) -> ObjectiveStep:
-        penalties = [r.weight * r.penalty(model, x, step.x_adv, y) for r in self.regularisers]
-        return replace(step, loss=step.loss + torch.stack(penalties).sum())
 
 
 def options_of(kind: type[Regulariser]) -> tuple[str, ...]:
