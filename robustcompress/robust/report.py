@@ -87,7 +87,10 @@ class AttackResult:
             "broken_by": dict(self.broken_by),
             "correct": pack_flags(self.correct),
         }
-        return data if self.severity is None else data | {"mistakes": self.severity.to_json()}
+        if self.severity is None:
+            return data
+        mean = self.severity.mean if self.severity.errors else None
+        return data | {"mistakes": self.severity.to_json(), "mean_distance": mean}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttackResult:
@@ -115,6 +118,8 @@ class AttackResult:
                 f"the flags of {result.name!r} do not give the stated accuracy {stated} of {n} images: "
                 "the file was changed, evaluate again"
             )
+        if result.severity is not None and result.severity.errors != result.n - int(result.correct.sum()):
+            raise ResultError(f"{result.name!r} has not as many distances as mistakes: the file was changed")
         return result
 
 

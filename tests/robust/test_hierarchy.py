@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from robustcompress.errors import InputError, ResultError
 from robustcompress.robust import (
+    AttackResult,
     AttackSpec,
     AutoAttackConfig,
     RobustReport,
@@ -173,6 +174,10 @@ def test_an_evaluation_says_how_far_off_mistakes_are(judged):
     assert report.result("fgsm").severity == Severity.of(tree.distances, labels[order], attacked)
     assert RobustReport.from_json(json.loads(json.dumps(report.to_json()))) == report
     assert "mean distance of mistakes in 'small' (a class at random: 2.33): clean" in str(report)
+    fgsm = report.result("fgsm").to_json()
+    assert fgsm["mean_distance"] == report.result("fgsm").severity.mean
+    with pytest.raises(ResultError, match="not as many distances as mistakes"):
+        AttackResult.from_json(fgsm | {"mistakes": fgsm["mistakes"][1:]})
     assert "mistakes" not in json.dumps(plain.to_json()) and "distance" not in str(plain)
 
 

@@ -82,7 +82,7 @@ class JacobianNorm(Regulariser):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Separability(Regulariser):
-    """Features of a class close together, clean or attacked, and classes apart; **reconstructed**.
+    """Features of a class close together, clean or attacked, and classes apart; reconstructed.
 
     After *Adversarial Training with Feature Separability* (arXiv 2205.00637), whose text could not be read: known are a
     graph over clean and attacked images, similarity within classes and separation between them. Ours is the supervised
@@ -125,7 +125,7 @@ def supervised_contrast(found: Tensor, y: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentBoundary(Regulariser):
-    """Cross-entropy on features that are moved towards another class; **reconstructed and reduced**.
+    """Cross-entropy on features that are moved towards another class; reconstructed and reduced.
 
     After *LADDER* (arXiv 2206.03717), which fits a support vector machine with attention to the latent codes, moves
     codes along its normal, and turns them into training images with a generator. Here is **no generator and no
