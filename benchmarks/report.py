@@ -24,6 +24,7 @@ from benchmarks import (
     latency,
     latency_budget,
     overfitting,
+    regularisers,
     search_meta,
     search_step,
     search_surrogate,
@@ -55,6 +56,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     deployment.MODULE: deployment.markdown,
     latency_budget.MODULE: latency_budget.markdown,
     overfitting.MODULE: overfitting.markdown,
+    regularisers.MODULE: regularisers.markdown,
 }
 SPEED = (training_scaling, training_memory, strong_attack, evaluation_speed)
 GRIDS = ROOT / "benchmarks" / "grids"

@@ -3,14 +3,17 @@
 A forward pass costs the network's MACs at that moment; the gradient to the images costs as much again, and so does the
 gradient to the weights. With K attack steps an image of a training step therefore costs
 
-    pgd-at   2 K + 3        fgsm-rs   2 + 3        trades   1 + 2 K + 6        natural   3        rslad   2 K + 6
+    pgd-at, semantic-at   2 K + 3     fgsm-rs   2 + 3     trades   1 + 2 K + 6     mart, rslad   2 K + 6
+    natural, free-at, smoothing   3
 
-times the MACs; an epoch under AWP or S2AP adds the passes of the loss once more (3, for trades 6), and the clean look
-every tenth step adds 1/10. A search for scores is counted like training, though it computes no gradients of weights;
-re-estimating batch-norm statistics is not counted. PGD-10 on the validation split, where the best epoch is chosen, and
-on the images that grape scores is counted too. So is what rcnas spends on candidates: their steps of recovery, at the
-candidate's own MACs (5, and 1 of the teacher's where it is asked), and PGD on the validation split. A teacher that is
-the reference itself is asked once a step, at the reference's MACs.
+times the MACs; regularisers add 6 for separability (two passes and their gradients), 3 for boundary, and for jacobian 3
+and another 3 a projection (a gradient, and the gradients of that); an epoch under AWP, SAM or S2AP adds the passes of
+the loss once more (3, for trades, mart and rslad 6), and the clean look every tenth step adds 1/10. A search for scores
+is counted like training, though it computes no gradients of weights; re-estimating batch-norm statistics is not
+counted. PGD-10 on the validation split, where the best epoch is chosen, and on the images that grape scores is counted
+too. So is what rcnas spends on candidates: their steps of recovery, at the candidate's own MACs (5, and 1 of the
+teacher's where it is asked), and PGD on the validation split. A teacher that is the reference itself is asked once a
+step, at the reference's MACs.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from robustcompress.train.loop import CLEAN_EVERY
 
 PROBE_STEPS = 10
 """PGD steps that `Session.validate` and `Session.attacked` take."""
-ASCENTS = ("awp", "gamma")
+ASCENTS = ("awp", "sam", "gamma")
 """Keys of a record that say that each of its steps climbed in parameter space first."""
 
 
@@ -33,13 +36,20 @@ def passes(objective: Mapping[str, Any]) -> float:
         objective: What `Objective.to_json` wrote.
     """
     steps = int(objective.get("steps", 0))
-    return {
+    name, *added = objective["name"].split("+")
+    extra = {"separability": 6, "boundary": 3, "jacobian": 3 + 3 * int(objective.get("jacobian_projections", 0))}
+    alone = {
         "natural": 3.0,
         "fgsm-rs": 2 + 3 + 1 / CLEAN_EVERY,
         "pgd-at": 2 * steps + 3 + 1 / CLEAN_EVERY,
+        "semantic-at": 2 * steps + 3 + 1 / CLEAN_EVERY,
         "trades": 1 + 2 * steps + 6,
+        "mart": 2.0 * steps + 6,
         "rslad": 2.0 * steps + 6,
-    }[objective["name"]]
+        "free-at": 3 + 1 / CLEAN_EVERY,
+        "smoothing": 3 + 1 / CLEAN_EVERY,
+    }[name]
+    return alone + sum(extra[regulariser] for regulariser in added)
 
 
 def training_cost(
@@ -73,7 +83,7 @@ def training_cost(
             macs = entry["macs"]
             tuned = finetune is not None and entry["phase"] == "finetune"
             loss = finetune if finetune is not None and tuned else objective
-            again = 6 if loss["name"] in ("trades", "rslad") else 3
+            again = 6 if loss["name"].partition("+")[0] in ("trades", "mart", "rslad") else 3
             total += trained * macs * (passes(loss) + (again if any(entry.get(key) for key in ASCENTS) else 0))
             total += trained * (teacher_macs if tuned else 0.0)
         total += _recovered(entry, macs, batch=batch)

@@ -168,7 +168,7 @@ def resolve(
             for item in check_autoattack(adversary, splits.image_shape[1:]).items:
                 problems.add(item)
     if isinstance(splits, DataSplits):
-        known = functools.partial(_for_labels, splits)
+        known = functools.partial(_for_data, splits)
         loss, tuning = (kind and problems.attempt(functools.partial(known, kind)) for kind in (loss, tuning))
     if chosen is not None:
         labels = isinstance(splits, DataSplits) and splits.extra is not None and splits.extra.labelled_by == TEACHER
@@ -312,7 +312,8 @@ def _objective(objective: object, what: str = "objective") -> Objective:
     raise InputError(f"{what}={objective!r}: give an Objective, or the name of one, such as 'pgd-at'")
 
 
-def _for_labels(data: DataSplits, objective: Objective) -> Objective:
+def _for_data(data: DataSplits, objective: Objective) -> Objective:
+    objective.check_classes(data.classes)
     return objective.for_labels(data.train.labels, data.num_classes)
 
 

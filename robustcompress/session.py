@@ -14,6 +14,7 @@ from robustcompress.budget import Cost, measure
 from robustcompress.budgeted import BudgetedRun
 from robustcompress.checkpoint import Journal, State
 from robustcompress.data import Batches
+from robustcompress.errors import InputError
 from robustcompress.goal import Goal
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective
@@ -82,6 +83,11 @@ class Session(BudgetedRun):
             objective.check(goal.threat)
             if goal.recipe.awp or goal.recipe.sam:
                 objective.require_parts()
+            if goal.recipe.accumulate > 1 and objective.begin() is not objective:
+                raise InputError(
+                    f"objective {objective.name!r} remembers a whole batch from step to step: leave out "
+                    f"accumulate={goal.recipe.accumulate}"
+                )
         super().__init__(editor, example, goal, progress=progress, on_record=on_record, journal=journal)
         self.model = model
         self.tuning = goal.finetune

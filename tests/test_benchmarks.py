@@ -25,6 +25,7 @@ from benchmarks import (
     latency_budget,
     onnx_files,
     overfitting,
+    regularisers,
     report,
     search_meta,
     search_policies,
@@ -42,7 +43,7 @@ from tests.latency.fake import Clockwork
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
-    *(search_tasks, search_meta, certified),
+    *(search_tasks, search_meta, certified, regularisers),
     *(latency, latency_budget, deployment, any_model, onnx_files, overfitting),
 )
 
@@ -237,6 +238,19 @@ def test_the_words_of_the_model_table() -> None:
         "| --- | --: | --- |",
         "| x   |   1 | word |",
     ]
+
+
+def test_regularisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regularisers, "OBJECTIVES", {"pgd-at": {}, "pgd-at+boundary": {}})
+    out = tmp_path / "regularisers.json"
+    assert regularisers.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "regularisers")
+    cells = value["results"]["cells"]
+    assert [cell["objective"] for cell in cells] == ["pgd-at", "pgd-at+boundary"]
+    assert cells[1]["options"]["boundary_weight"] > 0 and cells[0]["report"]["hierarchy"]["name"] == "digits"
+    text = regularisers.markdown(value)
+    assert "8 test images, 1 seeds (no AutoAttack)" in text and text.count("| pgd-at+boundary") == 2
 
 
 def test_latency_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

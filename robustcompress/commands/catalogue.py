@@ -12,7 +12,7 @@ from robustcompress.data import NAMES
 from robustcompress.models import list_timm_models
 from robustcompress.models.registry import BUILT_IN, list_torchvision_models
 from robustcompress.models.timm_models import timm_is_installed
-from robustcompress.robust.objectives import OBJECTIVES
+from robustcompress.robust.objectives import OBJECTIVES, PGDAT, PLUS, REGULARISERS, Objective, required_options
 from robustcompress.strategies import STRATEGIES
 from robustcompress.terminal import Output, table
 
@@ -97,7 +97,14 @@ def _strategies() -> list[dict[str, Any]]:
 
 def _objectives() -> list[dict[str, Any]]:
     kinds = OBJECTIVES.values()
-    return [{"name": kind.name, "summary": _summary(kind), "options": _options(kind)} for kind in kinds]
+    listed = [
+        {"name": kind.name, "summary": _summary(kind), "options": _needs(kind) | _options(kind)} for kind in kinds
+    ]
+    for extra in REGULARISERS.values():
+        options = {f"{extra.name}_{key}": value for key, value in _options(extra).items()}
+        summary = f"any objective may be followed by this penalty: {_summary(extra)}"
+        listed.append({"name": f"{PGDAT.name}{PLUS}{extra.name}", "summary": summary, "options": options})
+    return listed
 
 
 def _data() -> list[dict[str, Any]]:
@@ -117,6 +124,10 @@ def _options(kind: type) -> dict[str, Any]:
     if not is_dataclass(kind):
         return {}
     return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+
+
+def _needs(kind: type[Objective]) -> dict[str, Any]:
+    return {name: "(needed)" for name in required_options(kind)}
 
 
 LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {

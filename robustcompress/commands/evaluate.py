@@ -22,7 +22,16 @@ from robustcompress.commands.arguments import (
 from robustcompress.data import DataSplits
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.result import RESULT, CompressResult, load
-from robustcompress.robust import PairedTest, RobustReport, ThreatModel, attack_by_name, compare, evaluate
+from robustcompress.robust import (
+    Hierarchy,
+    PairedTest,
+    RobustReport,
+    ThreatModel,
+    attack_by_name,
+    compare,
+    evaluate,
+    hierarchy_from,
+)
 from robustcompress.terminal import Output, evaluation_bar, say
 
 NAME = "evaluate"
@@ -40,6 +49,7 @@ examples:
   robustcompress evaluate runs/digits
   robustcompress evaluate runs/digits --attacks clean,pgd-20 --images 100
   robustcompress evaluate runs/hydra --data cifar10 --root data --autoattack-images all --save
+  robustcompress evaluate runs/digits --attacks clean,pgd-20 --hierarchy digits
   robustcompress evaluate runs/grape --compare runs/none --time-limit 300 --json
   robustcompress evaluate runs/digits/model.onnx --curve --plot curve.png
   robustcompress evaluate model.int8.onnx --twin runs/hydra --data cifar10 --attacks pgd-20,square-5000 --save
@@ -78,6 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eps", type=fraction, help="another radius than the model was trained for, such as 4/255")
     parser.add_argument("--norm", help="another norm: linf or l2")
+    parser.add_argument(
+        "--hierarchy",
+        metavar="NAME|FILE.json",
+        help="of DIR: say how far from the truth mistakes are in this tree of classes: cifar10, digits, or a file",
+    )
     parser.add_argument("--compare", type=Path, metavar="DIR", help="evaluate this result too, and test the difference")
     parser.add_argument(
         "--save", action="store_true", help="replace the report in DIR by this one; of a file, write FILE.verify.json"
@@ -98,14 +113,16 @@ def run(arguments: argparse.Namespace) -> Output:
         arguments.attacks = ATTACKS
     result = result_from(arguments)
     other = None if arguments.compare is None else load(arguments.compare, model=arguments.model)
-    threat = _checked(arguments, result)
+    threat, tree = _checked(arguments, result)
     data = data_of(result, arguments)
     if data is None:
         name = result.data["name"]
         raise InputError(
             f"{arguments.directory} was trained on {name!r}: pass --data {name} (and --root), or a directory"
         )
-    report = _evaluate(arguments, result, arguments.directory, data, threat)
+    if tree is not None:
+        tree = tree.ordered(data.classes)
+    report = _evaluate(arguments, result, arguments.directory, data, threat, tree)
     document: dict[str, Any] = {"result": str(arguments.directory), "report": report.to_json(), "saved": False}
     parts = [f"{arguments.directory}: {report}"]
     if arguments.save:
@@ -114,7 +131,7 @@ def run(arguments: argparse.Namespace) -> Output:
         parts += ["", f"saved in {arguments.directory / RESULT}"]
     if other is not None:
         data_of(other, arguments)
-        second = _evaluate(arguments, other, arguments.compare, data, threat)
+        second = _evaluate(arguments, other, arguments.compare, data, threat, tree)
         tests = differences(report, second)
         document["compared_with"] = {"result": str(arguments.compare), "report": second.to_json()}
         document["differences"] = {name: asdict(test) for name, test in tests.items()}
@@ -141,7 +158,7 @@ def replace_report(directory: Path, report: RobustReport) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _checked(arguments: argparse.Namespace, result: CompressResult) -> ThreatModel:
+def _checked(arguments: argparse.Namespace, result: CompressResult) -> tuple[ThreatModel, Hierarchy | None]:
     problems = Problems("evaluate cannot start")
     threat = result.threat
     try:
@@ -162,12 +179,18 @@ def _checked(arguments: argparse.Namespace, result: CompressResult) -> ThreatMod
             problems.add(str(error))
     if not arguments.attacks:
         problems.add(f"--attacks is empty{nearest('', ('clean', 'fgsm', 'pgd-20', 'autoattack'))}")
+    tree = None if arguments.hierarchy is None else problems.attempt(lambda: hierarchy_from(arguments.hierarchy))
     problems.raise_if_any()
-    return threat
+    return threat, tree
 
 
 def _evaluate(
-    arguments: argparse.Namespace, result: CompressResult, directory: Path, data: DataSplits, threat: ThreatModel
+    arguments: argparse.Namespace,
+    result: CompressResult,
+    directory: Path,
+    data: DataSplits,
+    threat: ThreatModel,
+    tree: Hierarchy | None,
 ) -> RobustReport:
     autoattack = "autoattack" in arguments.attacks
     with evaluation_bar(directory.name) as progress:
@@ -184,6 +207,7 @@ def _evaluate(
             time_limit_s=arguments.time_limit,
             progress=progress,
             resume_dir=_cache(directory) if autoattack else None,
+            hierarchy=tree,
         )
 
 

@@ -29,7 +29,12 @@ _PROBED = 64
 _TWIN = 0.5  # share of images on which a result that merely lies beside a file must agree with it to be its twin
 _OURS: dict[str, Any] = {"twin": None, "transfer_from": [], "curve": False, "corruptions": False, "plot": None}
 _OURS |= {"format": "table", "output": None, "attack_images": ATTACK_IMAGES, "ort_threads": None}
-_THEIRS: dict[str, Any] = {"compare": None, "time_limit": None, "autoattack_images": AUTOATTACK_IMAGES}
+_THEIRS: dict[str, Any] = {
+    "compare": None,
+    "time_limit": None,
+    "hierarchy": None,
+    "autoattack_images": AUTOATTACK_IMAGES,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,7 @@ def attacks(result: CompressResult) -> Html:
             tag("code", "robustcompress evaluate"),
             " measures again.",
         ),
+        [note(plain(said, 600)) for said in report.mistakes()],
         [note(doubt) for doubt in doubts(report)],
         [note(warning, warning=True) for warning in report.warnings],
         [note(odd, warning=True) for odd in _oddities(result, report)],

@@ -124,7 +124,8 @@ def _strategy(value: Any) -> Strategy:
 
 def _objective(value: Any, what: str = "objective") -> Objective:
     name, options = _named(value, what)
-    return objective_from_json({"name": name, **{k: _fraction(v) for k, v in options.items()}})
+    read = {key: value if key == "hierarchy" else _fraction(value) for key, value in options.items()}
+    return objective_from_json({"name": name, **read})
 
 
 def _finetune(value: Any) -> Objective:

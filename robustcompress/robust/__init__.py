@@ -6,6 +6,7 @@ from robustcompress.robust.apgd import apgd_fast
 from robustcompress.robust.attacks import AttackSpec, attack_by_name, eval_mode, fgsm, pgd
 from robustcompress.robust.autoattack import AutoAttackConfig
 from robustcompress.robust.evaluate import evaluate
+from robustcompress.robust.hierarchy import Hierarchy, Severity, hierarchy_from
 from robustcompress.robust.judge import EvaluationProgress
 from robustcompress.robust.objectives import (
     ARD,
@@ -20,10 +21,16 @@ from robustcompress.robust.objectives import (
     AdaAD,
     CrownIBP,
     FreeAT,
+    JacobianNorm,
+    LatentBoundary,
     Natural,
     Objective,
     ObjectiveStep,
+    Regularised,
+    Regulariser,
     RobustDistillation,
+    SemanticAT,
+    Separability,
     Smoothing,
     objective_from_json,
     objective_from_name,
@@ -49,12 +56,20 @@ __all__ = [
     "CrownIBP",
     "EvaluationProgress",
     "FreeAT",
+    "Hierarchy",
+    "JacobianNorm",
+    "LatentBoundary",
     "Natural",
     "Objective",
     "ObjectiveStep",
     "PairedTest",
+    "Regularised",
+    "Regulariser",
     "RobustDistillation",
     "RobustReport",
+    "SemanticAT",
+    "Separability",
+    "Severity",
     "Smoothing",
     "ThreatModel",
     "apgd_fast",
@@ -63,6 +78,7 @@ __all__ = [
     "eval_mode",
     "evaluate",
     "fgsm",
+    "hierarchy_from",
     "objective_from_json",
     "objective_from_name",
     "paired_test",

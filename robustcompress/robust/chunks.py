@@ -56,6 +56,8 @@ def autoattack_in_chunks(
         "pyautoattack": version(),
         "model": model_sha256(judge.model) if resume_dir is not None else None,
     }
+    if judge.hierarchy is not None:
+        settings["hierarchy"] = judge.hierarchy.to_json()
     if resume_dir is not None:
         try:
             resume_dir.mkdir(parents=True, exist_ok=True)
@@ -64,9 +66,9 @@ def autoattack_in_chunks(
     parts: list[Tensor] = []
     broken_by = dict.fromkeys(suite.attacks, 0)
     furthest = seconds = slowest = 0.0
+    severity = judge.no_mistakes()
     for at in range(0, len(clean), size):
         flags = clean[at : at + size]
-        which = at + flags.nonzero().flatten()
         path: Path | None = None
         if resume_dir is not None:
             images = hash_of(judge.pixels[at : at + size], judge.labels[at : at + size])
@@ -76,13 +78,15 @@ def autoattack_in_chunks(
             elapsed = time.perf_counter() - began
             if slowest and time_limit_s is not None and elapsed + slowest > time_limit_s:
                 break
-            chunk = _attack_chunk(judge, flags, which, num_classes, config)
+            chunk = _attack_chunk(judge, flags, at, num_classes, config)
             slowest = max(slowest, chunk.seconds)
             if path is not None:
                 _write_atomically(path, chunk.to_json())
         parts.append(chunk.correct)
         furthest = max(furthest, chunk.max_perturbation)
         seconds += chunk.seconds
+        if severity is not None and chunk.severity is not None:
+            severity = severity + chunk.severity
         for name, count in chunk.broken_by.items():
             broken_by[name] += count
         judge.report("autoattack", torch.cat(parts), len(clean), began)
@@ -93,22 +97,25 @@ def autoattack_in_chunks(
         max_perturbation=furthest,
         suite=suite.name,
         broken_by=broken_by,
+        severity=severity,
     )
 
 
-def _attack_chunk(
-    judge: Judge, clean: Tensor, which: Tensor, num_classes: int, config: AutoAttackConfig
-) -> AttackResult:
-    """Attack one chunk. Its result is an `AttackResult` of its own, and is kept as one."""
+def _attack_chunk(judge: Judge, clean: Tensor, at: int, num_classes: int, config: AutoAttackConfig) -> AttackResult:
+    """Attack the chunk that begins `at`. Its result is an `AttackResult` of its own, and is kept as one."""
     began = time.perf_counter()
     suite = suite_for(num_classes, config)
     correct, furthest, broken_by = clean.clone(), 0.0, dict.fromkeys(suite.attacks, 0)
+    which = at + clean.nonzero().flatten()
+    severity = judge.wrong_anyway(judge.no_mistakes(), at, clean)
     if len(which):
         x, y = judge.batch(which)
         outcome = autoattack(judge.model, x, y, judge.threat, num_classes=num_classes, seed=judge.seed, config=config)
         furthest = judge.furthest(outcome.x_adv, x)
         correct[clean] = outcome.correct.cpu()
         broken_by = outcome.broken_by
+        if severity is not None:
+            severity = severity + judge.look(outcome.x_adv, y)[1]
     return AttackResult(
         name="autoattack",
         correct=correct,
@@ -116,6 +123,7 @@ def _attack_chunk(
         max_perturbation=furthest,
         suite=suite.name,
         broken_by=broken_by,
+        severity=severity,
     )
 
 

@@ -17,6 +17,7 @@ from robustcompress.robust import sanity
 from robustcompress.robust.attacks import AttackSpec, attack_by_name, eval_mode
 from robustcompress.robust.autoattack import AutoAttackConfig, check_autoattack
 from robustcompress.robust.chunks import autoattack_in_chunks
+from robustcompress.robust.hierarchy import Hierarchy, hierarchy_from
 from robustcompress.robust.judge import Judge, Progress, as_float, hash_of
 from robustcompress.robust.report import RobustReport
 from robustcompress.robust.threat import ThreatModel
@@ -43,6 +44,7 @@ def evaluate(
     progress: Progress | None = None,
     resume_dir: str | Path | None = None,
     autoattack_config: AutoAttackConfig | None = None,
+    hierarchy: Hierarchy | str | Path | None = None,
 ) -> RobustReport:
     """Measure how often the model is right, without and with an adversary.
 
@@ -71,6 +73,8 @@ def evaluate(
         resume_dir: Where the chunks of AutoAttack are kept, made if missing; a second run with the same
             model, images, threat, seed and settings takes them from there.
         autoattack_config: Changes to the standard AutoAttack; the report then calls it "custom".
+        hierarchy: Of the classes, as `hierarchy_from` reads it: the report then says how far from the truth mistakes
+            are. An adversary who aims at distant classes finds worse ones than these attacks, which aim at any.
 
     Returns:
         Flags for every image and attack, the numbers and intervals they give, and what to doubt.
@@ -88,6 +92,7 @@ def evaluate(
         problems.add(f"autoattack_images={autoattack_images}, but 'autoattack' is not among the attacks: add it")
     if time_limit_s is not None and not time_limit_s > 0:
         problems.add(f"time_limit_s={time_limit_s!r}: must be positive; None means no limit")
+    tree: Hierarchy | None = None if hierarchy is None else problems.attempt(lambda: hierarchy_from(hierarchy))
     target = _device(device, problems)
     sanity.check_images(pixels, labels, threat, problems)
     if with_autoattack and pixels.dim() == 4:
@@ -101,6 +106,11 @@ def evaluate(
     was_training = model.training
     with torch.inference_mode(False), _on_device(model, target) as model, eval_mode(model), _frozen(model):
         num_classes = sanity.check_model(model, as_float(pixels[:2], target), labels, problems)
+        if tree is not None and num_classes not in (None, len(tree.classes)):
+            problems.add(
+                f"hierarchy {tree.name!r} has {len(tree.classes)} classes, the model {num_classes} logits: give the "
+                "hierarchy of these data"
+            )
         problems.raise_if_any()
         assert num_classes is not None
         indices = chosen_images(len(pixels), max_images)
@@ -113,6 +123,7 @@ def evaluate(
             device=target,
             seed=seed,
             progress=progress,
+            hierarchy=tree,
         )
         warnings = ["the model was in training mode: it was evaluated in eval mode"] if was_training else []
         warnings += sanity.flag_model(model, *judge.batch(slice(0, _PROBED)))
@@ -140,6 +151,7 @@ def evaluate(
         images_sha256=hash_of(judge.pixels, judge.labels),
         indices=indices,
         warnings=tuple(warnings),
+        hierarchy=tree,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.robust.attacks import AttackSpec
+from robustcompress.robust.hierarchy import Hierarchy, Severity
 from robustcompress.robust.report import AttackResult
 from robustcompress.robust.threat import ThreatModel
 
@@ -52,6 +53,7 @@ class Judge:
         device: Where the model works.
         seed: Seed of the attacks.
         progress: Called after each batch.
+        hierarchy: Says how severe mistakes are; None where nobody asks.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Judge:
     device: torch.device
     seed: int
     progress: Progress | None
+    hierarchy: Hierarchy | None = None
 
     def batch(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Return images as float32 and their labels, both on the device."""
@@ -72,11 +75,15 @@ class Judge:
         """Judge the images as they are."""
         began = time.perf_counter()
         parts: list[Tensor] = []
+        severity = self.no_mistakes()
         for at in range(0, len(self.labels), self.batch_size):
             x, y = self.batch(slice(at, at + self.batch_size))
-            parts.append(self._right(x, y))
+            right, found = self.look(x, y)
+            parts.append(right)
+            severity = None if severity is None else severity + found
             self.report("clean", torch.cat(parts), len(self.labels), began)
-        return AttackResult(name="clean", correct=torch.cat(parts), seconds=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return AttackResult(name="clean", correct=torch.cat(parts), seconds=seconds, severity=severity)
 
     def attack(self, spec: AttackSpec, clean: Tensor) -> AttackResult:
         """Attack what the clean model gets right; `clean` are its flags."""
@@ -84,21 +91,26 @@ class Judge:
         correct = clean.clone()
         # On the CPU whatever the device, so that a seed means the same starts everywhere.
         generator = torch.Generator().manual_seed(self.seed)
-        furthest = 0.0
+        furthest, severity = 0.0, self.no_mistakes()
         # An attack that drops what it has broken refills its batches from a larger pool.
         size = self.batch_size * (_POOL if spec.kind == "apgd-fast" else 1)
         for at in range(0, len(clean), size):
-            which = at + clean[at : at + size].nonzero().flatten()
+            flags = clean[at : at + size]
+            which = at + flags.nonzero().flatten()
+            severity = self.wrong_anyway(severity, at, flags)
             if len(which):
                 x, y = self.batch(which)
                 x_adv = spec.perturb(self.model, x, y, self.threat, generator=generator, batch_size=self.batch_size)
                 x_adv = self.threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
                 furthest = max(furthest, self.furthest(x_adv, x))
-                correct[which] = self._right(x_adv, y)
+                correct[which], found = self.look(x_adv, y)
+                severity = None if severity is None else severity + found
             done = min(at + size, len(clean))
             self.report(spec.name, correct[:done], len(clean), began)
         seconds = time.perf_counter() - began
-        return AttackResult(name=spec.name, correct=correct, seconds=seconds, max_perturbation=furthest)
+        return AttackResult(
+            name=spec.name, correct=correct, seconds=seconds, max_perturbation=furthest, severity=severity
+        )
 
     def furthest(self, x_adv: Tensor, x: Tensor) -> float:
         """Measure the largest perturbation, and refuse one that no rounding explains."""
@@ -121,11 +133,29 @@ class Judge:
                 )
             )
 
-    def _right(self, x: Tensor, y: Tensor) -> Tensor:
+    def look(self, x: Tensor, y: Tensor) -> tuple[Tensor, Severity]:
+        """Whether the model is right about images, bool [N] on the CPU, and how severe its mistakes are."""
         with torch.no_grad():
             starts = range(0, len(x), self.batch_size)
-            logits = torch.cat([self.model(x[at : at + self.batch_size]) for at in starts])
-        return (logits.argmax(1) == y).cpu()
+            predicted = torch.cat([self.model(x[at : at + self.batch_size]).argmax(1) for at in starts])
+        found = Severity() if self.hierarchy is None else Severity.of(self.hierarchy.distances, y, predicted)
+        return (predicted == y).cpu(), found
+
+    def no_mistakes(self) -> Severity | None:
+        """Where counting begins; None where nobody asks how severe mistakes are."""
+        return None if self.hierarchy is None else Severity()
+
+    def wrong_anyway(self, severity: Severity | None, at: int, clean: Tensor) -> Severity | None:
+        """Add the mistakes that need no attack, which are mistakes under every attack.
+
+        Args:
+            severity: What was counted so far; None, and then None comes back, where nobody asks.
+            at: Where the images begin.
+            clean: Their flags without an attack, bool [n].
+        """
+        if severity is None or bool(clean.all()):
+            return severity
+        return severity + self.look(*self.batch(at + (~clean).nonzero().flatten()))[1]
 
 
 def as_float(pixels: Tensor, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -204,6 +205,13 @@ class Objective(ABC):
                 and its weights never get gradients.
         """
         return self
+
+    def check_classes(self, classes: Sequence[str]) -> None:  # noqa: B027 - most objectives take any classes
+        """Raise InputError where the objective cannot be used with these classes: to be told before any training.
+
+        Args:
+            classes: Their names, in the order of their labels.
+        """
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robustcompress.errors import InputError, ResultError, nearest
+from robustcompress.robust.hierarchy import Hierarchy, Severity
 from robustcompress.robust.statistics import wilson
 from robustcompress.robust.threat import ThreatModel
 
@@ -35,6 +37,7 @@ class AttackResult:
         max_perturbation: Largest change actually made to an image, in the threat's norm; 0 where none was.
         suite: Which attacks AutoAttack was made of; "" for others.
         broken_by: For AutoAttack: how many images each attack of the suite was the first to break.
+        severity: How far from the truth its mistakes are, where a hierarchy was given; else None.
     """
 
     name: str
@@ -43,6 +46,7 @@ class AttackResult:
     max_perturbation: float = 0.0
     suite: str = ""
     broken_by: Mapping[str, int] = field(default_factory=dict)
+    severity: Severity | None = None
 
     @property
     def n(self) -> int:
@@ -70,8 +74,8 @@ class AttackResult:
     __hash__ = None  # type: ignore[assignment]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data; the flags as one string of 0 and 1."""
-        return {
+        """Return plain data; the flags as one string of 0 and 1, distances of mistakes as pairs with their numbers."""
+        data = {
             "name": self.name,
             "n": self.n,
             "accuracy": self.accuracy if self.n else None,
@@ -83,6 +87,10 @@ class AttackResult:
             "broken_by": dict(self.broken_by),
             "correct": pack_flags(self.correct),
         }
+        if self.severity is None:
+            return data
+        mean = self.severity.mean if self.severity.errors else None
+        return data | {"mistakes": self.severity.to_json(), "mean_distance": mean}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttackResult:
@@ -99,6 +107,7 @@ class AttackResult:
                 max_perturbation=float(data["max_perturbation"]),
                 suite=str(data["suite"]),
                 broken_by={str(key): int(count) for key, count in data["broken_by"].items()},
+                severity=Severity.from_json(data["mistakes"]) if "mistakes" in data else None,
             )
             stated = data["accuracy"]
             n = data["n"]
@@ -109,6 +118,8 @@ class AttackResult:
                 f"the flags of {result.name!r} do not give the stated accuracy {stated} of {n} images: "
                 "the file was changed, evaluate again"
             )
+        if result.severity is not None and result.severity.errors != result.n - int(result.correct.sum()):
+            raise ResultError(f"{result.name!r} has not as many distances as mistakes: the file was changed")
         return result
 
 
@@ -131,6 +142,7 @@ class RobustReport:
         indices: Which images of the data were chosen, in the order judged: int64 [n]. It depends on how
             many there are and on nothing else, so that two reports are about the same images.
         warnings: Reasons to doubt the numbers, each a sentence.
+        hierarchy: By which the mistakes' distances are measured; None where they are not.
     """
 
     threat: ThreatModel
@@ -140,6 +152,7 @@ class RobustReport:
     images_sha256: str
     indices: Tensor
     warnings: tuple[str, ...] = ()
+    hierarchy: Hierarchy | None = None
 
     def result(self, attack: str) -> AttackResult:
         """Return the result of one attack by name, or of "worst case".
@@ -187,7 +200,7 @@ class RobustReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data from which `from_json` makes an equal report."""
-        return {
+        data = {
             "format": _FORMAT,
             "threat": self.threat.to_json(),
             "n": self.n,
@@ -199,6 +212,7 @@ class RobustReport:
             "indices": self.indices.tolist(),
             "warnings": list(self.warnings),
         }
+        return data if self.hierarchy is None else data | {"hierarchy": self.hierarchy.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RobustReport:
@@ -218,6 +232,7 @@ class RobustReport:
                 images_sha256=str(data["images_sha256"]),
                 indices=torch.tensor(data["indices"], dtype=torch.int64),
                 warnings=tuple(str(warning) for warning in data["warnings"]),
+                hierarchy=Hierarchy.from_json(data["hierarchy"]) if "hierarchy" in data else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ResultError(f"this is not a robust report: {error!r}") from error
@@ -250,7 +265,16 @@ class RobustReport:
             notes.append(f"AutoAttack: {autoattack.suite}")
             if autoattack.n < self.n:
                 notes.append(f"AutoAttack judged {autoattack.n} of {self.n} images, the worst case is over those")
+        notes += self.mistakes()
         return notes + [f"warning: {warning}" for warning in self.warnings]
+
+    def mistakes(self) -> list[str]:
+        """Return one sentence on how far from the truth mistakes are; none where no hierarchy was given."""
+        if self.hierarchy is None:
+            return []
+        found = [f"{r.name} {_mistakes(r.severity)}" for r in self.attacks if r.severity is not None]
+        about = f"{self.hierarchy.name!r} (a class at random: {self.hierarchy.chance:.2f})"
+        return [f"mean distance of mistakes in {about}: {', '.join(found)}"] if found else []
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -269,6 +293,13 @@ class RobustReport:
         title = html.escape(f"robustness under {self.threat.label()}, {self.n} images, seed {self.seed}")
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
         return f"<table><caption>{title}</caption><tr>{head}</tr>{body}</table>{notes}"
+
+
+def _mistakes(severity: Severity) -> str:
+    if not severity.errors:
+        return "none"
+    spread = f" +- {severity.error:.2f}" if math.isfinite(severity.error) else ""
+    return f"{severity.mean:.2f}{spread} of {severity.errors}"
 
 
 def pack_flags(flags: Tensor) -> str:

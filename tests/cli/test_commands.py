@@ -127,6 +127,34 @@ def test_evaluate_compares_on_the_same_images(run: Run, saved: Path) -> None:
     assert "difference" in words.out and "minus" in words.out
 
 
+def test_evaluate_says_how_severe_mistakes_are(run: Run, grape: Path, tmp_path: Path) -> None:
+    ran = run("evaluate", grape, *ATTACK, "--hierarchy", "digits", "--save")
+    assert ran.code == 0 and "mean distance of mistakes in 'digits' (a class at random: 2.20): clean" in ran.out
+    report = rc.load(grape).report
+    assert report is not None and report.hierarchy is not None and report.mistakes()
+    severity = report.result("pgd-2").severity
+    assert severity is not None and severity.errors == int((~report.result("pgd-2").correct).sum())
+    page = run("report", grape, "-o", tmp_path / "page.html")
+    assert page.code == 0 and "mean distance of mistakes" in (tmp_path / "page.html").read_text()
+    tree = tmp_path / "tree.json"
+    tree.write_text(json.dumps({"classes": ["a", "b"], "tree": {"a": None, "b": None}}))
+    refused = run("evaluate", grape, *ATTACK, "--hierarchy", tree)
+    assert refused.code == 2 and "does not know '0', '1'" in refused.err
+    assert run("evaluate", grape, *ATTACK, "--hierarchy", "digit").code == 2
+    file = run("evaluate", tmp_path / "m.onnx", "--hierarchy", "digits")
+    assert file.code == 2 and "--hierarchy" in file.err
+
+
+def test_an_objective_with_penalties_is_trained(run: Run) -> None:
+    options = ["--objective", "trades+jacobian+boundary", "--objective-option", "jacobian_weight=0.1"]
+    ran = run("compress", "resnet8", *SMALL, "--strategy", "none", *options, "--json", "--quiet")
+    assert ran.code == 0, ran.err
+    objective = ran.document["settings"]["objective"]
+    assert objective["name"] == "trades+jacobian+boundary" and objective["jacobian_weight"] == 0.1
+    wrong = run("compress", "resnet8", *SMALL, "--objective", "pgd-at+jacobi")
+    assert wrong.code == 2 and "did you mean 'jacobian'" in wrong.err
+
+
 def test_autoattack_goes_on_from_its_cache(run: Run, grape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import robustcompress.robust.chunks as chunks
 
@@ -250,7 +278,10 @@ def test_list_names_what_exists(run: Run, what: str | None) -> None:
 
         assert [attack_by_name(entry["name"]).name for entry in document[what]] == [e["name"] for e in document[what]]
         objectives = run("list", "objectives", "--json").document["objectives"]
-        assert all(objective_from_name(entry["name"]).to_json() for entry in objectives)
+        for entry in objectives:
+            given = {name: "digits" for name, value in entry["options"].items() if value == "(needed)"}
+            assert objective_from_name(entry["name"], **given).to_json()["name"] == entry["name"]
+        assert {"semantic-at", "pgd-at+jacobian"} < {entry["name"] for entry in objectives}
 
 
 def test_the_module_runs() -> None:

@@ -26,7 +26,10 @@ LABELLED = [name for name, kind in OBJECTIVES.items() if issubclass(kind, LabelL
 def made(name: str, **options: Any) -> Objective:
     """With few steps where it takes any."""
     kind: Any = OBJECTIVES[name]
-    return kind(**({"steps": 2} if "steps" in kind.__slots__ else {}), **options)
+    given: dict[str, Any] = {"steps": 2} if "steps" in kind.__slots__ else {}
+    if name == "semantic-at":
+        given["hierarchy"] = {"left": ["0", "1"], "right": ["2", "3"]}
+    return kind(**given, **options)
 
 
 def ready(name: str) -> Objective:

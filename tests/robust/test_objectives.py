@@ -12,13 +12,19 @@ from robustcompress.robust import (
     FGSMRS,
     PGDAT,
     TRADES,
+    JacobianNorm,
+    LatentBoundary,
     Natural,
+    Regularised,
+    SemanticAT,
+    Separability,
     ThreatModel,
     objective_from_json,
     objective_from_name,
     pgd,
 )
 
+PAIRS = {"name": "pairs", "classes": ["a", "b", "c", "d"], "tree": {"ab": ["a", "b"], "cd": ["c", "d"]}}
 OBJECTIVES = [
     Natural(),
     Natural(label_smoothing=0.1),
@@ -27,6 +33,11 @@ OBJECTIVES = [
     FGSMRS(),
     TRADES(),
     TRADES(beta=1.5, steps=2, attack_mode="train"),
+    SemanticAT(hierarchy=PAIRS, steps=2),
+    SemanticAT(hierarchy=PAIRS, steps=2, share=0.5, step_size=0.01, label_smoothing=0.1, attack_mode="train"),
+    Regularised(PGDAT(steps=2), (JacobianNorm(), Separability(), LatentBoundary())),
+    Regularised(TRADES(steps=2), (JacobianNorm(weight=0.5, projections=2),)),
+    Regularised(SemanticAT(hierarchy=PAIRS, steps=2), (Separability(temperature=0.5),)),
 ]
 THREAT = ThreatModel("linf", 8 / 255)
 
@@ -201,6 +212,9 @@ def test_names():
     assert objective_from_name("PGD-AT") == PGDAT()
     assert objective_from_name("fgsm-rs", steps=None) == FGSMRS()
     assert objective_from_name("natural") == Natural()
+    both = objective_from_name("trades+boundary+jacobian", beta=2.0, jacobian_projections=3, boundary_reach=None)
+    assert both == Regularised(TRADES(beta=2.0), (LatentBoundary(), JacobianNorm(projections=3)))
+    assert both.to_json()["name"] == "trades+boundary+jacobian"
 
 
 @pytest.mark.parametrize(
@@ -216,6 +230,18 @@ def test_names():
         (lambda: PGDAT(label_smoothing=1.0), "label_smoothing=1.0"),
         (lambda: PGDAT(attack_mode="evil"), "did you mean 'eval'"),
         (lambda: FGSMRS(step_scale=0), "step_scale=0"),
+        (lambda: objective_from_name("semantic-at"), "needs the option 'hierarchy'"),
+        (lambda: SemanticAT(hierarchy="cifar"), "did you mean 'cifar10'"),
+        (lambda: SemanticAT(hierarchy=PAIRS, share=0), "share=0: must lie in"),
+        (lambda: objective_from_name("pgd-at+jacobean"), "did you mean 'jacobian'"),
+        (lambda: objective_from_name("pgd-at+jacobian", jacobian_wait=1), "did you mean 'jacobian_weight'"),
+        (lambda: objective_from_name("pgd-at", jacobian_weight=1), "no option 'jacobian_weight'"),
+        (lambda: objective_from_name("pgd-at+jacobian+jacobian"), "'jacobian' is there twice"),
+        (lambda: Regularised(PGDAT(), ()), "there are no regularisers"),
+        (lambda: Regularised(Regularised(PGDAT(), (Separability(),)), (Separability(),)), "has regularisers already"),
+        (lambda: JacobianNorm(projections=0), "projections=0"),
+        (lambda: LatentBoundary(reach=1.5), "reach=1.5: must lie in"),
+        (lambda: Separability(weight=0), "weight=0"),
     ],
 )
 def test_bad_objectives(make, message):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from robustcompress.errors import Problems, nearest
 from robustcompress.robust.attacks import eval_mode, kept_buffers
-from robustcompress.robust.objective import Objective
 
 AttackMode = Literal["eval", "train"]
 
@@ -68,6 +67,10 @@ def _weight(value: Any) -> str:
     return _number(value, lambda v: 0 <= v < float("inf"), "be at least 0, and finite")
 
 
+def _part(value: Any) -> str:
+    return _number(value, lambda v: 0 < v <= 1, "lie in (0, 1]")
+
+
 RULES: dict[str, Callable[[Any], str]] = {
     "attack_mode": _one_of(*get_args(AttackMode)),
     "steps": _count,
@@ -85,14 +88,23 @@ RULES: dict[str, Callable[[Any], str]] = {
     "kappa": _share,
     "warm_up": _share,
     "ramp": _share,
+    "share": _part,
+    "reach": _part,
+    "projections": _count,
+    "hierarchy": lambda value: "",  # read, and complained about, by `hierarchy_from`
 }
 """By an option's name, what is wrong with a value (empty for nothing); options not named here are positive numbers."""
 
 
-def check_options(objective: Objective) -> None:
-    """Raise one InputError about all options of an objective (a dataclass) that make no sense."""
-    problems = Problems(f"objective {objective.name!r} cannot be used")
-    for field in fields(objective):  # type: ignore[arg-type]  # every concrete objective is a dataclass
+def check_options(objective: Any, what: str = "objective") -> None:
+    """Raise one InputError about all options that make no sense.
+
+    Args:
+        objective: A dataclass of options with a name.
+        what: What it is, for the message.
+    """
+    problems = Problems(f"{what} {objective.name!r} cannot be used")
+    for field in fields(objective):
         value = getattr(objective, field.name)
         if wrong := RULES.get(field.name, _positive)(value):
             problems.add(f"{field.name}={value!r}{' ' if wrong.startswith('is ') else ': '}{wrong}")
