@@ -1,6 +1,6 @@
 """Does the guard cure catastrophic overfitting, and does it leave alone what needs no cure?
 
-The same small network is trained on 512 embedded digits, without augmentation, by FGSM-RS at a small constant rate.
+The same small network is trained on a part of the embedded digits, unaugmented, by FGSM-RS at a small constant rate.
 "provoked": a radius of 0.25 and steps three times as long, where single-step training collapses.
 "mild": a radius of 0.15 and the usual steps, where it does not. Each is run
   off     without the guard
