@@ -28,7 +28,7 @@ def made(name: str, **options: Any) -> Objective:
     kind: Any = OBJECTIVES[name]
     given: dict[str, Any] = {"steps": 2} if "steps" in kind.__slots__ else {}
     if name == "semantic-at":
-        given["hierarchy"] = {"left": ["0", "1"], "right": ["2", "3"]}
+        given["hierarchy"] = {"classes": ["0", "1", "2", "3"], "tree": {"left": ["0", "1"], "right": ["2", "3"]}}
     return kind(**given, **options)
 
 
