@@ -266,11 +266,16 @@ def setting(cells: Sequence[Record]) -> str:
     judged = [f"AutoAttack ({r.suite}) on the first {count}" for r in report.attacks if r.name == ROBUST]
     objective = s["objective"]
     steps = f" with {objective['steps']} steps" if "steps" in objective else ""
+    loss = (
+        "the arm's objective"
+        if len({c["settings"]["objective"]["name"] for c in cells}) > 1
+        else objective["name"] + steps
+    )
     return (
         f"{model['name'].partition(':')[2] or model['name']} ({arguments or 'as it is'}; {human(before['macs'])} MACs, "
         f"{human(before['params'])} parameters); {data['name']}: {data['train']} training, {data['val']} validation, "
         f"{data['test']} test images (sha256 {data['sha256'][:12]}); {ThreatModel.from_json(s['threat']).label()}; "
-        f"{objective['name']}{steps}; {s['epochs']:g} epochs of batch {s['training']['batch_size']}, peak learning "
+        f"{loss}; {s['epochs']:g} epochs of batch {s['training']['batch_size']}, peak learning "
         f"rate {s['training']['lr']:g}, averaged weights for every arm; clean and PGD-20 on {report.n} test images"
         + "".join(f", {text}" for text in judged)
         + "."
