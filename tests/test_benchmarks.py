@@ -95,6 +95,7 @@ def test_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_trace_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "trace_memory.json"
     assert trace_memory.main(["--quick", "--out", str(out)]) == 0
@@ -136,6 +137,7 @@ def test_onnx_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(onnx_files.markdown(value, section) in said for section in value["results"])
 
 
+@pytest.mark.slow
 def test_certified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, kept = tmp_path / "certified.json", tmp_path / "kept"
     assert certified.main(["--quick", "--keep", str(kept), "--out", str(out)]) == 0
@@ -165,6 +167,7 @@ def test_the_page_on_onnx_files_holds_the_committed_figures() -> None:
         assert shown.strip() == onnx_files.markdown(value, section).strip()
 
 
+@pytest.mark.slow
 def test_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "any_model.json"
     assert any_model.main(["--quick", "--out", str(out)]) == 0
@@ -280,6 +283,7 @@ def test_search_step(tmp_path: Path) -> None:
     assert "s2ap / hydra" in search_step.markdown(value)
 
 
+@pytest.mark.slow
 def test_search_surrogate(tmp_path: Path) -> None:
     out = tmp_path / "search_surrogate.json"
     assert search_surrogate.main(["--quick", "--out", str(out)]) == 0
@@ -316,6 +320,7 @@ def test_search_tasks_and_what_is_searched_in_them(tmp_path: Path) -> None:
         search_meta.main(["--quick", "--tables", str(tables), "--out", str(tmp_path / "meta.json")])
 
 
+@pytest.mark.slow
 def test_search_meta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_policies, "STEPS", 5)
     monkeypatch.setattr(search_meta, "CURVE", 21)

@@ -33,6 +33,10 @@ EVERYWHERE = [
 everywhere = pytest.mark.parametrize(("strategy", "net"), EVERYWHERE)
 
 
+FEWER: dict[str, dict[str, Any]] = {"rcnas": {"evaluations": 10, "finalists": 2, "recovery_steps": 2}}
+"""Where a strategy's defaults would take most of this suite's time: the same in all else."""
+
+
 def compress(model: nn.Module | str, strategy: str | rc.Strategy, **settings: Any) -> rc.CompressResult:
     defaults: dict[str, Any] = {
         "data": small_data(),
@@ -43,6 +47,8 @@ def compress(model: nn.Module | str, strategy: str | rc.Strategy, **settings: An
         "test_images": 20,
         "progress": False,
     }
+    if isinstance(strategy, str):
+        strategy = make_strategy(strategy, **FEWER.get(strategy, {}))
     return rc.compress(model, strategy, **(defaults | settings))
 
 

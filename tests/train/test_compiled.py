@@ -54,7 +54,9 @@ def test_attacks_compute_no_gradients_of_weights(network: nn.Module) -> None:
     assert seen and not any(seen)
 
 
-@pytest.mark.parametrize("strategy", [rc.Grape(events=1), rc.S2AP()], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "strategy", [rc.Grape(events=1), pytest.param(rc.S2AP(), marks=pytest.mark.slow)], ids=["grape", "s2ap"]
+)
 def test_strategies_run_compiled(strategy: rc.Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
