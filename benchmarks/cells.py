@@ -297,7 +297,7 @@ def _cost(recipe: RunRecipe, data: DataSplits, result: CompressResult) -> dict[s
         batch=batch,
         objective=recipe.objective.to_json(),
         finetune=None if recipe.finetune is None else recipe.finetune.to_json(),
-        teacher_macs=result.before.macs if recipe.finetune is not None and recipe.finetune.needs_teacher else 0.0,
+        teacher_macs=result.before.macs,
         probes=min(recipe.training.val_images, len(data.val)),
         scored=result.strategy.get("score_batches", 0) * batch,
     )
