@@ -291,8 +291,8 @@ class CostModel:
     own (pooling) is bounded from above: it stays where groups shrink, and grows with the group that grows most. So a
     network that is predicted to keep a budget keeps it.
 
-    Blocks that leave the network after this was made leave the prediction too. When parts have been inserted, it is
-    made anew from the network as it is then.
+    Blocks that leave the network after this was made leave the prediction too. When parts have been inserted, or
+    layers factorised, it is made anew from the network as it is then.
 
     Args:
         editor: The editor of the model as it is now.
@@ -305,7 +305,7 @@ class CostModel:
 
     def _count(self) -> None:
         editor = self._editor
-        self._layout, self._start, self._inserted = editor.layout, editor.widths, editor.inserted
+        self._layout, self._start, self._rebuilt = editor.layout, editor.widths, editor.rebuilt
         self._macs, self._per_layer = _profile(editor.model, self._example)
         self._params = {name: p.numel() for name, p in editor.model.named_parameters()}
         self._layers: list[_Share] = []
@@ -366,7 +366,7 @@ class CostModel:
         return found
 
     def _refresh(self) -> None:
-        if self._editor.inserted != self._inserted:
+        if self._editor.rebuilt != self._rebuilt:
             self._count()
 
     def _sums(self, widths: Mapping[str, Any], without: Iterable[str] = ()) -> tuple[Any, Any]:

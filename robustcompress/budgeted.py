@@ -60,12 +60,12 @@ class BudgetedRun(Run):
         """Whether the network with these widths, and without these blocks, keeps the budget.
 
         Raises:
-            InputError: Latency is limited, and parts were inserted, of which the predictor does not know.
+            InputError: Latency is limited, and the network was rebuilt in places of which the predictor does not know.
         """
-        if self.latency is not None and self.editor.inserted:
+        if self.latency is not None and self.editor.rebuilt:
             raise InputError(
-                "a limit on latency cannot be kept here: parts were inserted, whose time is not predicted; give a "
-                "budget in multiply-adds or parameters"
+                "a limit on latency cannot be kept here: the time of inserted parts and of factorised layers is not "
+                "predicted; give a budget in multiply-adds or parameters"
             )
         if not self._affords(widths, without):
             return False

@@ -24,7 +24,7 @@ from robustcompress.records import checked_cost, checked_data, checked_strategy
 from robustcompress.robust import RobustReport, ThreatModel
 from robustcompress.structure import AnyEdit, StructuralEditor, edit_from_json
 
-FORMAT = 3
+FORMAT = 4
 """The newest that is read. What is written has the oldest that can hold its edits, and its demand for accuracy."""
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError)
 """What a record that nobody wrote can provoke; RecursionError is a RuntimeError."""
@@ -123,7 +123,7 @@ class CompressResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights and the history, as plain JSON."""
-        formats = [edit.result_format for edit in self.edits] + [FORMAT if "min_robust" in self.budget else 1]
+        formats = [edit.result_format for edit in self.edits] + [3 if "min_robust" in self.budget else 1]
         return {
             "format": max(formats),
             "model": self.spec.to_json() if self.spec else None,

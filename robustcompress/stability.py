@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustcompress.errors import InputError
 from robustcompress.models import ModelSpec, identify
 from robustcompress.result import CompressResult
-from robustcompress.structure import NEW, Bypass, Insert, StructuralEditor
+from robustcompress.structure import NEW, Bypass, Factorise, Insert, StructuralEditor
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.weights import maskable_weights
 
@@ -165,7 +165,7 @@ def _kept_channels(name: str, result: CompressResult, layout: Layout, widths: Ma
             layout = layout.without(edit.module, layout.widths())
             origins = {group: channels if group in layout.groups else [] for group, channels in origins.items()}
             continue
-        if isinstance(edit, Insert) or edit.group not in origins:
+        if isinstance(edit, Insert | Factorise) or edit.group not in origins:
             continue  # the classes, and what the reference does not have
         before = origins[edit.group]
         if any(source >= len(before) for source in edit.sources):

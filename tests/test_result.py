@@ -255,8 +255,8 @@ def test_a_damaged_history_is_named(text: str, copy: Path) -> None:
 
 
 def test_a_newer_format_says_upgrade(copy: Path) -> None:
-    change(copy, lambda r: r.update(format=4))
-    with pytest.raises(rc.ResultError, match=r"format 4; this version reads up to 3: upgrade"):
+    change(copy, lambda r: r.update(format=5))
+    with pytest.raises(rc.ResultError, match=r"format 5; this version reads up to 4: upgrade"):
         rc.load(copy)
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from robustcompress.budget import Budget, human
-from robustcompress.errors import BudgetError, Problems, nearest
+from robustcompress.errors import BudgetError, InputError, Problems, nearest
 from robustcompress.session import Session
 from robustcompress.shapes import Widths, fill_budget, floor_widths, largest, rounded, steps_of
 from robustcompress.strategies.base import Direction, Strategy
 from robustcompress.strategies.scratch import plant
-from robustcompress.structure import AnyEdit, Bypass, Edit, Insert, StructuralEditor
+from robustcompress.structure import AnyEdit, Bypass, Edit, Factorise, Insert, StructuralEditor
 from robustcompress.structure.groups import inside
 
 WIDEST = 8
@@ -94,7 +94,12 @@ class Fixed(Strategy):
 
         Args:
             result: What `compress` returned or `load` read. Compress the same reference again to retrain it.
+
+        Raises:
+            InputError: Layers were factorised there, which this cannot begin with.
         """
+        if factors := [edit.module for edit in result.edits if isinstance(edit, Factorise)]:
+            raise InputError(f"fixed cannot retrain it: {', '.join(factors)} were factorised after the training began")
         editor = StructuralEditor(result.model, torch.zeros(2, *result.image_shape))
         bypassed = tuple(edit.module for edit in result.edits if isinstance(edit, Bypass))
         widths = {group.name: group.width for group in editor.editable}

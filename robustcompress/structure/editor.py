@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
-from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.errors import InputError
 from robustcompress.structure.checks import channels, check_resize
 from robustcompress.structure.depth import BypassProof
-from robustcompress.structure.gates import Gates
-from robustcompress.structure.groups import NEW, AnyEdit, Bypass, ChannelGroup, Edit, Insert
+from robustcompress.structure.factorisation import (
+    carry_out_factors,
+    check_factors,
+    make_factors,
+    prove_factors,
+    survey_factorised,
+)
+from robustcompress.structure.gates import Gates, open_gates
+from robustcompress.structure.groups import NEW, AnyEdit, Bypass, ChannelGroup, Edit, Factorise, Insert
 from robustcompress.structure.initial import fill, resolve_clones
 from robustcompress.structure.insertion import Wanted, carry_out, places_for_parts, plan_parts, survey_with
 from robustcompress.structure.layout import Layout
 from robustcompress.structure.masks import MaskRule
 from robustcompress.structure.parts import parts_of
 from robustcompress.structure.sites import Sites
-from robustcompress.structure.surgery import (
-    apply_gathers,
-    copy_fresh,
-    drop_parameters,
-    migrate_optimizer,
-    plan_edit,
-    remove_module,
-)
+from robustcompress.structure.surgery import Twin, apply_gathers, plan_edit, remove_everywhere, resize_followers
 from robustcompress.structure.survey import Survey, survey
-
-Twin = nn.Module | torch.optim.Optimizer
 
 
 class StructuralEditor:
@@ -112,6 +110,11 @@ class StructuralEditor:
     def inserted(self) -> tuple[Insert, ...]:
         """What was inserted so far, in order, also where it has left since."""
         return tuple(edit for edit in self._edits if isinstance(edit, Insert))
+
+    @property
+    def rebuilt(self) -> tuple[AnyEdit, ...]:
+        """The edits so far after which the network was traced anew: what was inserted, and what was factorised."""
+        return tuple(edit for edit in self._edits if isinstance(edit, Insert | Factorise))
 
     @property
     def parts(self) -> dict[str, str]:
@@ -262,6 +265,38 @@ class StructuralEditor:
         """
         return self._insert([(block, kind, None) for block, kind in parts])
 
+    def factorise(self, layers: Iterable[Factorise]) -> tuple[Factorise, ...]:
+        """Replace layers by products of smaller ones, which approximate them: by Tucker, CP or singular values.
+
+            editor.factorise([Factorise("layers.1.0.conv1", "tucker", (16, 16))])
+
+        A convolution of C channels in and out has 9 C^2 weights, its Tucker factors of rank r have 2 C r + 9 r^2. Ranks
+        are channel groups from then on, under the names of the factors that write them.
+
+        Args:
+            layers: Each once; plain convolutions without groups, and linear layers (see `factors`).
+
+        Returns:
+            The edits, as recorded. Groups that were there keep their names.
+
+        Raises:
+            InputError: A layer that cannot be factorised so, or that the model does more with than to call it; all are
+                named. Nothing has changed then.
+        """
+        edits = tuple(layers)
+        if not edits:
+            return ()
+        check_factors(self.model, edits)
+        with torch.inference_mode(False):
+            made = make_factors(self.model, edits)
+            prove_factors(self.model, self._image_shape, self.layout.auxiliary, made)
+            found = survey_factorised(self.model, self._example(), made, self.groups)
+            carry_out_factors(self.model, self._followers, made)
+        self.layout, self._broken, self._widths = found.layout, found.broken, found.layout.widths()
+        self._bypassable = self._insertable = None
+        self._edits.extend(edits)
+        return edits
+
     def gates(self, scores: Mapping[str, torch.Tensor], rule: MaskRule | None = None) -> Gates:
         """Open a context in which the groups named in `scores` are gated where they are read.
 
@@ -272,23 +307,7 @@ class StructuralEditor:
         Raises:
             InputError: A group that does not exist or cannot be edited, or scores of the wrong length.
         """
-        problems = Problems("the gates were refused")
-        groups = self.groups
-        for name, values in scores.items():
-            if name not in groups:
-                problems.add(f"there is no channel group {name!r}{nearest(name, groups)}")
-            elif groups[name].reason:
-                problems.add(f"group {name!r} cannot be edited: {groups[name].reason}")
-            elif values.shape != (groups[name].width,):
-                problems.add(
-                    f"group {name!r} needs {groups[name].width} scores; these have shape {tuple(values.shape)}"
-                )
-        problems.raise_if_any()
-        device = next(self.model.parameters()).device
-        parameters = {
-            name: nn.Parameter(values.detach().clone().to(device, torch.float32)) for name, values in scores.items()
-        }
-        return Gates(self.model, self.layout, self._widths, parameters, rule)
+        return open_gates(self.model, self.layout, self.groups, scores, rule)
 
     def follow(self, *twins: Twin) -> None:
         """Have every later edit also carried out on these optimizers and twins (EMA models, proxies)."""
@@ -322,22 +341,24 @@ class StructuralEditor:
             InputError: If an edit does not fit this model.
         """
         editor = cls(model, example)
-        waiting: list[Wanted] = []  # what was inserted in a row is traced once
-        for edit in edits:
-            if isinstance(edit, Insert):
-                waiting.append((edit.module, edit.kind, edit.width))
-                continue
-            editor._insert(waiting)
-            waiting = []
-            if isinstance(edit, Bypass):
-                editor.bypass(edit.module)
-                continue
-            if not editor.layout.output or edit.group not in editor.layout.outputs:
-                # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
-                check_resize(editor.groups, 1, edit.group, edit.sources, None)
-            editor._carry_out(edit)
-        editor._insert(waiting)
+        for kind, group in itertools.groupby(edits, type):
+            if kind is Insert:  # what was inserted in a row is traced once, and so are factors
+                editor._insert([(edit.module, edit.kind, edit.width) for edit in group if isinstance(edit, Insert)])
+            elif kind is Factorise:
+                editor.factorise(edit for edit in group if isinstance(edit, Factorise))
+            else:
+                for edit in group:
+                    editor._repeat(edit)
         return editor
+
+    def _repeat(self, edit: AnyEdit) -> None:
+        if isinstance(edit, Bypass):
+            self.bypass(edit.module)
+        elif isinstance(edit, Edit):
+            if edit.group not in self.layout.outputs or not self.layout.output:
+                # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
+                check_resize(self.groups, 1, edit.group, edit.sources, None)
+            self._carry_out(edit)
 
     @torch.inference_mode(False)
     def _carry_out(self, edit: Edit) -> Edit:
@@ -345,13 +366,7 @@ class StructuralEditor:
         new_widths = {**self._widths, edit.group: len(edit.sources)}
         replaced = apply_gathers(self.model, self.layout, self._widths, edit, tensors)
         fill(self.model, self.layout, new_widths, edit, tensors, self._generator)
-        for twin in self._followers:
-            if isinstance(twin, torch.optim.Optimizer):
-                migrate_optimizer(twin, replaced)
-            else:
-                inner = twin.module if isinstance(twin, AveragedModel) else twin
-                apply_gathers(inner, self.layout, self._widths, edit, tensors)
-                copy_fresh(inner, self.model, tensors)
+        resize_followers(self._followers, self.model, self.layout, self._widths, edit, tensors, replaced)
         self._widths = new_widths
         self._edits.append(edit)
         return edit
@@ -374,12 +389,7 @@ class StructuralEditor:
         return next(self.model.parameters()).detach().new_zeros((2, *self._image_shape))
 
     def _carry_out_bypass(self, edit: Bypass) -> Bypass:
-        gone = remove_module(self.model, edit.module)
-        for twin in self._followers:
-            if isinstance(twin, torch.optim.Optimizer):
-                drop_parameters(twin, gone)
-            else:
-                remove_module(twin.module if isinstance(twin, AveragedModel) else twin, edit.module)
+        remove_everywhere(self.model, self._followers, edit.module)
         self.layout = self.layout.without(edit.module, self._widths)
         self._widths = {name: self._widths[name] for name in self.layout.groups}
         self._edits.append(edit)

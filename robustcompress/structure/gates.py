@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustcompress.structure.groups import Axis
+from robustcompress.errors import Problems, nearest
+from robustcompress.structure.groups import Axis, ChannelGroup
 from robustcompress.structure.kinds import kind_of
 from robustcompress.structure.layout import Layout, spread
 from robustcompress.structure.masks import MaskRule, ScoreMasks, largest_entries
@@ -18,6 +19,30 @@ from robustcompress.structure.norms import mask_norm, norms_over
 def top_channels(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Int64 `[k]`: the channels with the largest magnitudes, ascending; see `largest_entries` for ties."""
     return largest_entries(scores, k).nonzero().flatten()
+
+
+def open_gates(
+    model: nn.Module,
+    layout: Layout,
+    groups: Mapping[str, ChannelGroup],
+    scores: Mapping[str, torch.Tensor],
+    rule: MaskRule | None,
+) -> Gates:
+    """See `StructuralEditor.gates`."""
+    problems = Problems("the gates were refused")
+    for name, values in scores.items():
+        if name not in groups:
+            problems.add(f"there is no channel group {name!r}{nearest(name, groups)}")
+        elif groups[name].reason:
+            problems.add(f"group {name!r} cannot be edited: {groups[name].reason}")
+        elif values.shape != (groups[name].width,):
+            problems.add(f"group {name!r} needs {groups[name].width} scores; these have shape {tuple(values.shape)}")
+    problems.raise_if_any()
+    device = next(model.parameters()).device
+    parameters = {
+        name: nn.Parameter(values.detach().clone().to(device, torch.float32)) for name, values in scores.items()
+    }
+    return Gates(model, layout, {name: group.width for name, group in groups.items()}, parameters, rule)
 
 
 class Gates(ScoreMasks):

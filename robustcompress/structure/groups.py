@@ -187,8 +187,45 @@ class Insert:
         return cls(data["insert"], data["kind"], data["width"])
 
 
-AnyEdit = Edit | Bypass | Insert
-"""Whatever may stand in a list of edits: one of width, one of depth, or one of the type of a block."""
+@dataclass(frozen=True, slots=True)
+class Factorise:
+    """One layer that became a product of smaller ones, as it is replayed and saved (see `factors`).
+
+    Attributes:
+        module: The layer.
+        kind: "tucker", "cp" or "svd".
+        ranks: At first; afterwards they are channel groups like others.
+    """
+
+    result_format: ClassVar[int] = 4
+    module: str
+    kind: str
+    ranks: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The edit as plain JSON."""
+        return {"factorise": self.module, "kind": self.kind, "ranks": list(self.ranks)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Factorise:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The record cannot have been written by it, or asks for more channels than any layer has.
+        """
+        named = set(data) == {"factorise", "kind", "ranks"} and isinstance(data["factorise"], str)
+        if not named or not data["factorise"] or not isinstance(data["kind"], str):
+            raise ValueError(f"not a factorisation: {str(data)[:200]}")
+        ranks = data["ranks"]
+        if not isinstance(ranks, list) or not 1 <= len(ranks) <= 2 or any(type(rank) is not int for rank in ranks):
+            raise ValueError(f"not the ranks of a factorisation: {str(ranks)[:200]}")
+        if not all(1 <= rank <= MAX_WIDTH for rank in ranks):
+            raise ValueError(f"ranks {ranks}: each is 1 to {MAX_WIDTH}")
+        return cls(data["factorise"], data["kind"], tuple(ranks))
+
+
+AnyEdit = Edit | Bypass | Insert | Factorise
+"""Whatever may stand in a list of edits: one of width, of depth, of the type of a block, or of a layer's factors."""
 
 
 def edit_from_json(data: dict[str, Any]) -> AnyEdit:
@@ -199,6 +236,8 @@ def edit_from_json(data: dict[str, Any]) -> AnyEdit:
     """
     if "insert" in data:
         return Insert.from_json(data)
+    if "factorise" in data:
+        return Factorise.from_json(data)
     return Bypass.from_json(data) if "bypass" in data else Edit.from_json(data)
 
 

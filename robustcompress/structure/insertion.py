@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.structure.copies import copied
 from robustcompress.structure.groups import Axis, ChannelGroup, Insert, inside
 from robustcompress.structure.layout import Layout
+from robustcompress.structure.naming import keep_names
 from robustcompress.structure.parts import LAYER, NAMES, PARTS, Extended, Part, hidden_width, make_part, put_behind
 from robustcompress.structure.sites import Site, Sites
-from robustcompress.structure.surgery import adopt_parameters
+from robustcompress.structure.surgery import Twin, adopt_parameters, inner
 from robustcompress.structure.survey import Survey, survey
 from robustcompress.structure.trace import trace
 
@@ -129,32 +129,16 @@ def survey_with(
                 "they cannot be followed"
             )
     problems.raise_if_any()
-    known: dict[frozenset[Axis], list[str]] = {}
-    for name, group in before.items():
-        known.setdefault(frozenset(_moved(axis, wrapped) for axis in group.members), []).append(name)
-    names: dict[str, str] = {}
-    for name, group in found.layout.groups.items():
-        own = frozenset(axis for axis in group.members if not inside(axis.module, parts))
-        if own:
-            same = known.get(own)
-            names[name] = same.pop(0) if same else ""
-    lost = [name for same in known.values() for name in same]
-    if lost or "" in names.values():
-        raise InputError(f"{_REFUSED}: with it {', '.join(lost) or 'a group'} would change with other layers than now")
-    found = Survey(
-        found.layout.renamed(names), {names.get(name, name): reason for name, reason in found.broken.items()}
+    return keep_names(
+        found,
+        before,
+        moved=lambda axis: _moved(axis, wrapped),
+        fresh=lambda axis: inside(axis.module, parts),
+        title=_REFUSED,
     )
-    after = found.groups(found.layout.widths())
-    for name, group in before.items():
-        if group.editable and not after[name].editable:
-            problems.add(f"with it group {name!r} could no longer be edited: {after[name].reason}")
-    problems.raise_if_any()
-    return found
 
 
-def carry_out(
-    model: nn.Module, followers: Iterable[nn.Module | torch.optim.Optimizer], plan: Sequence[Insertion]
-) -> None:
+def carry_out(model: nn.Module, followers: Iterable[Twin], plan: Sequence[Insertion]) -> None:
     """Insert parts in a network, and in everything that follows it.
 
     Args:
@@ -171,7 +155,7 @@ def carry_out(
                 ]
                 adopt_parameters(twin, list(model.get_submodule(name).parameters()), beside, list(model.parameters()))
         else:
-            _put(twin.module if isinstance(twin, AveragedModel) else twin, plan)
+            _put(inner(twin), plan)
 
 
 def _put(model: nn.Module, plan: Sequence[Insertion]) -> list[str]:

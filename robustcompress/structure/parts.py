@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from robustcompress.structure.factors import LAST, Factorised
+
 LEAST_HIDDEN = 8
 """No part begins with fewer hidden channels, unless what it is given has fewer."""
 
@@ -134,9 +136,12 @@ def containers_of(model: nn.Module) -> list[str]:
 
 
 def original_name(model: nn.Module, name: str) -> str:
-    """What a layer was called before parts were put behind it: groups keep the name."""
+    """What a layer was called before it was factorised, or parts were put behind it: groups keep the name."""
     parent, _, child = name.rpartition(".")
-    return parent if child == LAYER and isinstance(model.get_submodule(parent), Extended) else name
+    holder = model.get_submodule(parent) if parent else None
+    kept = isinstance(holder, Extended) and child == LAYER
+    kept |= isinstance(holder, Factorised) and child == LAST
+    return original_name(model, parent) if kept else name
 
 
 def put_behind(model: nn.Module, layer: str, kind: str, part: Part) -> str:

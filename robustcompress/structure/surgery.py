@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.structure.attention import set_heads
 from robustcompress.structure.groups import NEW, Axis, Edit, Side
 from robustcompress.structure.kinds import fan_dim, gather, kind_of, set_width, slots_of
 from robustcompress.structure.layer_kind import First
 from robustcompress.structure.layout import Layout
+
+Twin = nn.Module | torch.optim.Optimizer
+"""What follows a network's edits: an optimizer, an average of its weights, a copy of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,40 @@ def migrate_optimizer(optimizer: torch.optim.Optimizer, replaced: list[Replaced]
         }
 
 
+def resize_followers(
+    followers: Iterable[Twin],
+    model: nn.Module,
+    layout: Layout,
+    widths: Mapping[str, int],
+    edit: Edit,
+    plan: list[TensorEdit],
+    replaced: list[Replaced],
+) -> None:
+    """Carry out on optimizers and twins what was carried out on a network.
+
+    Args:
+        followers: Who follows it.
+        model: The network, edited.
+        layout: Its structure.
+        widths: The widths of all groups before the edit.
+        edit: What was done.
+        plan: What `plan_edit` said of it.
+        replaced: What `apply_gathers` returned.
+    """
+    for twin in followers:
+        if isinstance(twin, torch.optim.Optimizer):
+            migrate_optimizer(twin, replaced)
+        else:
+            apply_gathers(inner(twin), layout, widths, edit, plan)
+            copy_fresh(inner(twin), model, plan)
+
+
+def inner(twin: nn.Module) -> nn.Module:
+    """The network within an average; a plain twin itself."""
+    found: nn.Module = twin.module if isinstance(twin, AveragedModel) else twin
+    return found
+
+
 def _first_occurrences(index: torch.Tensor) -> torch.Tensor:
     """Keep each source once: a copy of a channel starts without the moments of its original."""
     seen: set[int] = set()
@@ -213,6 +251,16 @@ def remove_module(model: nn.Module, name: str) -> list[nn.Parameter]:
     return [parameter for parameter in old.parameters() if id(parameter) not in left]
 
 
+def remove_everywhere(model: nn.Module, followers: Iterable[Twin], name: str) -> None:
+    """As `remove_module`, in a network and in everything that follows it."""
+    gone = remove_module(model, name)
+    for twin in followers:
+        if isinstance(twin, torch.optim.Optimizer):
+            drop_parameters(twin, gone)
+        else:
+            remove_module(inner(twin), name)
+
+
 def drop_parameters(optimizer: torch.optim.Optimizer, gone: Iterable[nn.Parameter]) -> None:
     """Have an optimizer forget parameters; those of all others, and their order, stay as they are."""
     lost = {id(parameter): parameter for parameter in gone}
@@ -220,6 +268,14 @@ def drop_parameters(optimizer: torch.optim.Optimizer, gone: Iterable[nn.Paramete
         param_group["params"] = [parameter for parameter in param_group["params"] if id(parameter) not in lost]
     for parameter in lost.values():
         optimizer.state.pop(parameter, None)
+
+
+def replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: Sequence[nn.Parameter]) -> None:
+    """Have an optimizer train several parameters where it trained one, with its settings and no moments at first."""
+    for param_group in optimizer.param_groups:
+        listed = [[p] if p is not old else list(new) for p in param_group["params"]]
+        param_group["params"] = [p for several in listed for p in several]
+    optimizer.state.pop(old, None)
 
 
 def adopt_parameters(
