@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     write_json(path, record(MODULE, options, argv, results, data={"name": "digits"}))
                     print(f"{arm} {budget:g}, seed {seed}: {results['cells'][-1]['seconds']:.0f} s", file=sys.stderr)
         if not options.skip_times:
-            results["times"] = times("resnet8" if options.quick else "resnet18")
+            results["times"] = times("resnet8", BUDGETS[:1], 1) if options.quick else times("resnet18", BUDGETS, 8)
     write_json(path, record(MODULE, options, argv, results, data={"name": "digits"}))
     print(markdown(read_json(path)))
     return 0
@@ -130,26 +130,26 @@ def compress_report(model: torch.nn.Module, settings: Mapping[str, Any]) -> Robu
     )
 
 
-def times(name: str) -> list[dict[str, Any]]:
+def times(name: str, budgets: Sequence[float], step: int) -> list[dict[str, Any]]:
     """Time of narrow and of factorised networks of the same multiply-adds, as shares of the dense network's."""
     model, _ = build_model(name)
     example = torch.zeros(2, 3, 32, 32)
     editor = StructuralEditor(model.eval(), example)
-    costs, stopwatch, floor = CostModel(editor, example), Stopwatch(editor, (3, 32, 32)), floor_widths(editor, 8)
+    costs, stopwatch, floor = CostModel(editor, example), Stopwatch(editor, (3, 32, 32)), floor_widths(editor, step)
     dense = costs.predict({})[0]
     layers = layers_of(model, (3, 32, 32), "tucker")
     rows = []
-    for budget in BUDGETS:
+    for budget in budgets:
 
         def narrow(ratio: float) -> dict[str, int]:
-            return {g.name: rounded(ratio * g.width, 8, floor[g.name], g.width) for g in editor.editable}
+            return {g.name: rounded(ratio * g.width, step, floor[g.name], g.width) for g in editor.editable}
 
         def factors(share: float) -> list[Factorise]:
-            """Equal shares of both ranks, in multiples of 8 as widths."""
+            """Equal shares of both ranks, in the same steps as widths."""
             found = []
             for layer in layers:
                 wide, deep = layer.module.weight.shape[:2]
-                ranks = tuple(rounded(share * side, 8, min(8, side), side) for side in (wide, deep))
+                ranks = tuple(rounded(share * side, step, min(step, side), side) for side in (wide, deep))
                 if layer.macs("tucker", ranks) < layer.dense:
                     found.append(Factorise(layer.name, "tucker", ranks))
             return found
