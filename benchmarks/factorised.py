@@ -158,7 +158,7 @@ def times(name: str, budgets: Sequence[float], step: int) -> list[dict[str, Any]
             chosen = {edit.module: edit.ranks for edit in factors(share)}
             return sum(la.dense - la.macs("tucker", chosen[la.name]) for la in layers if la.name in chosen)
 
-        steps = [step / 64 for step in range(1, 65)]
+        steps = [n / 64 for n in range(1, 65)]
         width = max(s for s in steps if costs.predict(narrow(s))[0] <= budget * dense)
         share = max(s for s in steps if dense - saved(s) <= budget * dense)
         twin = editor.fork()

@@ -21,6 +21,7 @@ from benchmarks import (
     compare_report,
     deployment,
     evaluation_speed,
+    factorised,
     latency,
     latency_budget,
     overfitting,
@@ -57,6 +58,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     latency_budget.MODULE: latency_budget.markdown,
     overfitting.MODULE: overfitting.markdown,
     regularisers.MODULE: regularisers.markdown,
+    factorised.MODULE: factorised.markdown,
 }
 SPEED = (training_scaling, training_memory, strong_attack, evaluation_speed)
 GRIDS = ROOT / "benchmarks" / "grids"

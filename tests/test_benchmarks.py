@@ -21,6 +21,7 @@ from benchmarks import (
     certified,
     common,
     deployment,
+    factorised,
     latency,
     latency_budget,
     onnx_files,
@@ -43,7 +44,7 @@ from tests.latency.fake import Clockwork
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
-    *(search_tasks, search_meta, certified, regularisers),
+    *(search_tasks, search_meta, certified, regularisers, factorised),
     *(latency, latency_budget, deployment, any_model, onnx_files, overfitting),
 )
 
@@ -254,6 +255,21 @@ def test_regularisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cells[1]["options"]["boundary_weight"] > 0 and cells[0]["report"]["hierarchy"]["name"] == "digits"
     text = regularisers.markdown(value)
     assert "8 test images, 1 seeds (no AutoAttack)" in text and text.count("| pgd-at+boundary") == 2
+
+
+@pytest.mark.slow
+def test_factorised(tmp_path: Path) -> None:
+    out = tmp_path / "factorised.json"
+    assert factorised.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "factorised")
+    cells = {cell["arm"]: cell for cell in value["results"]["cells"]}
+    assert set(cells) == set(factorised.ARMS)
+    assert cells["tucker"]["ranks"] == cells["tucker-scratch"]["ranks"] != {}
+    assert all(
+        0.45 * cells["none"]["macs"] <= cells[arm]["macs"] <= 0.5 * cells["none"]["macs"] for arm in ("tucker", "cp")
+    )
+    assert [row["variant"] for row in value["results"]["times"]] == ["narrow", "tucker"]
 
 
 def test_latency_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from robustcompress.plots import check_picture
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.search_plot import candidate_records, plot_search, search_records
 from robustcompress.stability import stability
-from robustcompress.structure import Bypass, Insert
+from robustcompress.structure import Bypass, Factorise, Insert
 from robustcompress.terminal import Output, table
 from robustcompress.width_plot import draw_widths
 from robustcompress.widths import GroupWidth, Widths, widths_of
@@ -205,6 +205,10 @@ def _one(arguments: argparse.Namespace, name: str, result: CompressResult | None
     if result is not None and (put := [[e.module, e.kind] for e in result.edits if isinstance(e, Insert)]):
         parts = (*output.parts, f"parts that were inserted: {_types(put)}")
         output = Output(document={**output.document, "inserted": put}, parts=parts)
+    if result is not None and (apart := [e.to_json() for e in result.edits if isinstance(e, Factorise)]):
+        said = ", ".join(f"{e['factorise']} ({e['kind']} {'x'.join(map(str, e['ranks']))})" for e in apart)
+        parts = (*output.parts, f"layers that were factorised: {said}")
+        output = Output(document={**output.document, "factorised": apart}, parts=parts)
     if result is not None and (records := search_records(result)):
         document = {**output.document, "search": records}
         output = Output(document=document, parts=(*output.parts, _searches({name: records})))

@@ -24,7 +24,7 @@ from robustcompress.publish.reading import (
 )
 from robustcompress.result import CompressResult
 from robustcompress.strategies import STRATEGIES
-from robustcompress.structure import NEW, Bypass, Edit
+from robustcompress.structure import NEW, Bypass, Edit, Factorise
 
 DIRECTIONS = {
     "grow": "grows a small network out of the reference",
@@ -119,7 +119,8 @@ def _edits(result: CompressResult) -> str:
         if isinstance(edit, Edit):
             counts["grew a group" if NEW in edit.sources else "cut a group"] += 1
         else:
-            counts["took a block out" if isinstance(edit, Bypass) else "changed a block"] += 1
+            kinds = {Bypass: "took a block out", Factorise: "factorised a layer"}
+            counts[kinds.get(type(edit), "changed a block")] += 1
     return "; ".join(f"{count} that {what}" for what, count in counts.items()) or "none"
 
 
