@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.errors import InputError, ResultError
+from robustcompress.interrupt import stop_if_asked
 from robustcompress.robust.autoattack import AutoAttackConfig, autoattack, suite_for, version
 from robustcompress.robust.judge import Judge, hash_of
 from robustcompress.robust.report import AttackResult, pack_flags
@@ -78,6 +79,8 @@ def autoattack_in_chunks(
             elapsed = time.perf_counter() - began
             if slowest and time_limit_s is not None and elapsed + slowest > time_limit_s:
                 break
+            kept = "" if resume_dir is None else f"; what it has found so far is kept in {resume_dir}"
+            stop_if_asked(f"stopped after {at} of {len(clean)} images of AutoAttack{kept}")
             chunk = _attack_chunk(judge, flags, at, num_classes, config)
             slowest = max(slowest, chunk.seconds)
             if path is not None:
