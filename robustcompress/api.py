@@ -209,7 +209,7 @@ def carry_out(
         seed=seed,
     )
     if request.out is not None:
-        saved = save_beside(result, request.out, shown)
+        saved = _saved(result, request, shown)
         if on_saved is not None:
             on_saved(saved)
     if journal is not None and not keep:
@@ -300,10 +300,23 @@ def _carry_out_smallest(
                 f"({100 * final.low:.1f} to {100 * final.high:.1f}, n={final.n}), which does not show {demand}"
             )
         if request.out is not None:
-            saved = save_beside(result, request.out, shown)
+            saved = _saved(result, request, shown)
             if on_saved is not None:
                 on_saved(saved)
     return result
+
+
+def _saved(result: CompressResult, request: Request, shown: Progress) -> Path:
+    """Save; where the disk does not take it, say that the checkpoint is kept, from which the work is not done again."""
+    assert request.out is not None
+    try:
+        return save_beside(result, request.out, shown)
+    except InputError as error:
+        if request.checkpoint is None:
+            raise
+        raise InputError(
+            f"{error}; the checkpoint in {request.checkpoint} is kept: the same call then has little left to do"
+        ) from error
 
 
 def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progress, started: float) -> Journal | None:

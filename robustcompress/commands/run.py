@@ -128,7 +128,11 @@ def _judged(
         said = said | {"curve": curve}
     result = replace(result, report=report, settings={**result.settings, **said})
     if arguments.out is not None:
-        result.save(arguments.out, overwrite=checkpoint is None)
+        try:
+            result.save(arguments.out, overwrite=checkpoint is None)
+        except InputError as error:
+            kept = "" if checkpoint is None else f"; the checkpoint in {checkpoint} is kept: repeat the command then"
+            raise InputError(f"{error}{kept}") from error
     return result
 
 
