@@ -18,6 +18,7 @@ from robustcompress.checkpoint import Journal, fingerprint, remove
 from robustcompress.data import TEACHER, DataSplits
 from robustcompress.errors import InputError
 from robustcompress.export.timing import Stopwatch
+from robustcompress.lock import held
 from robustcompress.models import ModelSpec
 from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of
 from robustcompress.reach import check_budget, default_rounding
@@ -166,7 +167,13 @@ def carry_out(
         on_saved: Told where the result was saved, if it was: beside `out` if that place was taken meanwhile.
         keep: Leave the checkpoint: the result is not safe yet, and the caller removes it.
     """
-    started = time.monotonic() if started is None else started
+    with held(request.checkpoint, request.out):
+        return _carried_out(request, progress, time.monotonic() if started is None else started, on_saved, keep)
+
+
+def _carried_out(
+    request: Request, progress: bool, started: float, on_saved: Callable[[Path], None] | None, keep: bool
+) -> CompressResult:
     if request.budget.demand is not None:
         return _carry_out_smallest(request, Progress(progress), started, on_saved, keep)
     splits, chosen, seed = request.data, request.strategy, request.seed

@@ -16,7 +16,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
     {"errors"},
-    {"interrupt"},
+    {"interrupt", "lock"},
     {"structure", "robust", "data", "models"},
     {"min_robust"},
     {"budget", "latency"},

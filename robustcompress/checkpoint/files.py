@@ -19,6 +19,7 @@ import torch
 from robustcompress.checkpoint.disk import NotWrittenError, reason, save_tensors, sync_directory, write_text
 from robustcompress.checkpoint.small import decode, encode, is_dense
 from robustcompress.errors import CheckpointError, InputError
+from robustcompress.lock import NAME as LOCK
 
 FORMAT = 2
 """1 had no checksum of the index, and nothing of the time within an epoch; it is read still."""
@@ -260,7 +261,7 @@ def check_directory(directory: Path, *, also: str = "") -> None:
         raise InputError(f"checkpoint={directory} is a file; name a directory")
     else:
         place = directory
-        known = {AUTOATTACK, *(name + end for name in (INDEX, BEFORE) for end in ("", ".part"))}
+        known = {AUTOATTACK, LOCK, *(name + end for name in (INDEX, BEFORE) for end in ("", ".part"))}
         strange = (path for path in directory.iterdir() if path.name not in known and _ours(path) is None)
         others = sorted(path.name for path in strange if not re.fullmatch(also, path.name))
         if others:

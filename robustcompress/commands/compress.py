@@ -37,6 +37,7 @@ from robustcompress.commands.keeping import (
     is_result,
 )
 from robustcompress.errors import InputError, Problems
+from robustcompress.lock import held
 from robustcompress.min_robust import Axis, MinRobust, trials_of
 from robustcompress.models import build_model
 from robustcompress.resolve import resolve
@@ -144,6 +145,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Output:
     """Check everything, compress, save."""
+    with held(arguments.out, checkpoint_of(arguments)):
+        return _compressed(arguments)
+
+
+def _compressed(arguments: argparse.Namespace) -> Output:
     problems = Problems("compress cannot start")
     strategy = problems.attempt(lambda: make_strategy(arguments.strategy, **dict(arguments.option)))
     threat = problems.attempt(lambda: ThreatModel(arguments.norm, arguments.eps))

@@ -21,6 +21,7 @@ from robustcompress.commands.keeping import (
 )
 from robustcompress.data import DataSplits
 from robustcompress.errors import InputError
+from robustcompress.lock import held
 from robustcompress.recipe import RunRecipe, merged, read_yaml
 from robustcompress.result import CompressResult, check_target
 from robustcompress.series import AUTOATTACK
@@ -68,6 +69,11 @@ def run(arguments: argparse.Namespace) -> Output:
         recipe = RunRecipe.from_mapping(value)
     except InputError as error:
         raise InputError(f"{arguments.recipe}: {error}") from error
+    with held(arguments.out, checkpoint_of(arguments)):
+        return _carried_out(recipe, arguments)
+
+
+def _carried_out(recipe: RunRecipe, arguments: argparse.Namespace) -> Output:
     device = resolve_device(arguments.device)
     checkpoint, there = checkpoint_of(arguments), is_result(arguments.out)
     if arguments.out is not None and not there:
