@@ -34,7 +34,7 @@ from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
 from robustcompress.teacher import REFERENCE, Teacher, frozen_copy, introduce, with_labels
 from robustcompress.teacher_source import TeacherLike
-from robustcompress.train import Progress, Recipe, augmentation, set_memory_format
+from robustcompress.train import HOW, Progress, Recipe, augmentation, set_memory_format
 
 SMALL_DATA = 10_000
 """Below so many training images the default is a short run."""
@@ -344,7 +344,7 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
     identity |= request.companions
     if request.latency_table is not None:
         identity["latency_table"] = request.latency_table.sha256
-    identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key != "compile"}  # how, not what
+    identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key not in HOW}
     return Journal(
         request.checkpoint,
         identity,

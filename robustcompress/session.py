@@ -23,6 +23,7 @@ from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
     STATISTICS_BATCHES,
     Ascent,
+    Care,
     CompiledNetwork,
     Midway,
     Progress,
@@ -110,6 +111,8 @@ class Session(BudgetedRun):
         self._ema: AveragedModel | None = None
         self._spent = 0.0  # share of the run's epochs that phases have had so far
         self._autocast = computes_in_bf16(goal.recipe.bf16, self._device)
+        self._care = Care(goal.recipe, say=self.say, record=self.record)
+        self.keep("care", self._care)
         self._guard = make_guard(
             goal.objective,
             goal.threat,
@@ -303,6 +306,7 @@ class Session(BudgetedRun):
             span=(min(before, 1.0), min(self._spent, 1.0)),
             midway=midway,
             on_step=on_step,
+            care=self._care,
         )
 
     def _selection(self, share: float) -> Selection:

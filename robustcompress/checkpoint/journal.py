@@ -23,6 +23,7 @@ from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.checkpoint.state import State
 from robustcompress.errors import CheckpointError, OutOfTime
 from robustcompress.interrupt import asked, stop_if_asked
+from robustcompress.train import TrainingError
 
 T = TypeVar("T")
 
@@ -211,6 +212,11 @@ class Journal:
         return self._here | {"ended": [len(history), len(self._decisions)]}
 
     def _write(self, done: int, history: list[dict[str, Any]], state: State, *, within: bool = False) -> None:
+        if not state.is_finite():
+            raise TrainingError(
+                f"weights are not finite in phase {self._here['name']!r} after {done} steps; lower the learning rate, "
+                f"or set clip_norm=1.0; of the checkpoints in {self.directory}, {self._standing}"
+            )
         tensors, record = state.gather(within=within)
         run = {
             "identity": self._identity,

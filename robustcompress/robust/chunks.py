@@ -21,6 +21,9 @@ from robustcompress.robust.autoattack import AutoAttackConfig, autoattack, suite
 from robustcompress.robust.judge import Judge, hash_of
 from robustcompress.robust.report import AttackResult, pack_flags
 
+CHUNK = 64
+"""Images that are attacked together where nobody says otherwise."""
+
 
 def autoattack_in_chunks(
     judge: Judge,
@@ -50,7 +53,7 @@ def autoattack_in_chunks(
         InputError: `resume_dir` cannot be made, or is not a directory.
     """
     began = time.perf_counter()
-    size = min(config.chunk_size or (64 if time_limit_s is None else 16), judge.batch_size)
+    size = min(config.chunk_size or (CHUNK if time_limit_s is None else 16), judge.batch_size)
     suite = suite_for(num_classes, config)
     settings = {
         "suite": asdict(suite),
