@@ -16,7 +16,7 @@ from robustcompress.budget import Budget, measure
 from robustcompress.calibration import final_latency, limit_latency
 from robustcompress.checkpoint import Journal, fingerprint, remove
 from robustcompress.data import TEACHER, DataSplits
-from robustcompress.errors import InputError
+from robustcompress.errors import DiskError, InputError
 from robustcompress.export.timing import Stopwatch
 from robustcompress.lock import held
 from robustcompress.models import ModelSpec
@@ -321,10 +321,10 @@ def _saved(result: CompressResult, request: Request, shown: Progress) -> Path:
     assert request.out is not None
     try:
         return save_beside(result, request.out, shown)
-    except InputError as error:
+    except DiskError as error:
         if request.checkpoint is None:
             raise
-        raise InputError(
+        raise DiskError(
             f"{error}; the checkpoint in {request.checkpoint} is kept: the same call then has little left to do"
         ) from error
 

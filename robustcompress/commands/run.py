@@ -20,8 +20,9 @@ from robustcompress.commands.keeping import (
     is_result,
 )
 from robustcompress.data import DataSplits
-from robustcompress.errors import InputError
+from robustcompress.errors import DiskError, InputError
 from robustcompress.lock import held
+from robustcompress.outcome import sweep
 from robustcompress.recipe import RunRecipe, merged, read_yaml
 from robustcompress.result import CompressResult, check_target
 from robustcompress.series import AUTOATTACK
@@ -134,11 +135,12 @@ def _judged(
         said = said | {"curve": curve}
     result = replace(result, report=report, settings={**result.settings, **said})
     if arguments.out is not None:
+        sweep(arguments.out)
         try:
             result.save(arguments.out, overwrite=checkpoint is None)
-        except InputError as error:
+        except DiskError as error:
             kept = "" if checkpoint is None else f"; the checkpoint in {checkpoint} is kept: repeat the command then"
-            raise InputError(f"{error}{kept}") from error
+            raise DiskError(f"{error}{kept}") from error
     return result
 
 
