@@ -16,8 +16,9 @@ from robustcompress.budget import Budget, measure
 from robustcompress.calibration import final_latency, limit_latency
 from robustcompress.checkpoint import Journal, fingerprint, remove
 from robustcompress.data import TEACHER, DataSplits
-from robustcompress.errors import InputError
+from robustcompress.errors import DiskError, InputError
 from robustcompress.export.timing import Stopwatch
+from robustcompress.lock import held
 from robustcompress.models import ModelSpec
 from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of
 from robustcompress.reach import check_budget, default_rounding
@@ -26,14 +27,14 @@ from robustcompress.result import CompressResult
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
-from robustcompress.series import AUTOATTACK
+from robustcompress.series import AUTOATTACK, REQUEST, digest_of
 from robustcompress.session import Goal, Session
 from robustcompress.smallest import find_smallest, workplace
 from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
 from robustcompress.teacher import REFERENCE, Teacher, frozen_copy, introduce, with_labels
 from robustcompress.teacher_source import TeacherLike
-from robustcompress.train import Progress, Recipe, augmentation, set_memory_format
+from robustcompress.train import HOW, Progress, Recipe, augmentation, set_memory_format
 
 SMALL_DATA = 10_000
 """Below so many training images the default is a short run."""
@@ -98,8 +99,8 @@ def compress(
         checkpoint: Directory to keep a checkpoint in, made if it does not exist. A run that was killed goes on from
             there when it is called again with the same arguments; on the CPU the result is bit for bit that of a run
             that was never interrupted. Removed at the end.
-        checkpoint_every_s: Least seconds between two checkpoints within a phase, which are written at the ends of
-            epochs; 0 for every epoch. The end of a phase always writes one.
+        checkpoint_every_s: Least seconds between two checkpoints within a phase, after any step; 0 for every step. The
+            end of a phase always writes one.
         deadline: Seconds from this call after which it should have stopped: before the first epoch that would end
             later, as the one before it suggests, the run stops with `OutOfTime`. At least one epoch is trained first.
             Needs `checkpoint`. Evaluation at the end is not counted.
@@ -155,6 +156,7 @@ def carry_out(
     progress: bool = True,
     started: float | None = None,
     on_saved: Callable[[Path], None] | None = None,
+    keep: bool = False,
 ) -> CompressResult:
     """Do what `compress()` does, for arguments that are resolved.
 
@@ -163,11 +165,19 @@ def carry_out(
         progress: Show progress.
         started: When the call came, on the clock of `time.monotonic`; now where None.
         on_saved: Told where the result was saved, if it was: beside `out` if that place was taken meanwhile.
+        keep: Leave the checkpoint: the result is not safe yet, and the caller removes it.
     """
-    started = time.monotonic() if started is None else started
+    with held(request.checkpoint, request.out):
+        return _carried_out(request, progress, time.monotonic() if started is None else started, on_saved, keep)
+
+
+def _carried_out(
+    request: Request, progress: bool, started: float, on_saved: Callable[[Path], None] | None, keep: bool
+) -> CompressResult:
     if request.budget.demand is not None:
-        return _carry_out_smallest(request, Progress(progress), started, on_saved)
+        return _carry_out_smallest(request, Progress(progress), started, on_saved, keep)
     splits, chosen, seed = request.data, request.strategy, request.seed
+    digest = digest_of(request)  # now: the model is edited in place
     shown = Progress(progress, title=chosen.name)
     session, untouched, journal = open_session(request, shown, started)
     editor, goal, before = session.editor, session.goal, session.goal.reference
@@ -184,7 +194,8 @@ def carry_out(
     compact = closed(session.model)
     check_outcome(chosen, compact, example, request.budget, before)
     times = final_latency(session, stopwatch, compact, request.latency_table)
-    report = report_on(compact, request, shown)
+    chunks = None if request.checkpoint is None else request.checkpoint / AUTOATTACK
+    report = report_on(compact, request, shown, resume_dir=chunks)
     cpu_example = torch.zeros(1, *splits.image_shape)
     sparse = request.budget.density is not None  # only zeros compress, and compressing takes its time
     result = CompressResult(
@@ -200,15 +211,19 @@ def carry_out(
         threat=request.threat,
         data=describe_data(goal.data),
         settings=settings_of(goal, request.device, session.history)
+        | {REQUEST: digest}
         | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
     )
     if request.out is not None:
-        saved = save_beside(result, request.out, shown)
+        saved = _saved(result, request, shown)
         if on_saved is not None:
             on_saved(saved)
-    if journal is not None:
-        remove(journal.directory)
+    if journal is not None and not keep:
+        try:
+            remove(journal.directory)
+        except OSError as error:  # the result is safe; a disk that became read-only is no reason to end in an error
+            shown.say(f"{journal.directory} could not be removed ({error.strerror}): remove it by hand")
     return result
 
 
@@ -274,18 +289,20 @@ def _teacher(request: Request, reference: nn.Module) -> Teacher | None:
 
 
 def _carry_out_smallest(
-    request: Request, shown: Progress, started: float, on_saved: Callable[[Path], None] | None
+    request: Request, shown: Progress, started: float, on_saved: Callable[[Path], None] | None, keep: bool
 ) -> CompressResult:
     """Look for the smallest network that meets the demand; then, and only then, look at the test images."""
     demand = request.budget.demand
     assert demand is not None
+    digest = digest_of(request)
     for note in request.data.notes:
         shown.say(note)
-    with workplace(request.checkpoint) as place:
+    with workplace(request.checkpoint, keep=keep) as place:
         found = find_smallest(request, place, carry_out, shown, started)
         attacks = tuple(dict.fromkeys((*request.attacks, attack_by_name(demand.attack))))
         report = report_on(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
-        result = replace(found, budget=request.budget.to_json(), report=report)
+        settings = {**found.settings, REQUEST: digest}
+        result = replace(found, budget=request.budget.to_json(), report=report, settings=settings)
         if not demand.holds(report) and report is not None:
             final = report.result(demand.attack)
             shown.say(
@@ -293,10 +310,23 @@ def _carry_out_smallest(
                 f"({100 * final.low:.1f} to {100 * final.high:.1f}, n={final.n}), which does not show {demand}"
             )
         if request.out is not None:
-            saved = save_beside(result, request.out, shown)
+            saved = _saved(result, request, shown)
             if on_saved is not None:
                 on_saved(saved)
     return result
+
+
+def _saved(result: CompressResult, request: Request, shown: Progress) -> Path:
+    """Save; where the disk does not take it, say that the checkpoint is kept, from which the work is not done again."""
+    assert request.out is not None
+    try:
+        return save_beside(result, request.out, shown)
+    except DiskError as error:
+        if request.checkpoint is None:
+            raise
+        raise DiskError(
+            f"{error}; the checkpoint in {request.checkpoint} is kept: the same call then has little left to do"
+        ) from error
 
 
 def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progress, started: float) -> Journal | None:
@@ -317,7 +347,7 @@ def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progr
     identity |= request.companions
     if request.latency_table is not None:
         identity["latency_table"] = request.latency_table.sha256
-    identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key != "compile"}  # how, not what
+    identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key not in HOW}
     return Journal(
         request.checkpoint,
         identity,

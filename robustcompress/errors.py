@@ -15,6 +15,10 @@ class InputError(RobustCompressError, ValueError):
     """The caller passed something that cannot work; the message names the value and the remedy."""
 
 
+class DiskError(InputError):
+    """The disk does not take a result: it is full, read-only, or gone. The work is not at fault, nor lost."""
+
+
 class UnsupportedModelError(InputError):
     """The network holds layers or shapes that cannot be edited; all of them are listed, each with its reason."""
 
@@ -33,6 +37,18 @@ class CheckpointError(ResultError):
 
 class OutOfTime(RobustCompressError):  # noqa: N818 - no failure: the run goes on when it is called again
     """A run reached its deadline; its checkpoint is written, and the same call with it goes on from there."""
+
+
+class Interrupted(OutOfTime):
+    """A signal asked a run to stop (see `graceful`); where it keeps a checkpoint, the same call goes on from there.
+
+    Attributes:
+        signal: Which one.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class HubError(RobustCompressError):

@@ -10,6 +10,7 @@ import torch
 
 from robustcompress.checkpoint import Journal, State, Stateful
 from robustcompress.checkpoint.plain import from_plain, to_plain
+from robustcompress.interrupt import stop_if_asked
 from robustcompress.train import Progress
 
 T = TypeVar("T")
@@ -110,6 +111,12 @@ class Run(ABC):
                 bar.advance(act(number))
                 if self._journal is not None and state is not None:
                     self._journal.epoch_done(number + 1, self.history, state)
+                else:
+                    self._stop_if_asked(phase)
+
+    def _stop_if_asked(self, phase: str) -> None:
+        """For a run that is recorded nowhere; a journal looks itself, after it has written."""
+        stop_if_asked(f"stopped in phase {phase!r}; nothing is kept of this run, which had no checkpoint")
 
     def record(self, record: dict[str, Any]) -> None:
         """Add a record to the history."""

@@ -16,6 +16,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
     {"errors"},
+    {"interrupt", "lock"},
     {"structure", "robust", "data", "models"},
     {"min_robust"},
     {"budget", "latency"},

@@ -16,11 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from robustcompress.checkpoint.files import Checkpoint, read, write
+from robustcompress.checkpoint.disk import NotWrittenError
+from robustcompress.checkpoint.files import Checkpoint, read, settle, write
 from robustcompress.checkpoint.identity import same_run
 from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.checkpoint.state import State
 from robustcompress.errors import CheckpointError, OutOfTime
+from robustcompress.interrupt import asked, stop_if_asked
+from robustcompress.train import TrainingError
 
 T = TypeVar("T")
 
@@ -32,7 +35,7 @@ class Journal:
         directory: Holds the checkpoint, or will.
         identity: What makes a run the same run, as plain JSON by name (see `compress`).
         versions: Versions by name; a difference is said, and no error.
-        every_s: Least seconds between two writes within a phase.
+        every_s: Least seconds between two writes within a phase, within an epoch or at its end.
         deadline: When to stop, on the clock of `time.monotonic`; None for never.
         say: Tells the person who waits.
 
@@ -60,12 +63,14 @@ class Journal:
         self._every_s = every_s
         self._deadline = deadline
         self._say = say
-        self._written = self._mark = time.monotonic()
+        self._written = time.monotonic()
+        self._mark: float | None = self._written  # when the epoch began; None where this process did not begin it
         self._last_epoch: float | None = None  # unknown until this process has trained one: each call gets somewhere
         self._phases: list[dict[str, Any]] = []  # finished ones, see `_begin`
         self._here: dict[str, Any] = {}
         self._decisions: list[dict[str, Any]] = []
         self._replayed = 0  # decisions read back
+        self._failing, self._standing = "", "there is none yet"  # why nothing can be written, and what was before
         self._found: Checkpoint | None = self._open()
         self._history: list[dict[str, Any]] = self._found.record["history"] if self._found is not None else []
 
@@ -147,6 +152,7 @@ class Journal:
             raise CheckpointError(f"the checkpoint does not fit this run: {error}; {self._remedy}") from error
         self._decisions, self._found = found.record["decisions"], None
         done: int = logged["done"]
+        self._standing = f"the last one, of phase {logged['name']!r} after {done} steps, stands"
         self._say(f"resumed from {self.directory}: phase {logged['name']!r}, {done} of {logged['steps']} steps done")
         if found.small:
             self._say("the checkpoint is of the small form, which rounds: the run goes on approximately")
@@ -154,7 +160,8 @@ class Journal:
             self._say("the checkpoint is of another kind of device: the attack draws new noise")
         if done == logged["steps"]:
             self._phases.append(self._here | {"ended": logged["ended"]})
-        self._written = self._mark = time.monotonic()
+        self._written = time.monotonic()
+        self._mark = None if "midway" in found.record["state"] else self._written
         return done
 
     def epoch_done(self, done: int, history: list[dict[str, Any]], state: State) -> None:
@@ -166,31 +173,73 @@ class Journal:
             state: Where the run's state lives.
 
         Raises:
-            OutOfTime: The deadline would be missed.
+            OutOfTime: The deadline would be missed, or a signal asked to stop.
         """
         now = time.monotonic()
-        self._last_epoch, self._mark = now - self._mark, now
+        if self._mark is not None:
+            self._last_epoch = now - self._mark
+        self._mark = now
         steps = self._here["steps"]
-        here = self._here | {"ended": [len(history), len(self._decisions)]}
         # At a phase's end nothing is known of what comes next, which may be nothing: `enter` looks at the clock there.
         late = done < steps and self._is_late()
-        if late or done == steps or now - self._written >= self._every_s:
-            tensors, record = state.gather()
-            run = {
-                "identity": self._identity,
-                "versions": self._versions,
-                "phases": self._phases,
-                "phase": here | {"done": done},
-                "decisions": self._decisions,
-                "history": history,
-                "state": record,
-            }
-            write(self.directory, run, tensors)
-            self._written = time.monotonic()
+        if late or done == steps or self._is_due() or asked():
+            self._write(done, history, state)
+        self._stop_if_asked(done)
         if done == steps:
-            self._phases.append(here)
+            self._phases.append(self._ended(history))
         elif late:
-            self._stop_in_time(here["name"], done, steps)
+            self._stop_in_time(self._here["name"], done, steps)
+
+    def step_done(self, done: int, history: list[dict[str, Any]], state: State) -> None:
+        """Write a checkpoint within an epoch where one is due.
+
+        Args:
+            done: Steps done in the phase.
+            history: The run's history.
+            state: Where the run's state lives.
+
+        Raises:
+            Interrupted: A signal asked to stop.
+        """
+        if (self._is_due() or asked()) and (state.midway is None or state.midway.complete):
+            self._write(done, history, state, within=True)
+            self._stop_if_asked(done)
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._written >= self._every_s
+
+    def _ended(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._here | {"ended": [len(history), len(self._decisions)]}
+
+    def _write(self, done: int, history: list[dict[str, Any]], state: State, *, within: bool = False) -> None:
+        if not state.is_finite():
+            raise TrainingError(
+                f"weights are not finite in phase {self._here['name']!r} after {done} steps; lower the learning rate, "
+                f"or set clip_norm=1.0; of the checkpoints in {self.directory}, {self._standing}"
+            )
+        tensors, record = state.gather(within=within)
+        run = {
+            "identity": self._identity,
+            "versions": self._versions,
+            "phases": self._phases,
+            "phase": self._ended(history) | {"done": done},
+            "decisions": self._decisions,
+            "history": history,
+            "state": record,
+        }
+        self._written = time.monotonic()  # also where it fails: the next interval tries again
+        try:
+            write(self.directory, run, tensors)
+        except NotWrittenError as error:
+            if not self._failing:
+                self._say(f"warning: {error}; {self._standing}, and training goes on; trying again every interval")
+            self._failing = str(error)
+            return
+        if self._failing:
+            self._say(f"checkpoints are written to {self.directory} again")
+        self._failing = ""
+        self._standing = f"the last one, of phase {self._here['name']!r} after {done} steps, stands"
+        self._written = time.monotonic()
 
     def finish(self) -> None:
         """Raise a CheckpointError when the script ended before it reached what it had done."""
@@ -224,6 +273,9 @@ class Journal:
                     f"warning: the checkpoint was written with {name} {versions.get(name)}, this is "
                     f"{self._versions.get(name)}: results may differ"
                 )
+        if found.note:
+            self._say(f"warning: {found.note}")
+            settle(self.directory)
         self._say(f"going on with the run in {self.directory}")
         return found
 
@@ -232,12 +284,20 @@ class Journal:
             return False
         return time.monotonic() + self._last_epoch > self._deadline
 
+    def _stop_if_asked(self, done: int) -> None:
+        stop_if_asked(self._stopped(self._here["name"], done, self._here["steps"]))
+
+    def _stopped(self, phase: str, done: int, steps: int) -> str:
+        """What is said of a stop, and where the run goes on."""
+        failed = f", but {self._failing}; {self._standing}" if self._failing else ""
+        return (
+            f"stopped in phase {phase!r} after {done} of {steps} steps{failed}; the same call with "
+            f"checkpoint={str(self.directory)!r} goes on from there"
+        )
+
     def _stop_in_time(self, phase: str, done: int, steps: int) -> None:
         if self._is_late():
-            raise OutOfTime(
-                f"the deadline leaves no time for another epoch: stopped in phase {phase!r} after {done} of {steps} "
-                f"steps; the same call with checkpoint={str(self.directory)!r} goes on from there"
-            )
+            raise OutOfTime(f"the deadline leaves no time for another epoch: {self._stopped(phase, done, steps)}")
 
     def _diverged(self, what: str) -> None:
         raise CheckpointError(

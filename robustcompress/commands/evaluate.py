@@ -21,6 +21,7 @@ from robustcompress.commands.arguments import (
 )
 from robustcompress.data import DataSplits
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.lock import held
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.robust import (
     Hierarchy,
@@ -104,6 +105,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_file.add_arguments(parser)
 
 
+def if_stopped(arguments: argparse.Namespace) -> str | None:
+    """What is lost when the command is stopped; None for a file, where it cannot be stopped midway."""
+    if evaluate_file.is_file(arguments.directory):
+        return None
+    kept = "autoattack" in (arguments.attacks or ATTACKS)
+    return "" if kept else "nothing is kept of it: these attacks are made anew"
+
+
 def run(arguments: argparse.Namespace) -> Output:
     """Evaluate one result, or two on the same images; or a file."""
     if evaluate_file.is_file(arguments.directory):
@@ -111,6 +120,11 @@ def run(arguments: argparse.Namespace) -> Output:
     evaluate_file.refuse(arguments)
     if arguments.attacks is None:
         arguments.attacks = ATTACKS
+    with held(arguments.directory if arguments.save else None):
+        return _judged(arguments)
+
+
+def _judged(arguments: argparse.Namespace) -> Output:
     result = result_from(arguments)
     other = None if arguments.compare is None else load(arguments.compare, model=arguments.model)
     threat, tree = _checked(arguments, result)

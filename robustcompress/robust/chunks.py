@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.errors import InputError, ResultError
+from robustcompress.interrupt import stop_if_asked
 from robustcompress.robust.autoattack import AutoAttackConfig, autoattack, suite_for, version
 from robustcompress.robust.judge import Judge, hash_of
 from robustcompress.robust.report import AttackResult, pack_flags
+
+CHUNK = 64
+"""Images that are attacked together where nobody says otherwise."""
 
 
 def autoattack_in_chunks(
@@ -28,6 +33,7 @@ def autoattack_in_chunks(
     config: AutoAttackConfig,
     time_limit_s: float | None,
     resume_dir: Path | None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> AttackResult:
     """Judge the first images with AutoAttack, chunk after chunk.
 
@@ -38,6 +44,7 @@ def autoattack_in_chunks(
         config: What to change of the standard.
         time_limit_s: Start no chunk that would not end in time, going by the slowest so far; but run one at least.
         resume_dir: Where finished chunks are kept, one JSON file each, and found again.
+        warn: Told once where they cannot be kept; the attack goes on.
 
     Returns:
         Flags of as many images as the time allowed.
@@ -46,7 +53,7 @@ def autoattack_in_chunks(
         InputError: `resume_dir` cannot be made, or is not a directory.
     """
     began = time.perf_counter()
-    size = min(config.chunk_size or (64 if time_limit_s is None else 16), judge.batch_size)
+    size = min(config.chunk_size or (CHUNK if time_limit_s is None else 16), judge.batch_size)
     suite = suite_for(num_classes, config)
     settings = {
         "suite": asdict(suite),
@@ -66,7 +73,7 @@ def autoattack_in_chunks(
     parts: list[Tensor] = []
     broken_by = dict.fromkeys(suite.attacks, 0)
     furthest = seconds = slowest = 0.0
-    severity = judge.no_mistakes()
+    severity, told = judge.no_mistakes(), False
     for at in range(0, len(clean), size):
         flags = clean[at : at + size]
         path: Path | None = None
@@ -78,10 +85,12 @@ def autoattack_in_chunks(
             elapsed = time.perf_counter() - began
             if slowest and time_limit_s is not None and elapsed + slowest > time_limit_s:
                 break
+            kept = "" if resume_dir is None else f"; what it has found so far is kept in {resume_dir}"
+            stop_if_asked(f"stopped after {at} of {len(clean)} images of AutoAttack{kept}")
             chunk = _attack_chunk(judge, flags, at, num_classes, config)
             slowest = max(slowest, chunk.seconds)
             if path is not None:
-                _write_atomically(path, chunk.to_json())
+                told = told or _keep(path, chunk, warn)
         parts.append(chunk.correct)
         furthest = max(furthest, chunk.max_perturbation)
         seconds += chunk.seconds
@@ -148,8 +157,15 @@ def _read_chunk(path: Path, n: int, attacks: tuple[str, ...]) -> AttackResult | 
     return chunk if chunk.n == n and set(chunk.broken_by) == set(attacks) else None
 
 
-def _write_atomically(path: Path, data: Mapping[str, Any]) -> None:
-    """Write so that a reader, also after a crash, sees the whole file or none."""
+def _keep(path: Path, chunk: AttackResult, warn: Callable[[str], None]) -> bool:
+    """Write so that a reader, also after a crash, sees the whole file or none; return whether it had to be given up."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(data), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(chunk.to_json()), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        warn(f"finished chunks of AutoAttack could not be kept in {path.parent} ({error.strerror})")
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        return True
+    return False

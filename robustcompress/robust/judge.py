@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robustcompress.interrupt import stop_if_asked
 from robustcompress.robust.attacks import AttackSpec
 from robustcompress.robust.hierarchy import Hierarchy, Severity
 from robustcompress.robust.report import AttackResult
@@ -95,6 +96,7 @@ class Judge:
         # An attack that drops what it has broken refills its batches from a larger pool.
         size = self.batch_size * (_POOL if spec.kind == "apgd-fast" else 1)
         for at in range(0, len(clean), size):
+            stop_if_asked(f"stopped after {at} of {len(clean)} images of {spec.name}")
             flags = clean[at : at + size]
             which = at + flags.nonzero().flatten()
             severity = self.wrong_anyway(severity, at, flags)

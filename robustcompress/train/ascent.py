@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -93,6 +93,14 @@ class Ascent:
     def note(self, loss: Tensor) -> None:
         """Add the loss found above, for `read`."""
         self._after = self._after + loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `read` will tell, so far."""
+        return {"before": self._before, "after": self._after, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self._before, self._after, self._count = state["before"], state["after"], int(state["count"])
 
     def read(self) -> dict[str, Any]:
         """What was done since the last call: the radius, and the mean loss before and after the ascent.

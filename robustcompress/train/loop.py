@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.data import Batches
-from robustcompress.errors import RobustCompressError
 from robustcompress.robust.attacks import eval_mode, kept_modes
 from robustcompress.robust.objectives import Objective
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.train.accumulate import step_in_parts
 from robustcompress.train.ascent import Ascent
+from robustcompress.train.care import LOOK_EVERY, Care, TrainingError
+from robustcompress.train.midway import Midway
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe
 from robustcompress.train.remat import rematerialised
@@ -27,10 +29,6 @@ from robustcompress.train.schedules import Schedule, lr_factor
 
 CLEAN_EVERY = 10
 """Clean training accuracy is looked at every so many steps: a full look would cost one more forward pass a step."""
-
-
-class TrainingError(RobustCompressError):
-    """The loss is no longer finite."""
 
 
 def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
@@ -48,6 +46,9 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: fl
     return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
 
 
+_SUMS = ("loss", "right", "clean_right", "seen", "clean_seen")
+
+
 @dataclass(slots=True)
 class _Meter:
     """Running means since the last `reset`; the tensors stay on the device until they are read."""
@@ -58,6 +59,14 @@ class _Meter:
     seen: int = 0
     clean_seen: int = 0
     started: float = field(default_factory=time.perf_counter)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SUMS} | {"seconds": time.perf_counter() - self.started}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in _SUMS:
+            setattr(self, name, state[name])
+        self.started = time.perf_counter() - state["seconds"]
 
     def read(self) -> dict[str, float]:
         metrics = {"loss": float(self.loss) / max(1, self.seen), "robust": float(self.right) / max(1, self.seen)}
@@ -93,6 +102,9 @@ def train(
     ascent: Ascent | None = None,
     start: int = 0,
     span: tuple[float, float] = (0.0, 1.0),
+    midway: Midway | None = None,
+    on_step: Callable[[int], None] | None = None,
+    care: Care | None = None,
 ) -> list[dict[str, Any]]:
     """Train for a number of epochs, which may be a fraction.
 
@@ -115,8 +127,11 @@ def train(
         autocast: Run forward passes in bfloat16.
         ascent: Compute gradients one ascent above the parameters, from its beginning on; loss and accuracies of the
             records are then those found there.
-        start: Steps that are done already, whole epochs of them: a resumed phase.
+        start: Steps that are done already: a resumed phase. Within an epoch `batches` counts that epoch already.
         span: Shares of the run's epochs at which this phase begins and ends, for objectives that change on the way.
+        midway: Holds what this loop remembers within an epoch; where `start` is within one, has it from a checkpoint.
+        on_step: Called with the number of steps done after each that ends no epoch.
+        care: What is done about steps that go wrong, in this phase and others; by default what the recipe says.
 
     Returns:
         One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s, and what
@@ -124,7 +139,7 @@ def train(
 
     Raises:
         InputError: There is an ascent, and the objective has no parts to use it with.
-        TrainingError: The loss became infinite or NaN.
+        TrainingError: Loss or gradient became infinite or NaN, or memory ran out for good.
     """
     progress = progress or Progress(enabled=False)
     steps = phase_steps(epochs, batches)
@@ -135,66 +150,115 @@ def train(
     history: list[dict[str, Any]] = []
     device_type = batches.images.pixels.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
+    midway, care = midway or Midway(), care or Care(recipe, say=progress.say)
     meter, done = _Meter(), start
+    midway.hold("meter", meter)
+    if ascent is not None:
+        midway.hold("ascent", ascent)
     with kept_modes(model), progress.phase(phase, steps, start) as bar:
         model.train()
-        for current, x, y in _stream(batches, objective, steps - start):
+        for current, x, y in _stream(batches, objective, start, steps, midway):
             for group in optimizer.param_groups:
-                group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
+                factor = lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
+                group["lr"] = lr * factor * care.factor
             optimizer.zero_grad(set_to_none=True)
+            make = functools.partial(
+                step_in_parts,
+                model=model,
+                x=x,
+                y=y,
+                objective=current.at(span[0] + (span[1] - span[0]) * done / steps),
+                threat=threat,
+                generator=generator,
+                precision=precision,
+                ascent=ascent if done >= ascends_from else None,
+            )
             with rematerialised(model) if recipe.checkpointing else contextlib.nullcontext():
-                step = step_in_parts(
-                    recipe.accumulate,
+                step, undo = care.step(
+                    make,
                     model,
-                    x,
-                    y,
-                    current.at(span[0] + (span[1] - span[0]) * done / steps),
-                    threat,
-                    generator=generator,
-                    precision=precision,
-                    ascent=ascent if done >= ascends_from else None,
+                    optimizer,
+                    generator,
+                    ascent,
+                    size=len(y),
+                    whole=objective.remembers,
+                    where={"phase": phase, "steps": done},
                 )
-            if recipe.clip_norm is not None:
-                moving = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(moving, recipe.clip_norm)
-            optimizer.step()
-            if ema is not None:
-                ema.update_parameters(model)
-            with precision:
-                _note(meter, model, step.loss, step.logits, step.clean_logits, x, y, look=done % CLEAN_EVERY == 0)
+            moving = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = None if recipe.clip_norm is None else nn.utils.clip_grad_norm_(moving, recipe.clip_norm)
+            told = f"phase {phase!r}, step {done + 1} of {steps}, lr={lr:g}"
+            try:
+                good = care.accepts(step.loss, moving, norm, told)
+            except TrainingError:
+                undo()
+                raise
+            if good:
+                optimizer.step()
+                if ema is not None:
+                    ema.update_parameters(model)
+                with precision:
+                    _note(meter, model, step.loss, step.logits, step.clean_logits, x, y, look=done % CLEAN_EVERY == 0)
+            else:
+                undo()
+                current.remember({})
             done += 1
+            if done % LOOK_EVERY == 0 or done % len(batches) == 0 or done == steps:
+                care.look(told)
             bar.advance(meter.read() if device_type == "cpu" or done % CLEAN_EVERY == 0 else {})
             if done % len(batches) == 0 or done == steps:
                 record: dict[str, Any] = {"phase": phase, "epoch": math.ceil(done / len(batches)), "steps": done}
                 record |= {"lr": optimizer.param_groups[0]["lr"], **meter.read()}
                 if ascent is not None:
                     record |= ascent.read()
-                if not math.isfinite(record["loss"]):
-                    raise TrainingError(
-                        f"the loss of phase {phase!r} is {record['loss']} after {done} steps; "
-                        f"lower the learning rate (lr={lr:g}) or set clip_norm=1.0"
-                    )
+                record |= care.read()
                 if on_epoch is not None:
                     on_epoch(record)
                 history.append(record)
                 if done < steps:
                     meter = _Meter()
+                    midway.hold("meter", meter)
+            elif on_step is not None:
+                on_step(done)
     return history
 
 
 def _stream(
-    batches: Batches, objective: Objective, steps: int
+    batches: Batches, objective: Objective, start: int, steps: int, midway: Midway
 ) -> Iterator[tuple[Objective, torch.Tensor, torch.Tensor]]:
-    """What each of the next steps minimises, and on what; an epoch has `len(batches)` steps, replays among them."""
-    while steps > 0:
-        current, left = objective.begin(), min(steps, len(batches))
-        steps -= left
-        for x, y in batches:
-            for _ in range(min(current.replays, left)):
+    """What each step from `start` on minimises, and on what; an epoch has `len(batches)` steps, replays among them."""
+    at = start % len(batches)
+    left = steps - start + at  # from the beginning of the epoch
+    while left > 0:
+        current = objective.begin()
+        midway.complete = not objective.remembers or current.memory() is not None
+        if objective.remembers:
+            midway.hold("objective", _Memory(current))
+        else:
+            midway.drop("objective")  # of an epoch before: what is trained on may have changed
+        first, replayed = divmod(at, current.replays)
+        stop = min(left, len(batches))
+        images = batches.iterate(batches.epoch - 1, start=first) if at else iter(batches)
+        for x, y in images:
+            again = min(current.replays - replayed, stop - at)
+            for _ in range(again):
                 yield current, x, y
-            left -= min(current.replays, left)
-            if left == 0:
+            at, replayed = at + again, 0
+            if at == stop:
                 break
+        left, at = left - stop, 0
+
+
+class _Memory:
+    """What an epoch's objective remembers, for `Midway`."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._objective.memory() or {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._objective.remember(state)
 
 
 @torch.no_grad()

@@ -11,6 +11,10 @@ from robustcompress.errors import Problems, nearest
 
 Optimizer = Literal["sgd", "adamw"]
 Averaging = Literal["ema", "swa"]
+NonFinite = Literal["stop", "skip"]
+
+HOW = ("compile", "nonfinite")
+"""Settings that say how a run is carried out, and not what is run: a checkpoint does not bind them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,9 @@ class Recipe:
             the step of the whole batch, but that batch norms see the statistics of a part.
         checkpointing: Keep the inputs of blocks alone and compute their activations again on the way back: less memory
             for one more forward pass with each backward one. Numbers stay the same.
+        nonfinite: What to do where a step's loss or gradient is infinite or NaN: "stop", with a checkpoint of the last
+            good state; or "skip" the step, and go on at a lower learning rate for a while (see `Care`). A run that
+            stopped goes on from its checkpoint with "skip".
     """
 
     optimizer: Optimizer = "sgd"
@@ -73,6 +80,7 @@ class Recipe:
     compile: bool = False
     accumulate: int = 1
     checkpointing: bool = False
+    nonfinite: NonFinite = "stop"
 
     def __post_init__(self) -> None:
         problems = Problems("the training recipe makes no sense")
@@ -80,6 +88,7 @@ class Recipe:
             ("optimizer", get_args(Optimizer)),
             ("averaging", get_args(Averaging)),
             ("augment", ("auto", *get_args(Augment))),
+            ("nonfinite", get_args(NonFinite)),
         ):
             if getattr(self, name) not in choices:
                 chosen = getattr(self, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +42,15 @@ class ScoreAscent(Ascent):
             self._chosen = self.gamma > 0
         self._flipped = self._flipped + self._share(steps, self.gamma)
         return self.gamma
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Ascent.state_dict`, with the radius that the epoch has chosen."""
+        return super().state_dict() | {"flipped": self._flipped, "gamma": self.gamma, "chosen": self._chosen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._flipped, self.gamma, self._chosen = state["flipped"], float(state["gamma"]), bool(state["chosen"])
 
     def read(self) -> dict[str, Any]:
         """As `Ascent.read`, with the mean share of mask bits flipped; the next epoch chooses its radius anew."""
