@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from robustcompress.distributed import ALONE
 from robustcompress.errors import InputError
 from robustcompress.robust.attacks import kept_buffers
 from robustcompress.robust.objective import Objective, ObjectiveStep
@@ -38,6 +39,7 @@ class Ascent:
 
     Attributes:
         label: The key under which `read` gives the radius.
+        world: The processes that share the batch, which the training loop says; each climbs on its own parts.
 
     Raises:
         InputError: The radius is out of range.
@@ -53,6 +55,7 @@ class Ascent:
         self._before: Tensor | float = 0.0
         self._after: Tensor | float = 0.0
         self._count = 0
+        self.world = ALONE
 
     @contextmanager
     def raised(self, model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[None]:
@@ -95,12 +98,12 @@ class Ascent:
         self._after = self._after + loss.detach()
 
     def read(self) -> dict[str, Any]:
-        """What was done since the last call: the radius, and the mean loss before and after the ascent.
+        """What was done since the last call, by all processes: the radius, and the mean loss before and after.
 
         Returns:
             Empty where no ascent was made.
         """
-        count, before, after = self._count, float(self._before), float(self._after)
+        count, before, after = self.world.totals([self._count, float(self._before), float(self._after)])
         self._count, self._before, self._after = 0, 0.0, 0.0
         return {self.label: self.gamma, "loss_before": before / count, "loss_after": after / count} if count else {}
 
@@ -223,6 +226,7 @@ def forward_backward(
     precision: AbstractContextManager[Any],
     ascent: Ascent | None,
     share: float = 1.0,
+    backward: Callable[[Tensor], None] = torch.autograd.backward,
 ) -> ObjectiveStep:
     """Leave the gradient of the objective in `.grad`: at the weights, or above them where there is an ascent.
 
@@ -238,6 +242,7 @@ def forward_backward(
         precision: Context of each forward pass; entered up to three times, one after the other.
         ascent: Where to compute the gradient; None for where the weights are.
         share: Factor of the gradient: which part of a batch these images are.
+        backward: Takes the loss times the share, and leaves the gradient.
 
     Returns:
         The objective's step, from above where there is an ascent.
@@ -245,7 +250,7 @@ def forward_backward(
     if ascent is None:
         with precision:
             step = objective.loss(model, x, y, threat, generator=generator)
-        torch.autograd.backward(step.loss if share == 1 else step.loss * share)
+        backward(step.loss if share == 1 else step.loss * share)
         return step
     with precision:
         x_adv = objective.attack(model, x, y, threat, generator=generator)
@@ -256,6 +261,6 @@ def forward_backward(
 
     with ascent.raised(model, lambda: evaluate().loss):
         step = evaluate()
-        torch.autograd.backward(step.loss if share == 1 else step.loss * share)
+        backward(step.loss if share == 1 else step.loss * share)
     ascent.note(step.loss)
     return step

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from robustcompress.data import Augment
 from robustcompress.errors import Problems, nearest
+from robustcompress.train.engine import COMPRESSIONS, Compression
 
 Optimizer = Literal["sgd", "adamw"]
 Averaging = Literal["ema", "swa"]
@@ -22,7 +23,7 @@ class Recipe:
         lr: Peak learning rate.
         momentum: SGD momentum, or AdamW's first beta.
         weight_decay: Applied to weights of more than one dimension only, not to batch norms and biases.
-        batch_size: Images a step.
+        batch_size: Images a step, those of all processes together.
         clip_norm: Gradients are scaled down to this Euclidean norm; None leaves them.
         ema: Largest decay of the averaged weights, which are what every strategy returns; 0 switches averaging off.
             The decay warms up as (1 + n) / (10 + n), so that short runs are averaged over their own length.
@@ -48,9 +49,13 @@ class Recipe:
         compile: Compile the passes of phases that train weights (`torch.compile`). Every new shape, and so every edit,
             costs some tens of seconds: it pays in long phases on a GPU.
         accumulate: Attack and pass each batch in so many parts, whose gradients are summed: the memory of a part, and
-            the step of the whole batch, but that batch norms see the statistics of a part.
+            the step of the whole batch, but that batch norms see the statistics of a part. Several processes (torchrun)
+            share the parts; at 1 there are then as many as processes.
         checkpointing: Keep the inputs of blocks alone and compute their activations again on the way back: less memory
             for one more forward pass with each backward one. Numbers stay the same.
+        gradient_compression: How gradients travel between processes: "none"; "fp16" or "bf16", rounded to half the
+            bytes; "powersgd", by low-rank factors (Vogels et al., NeurIPS 2019), with a memory of what was left out
+            that begins anew with every phase. One process sends none, and nothing changes there.
     """
 
     optimizer: Optimizer = "sgd"
@@ -73,6 +78,7 @@ class Recipe:
     compile: bool = False
     accumulate: int = 1
     checkpointing: bool = False
+    gradient_compression: Compression = "none"
 
     def __post_init__(self) -> None:
         problems = Problems("the training recipe makes no sense")
@@ -80,6 +86,7 @@ class Recipe:
             ("optimizer", get_args(Optimizer)),
             ("averaging", get_args(Averaging)),
             ("augment", ("auto", *get_args(Augment))),
+            ("gradient_compression", COMPRESSIONS),
         ):
             if getattr(self, name) not in choices:
                 chosen = getattr(self, name)

@@ -38,14 +38,15 @@ class ScoreAscent(Ascent):
     def radius(self, steps: Sequence[Tensor]) -> float:
         """The radius given, or the one that flips the wanted share along the epoch's first `steps`."""
         if self._target is not None and not self._chosen:
-            self.gamma = calibrate(lambda gamma: float(self._share(steps, gamma)), self._target)
+            # On the step's first part, which is the first process's.
+            self.gamma = self.world.broadcast(calibrate(lambda gamma: float(self._share(steps, gamma)), self._target))
             self._chosen = self.gamma > 0
         self._flipped = self._flipped + self._share(steps, self.gamma)
         return self.gamma
 
     def read(self) -> dict[str, Any]:
         """As `Ascent.read`, with the mean share of mask bits flipped; the next epoch chooses its radius anew."""
-        count, flipped = self._count, float(self._flipped)
+        count, flipped = self.world.totals([self._count, float(self._flipped)])
         record = super().read()
         self._flipped = 0.0
         self._chosen = self._target is None
