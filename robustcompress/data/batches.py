@@ -116,6 +116,10 @@ class Batches:
         full, rest = divmod(len(self.images), self._own)
         return full + (rest > 0 and not self.drop_last)
 
+    def size(self, index: int) -> int:
+        """How many images batch `index` of an epoch has."""
+        return min(self._own, len(self.images) - index * self._own) + self._theirs
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
         return self.iterate(epoch)
@@ -138,7 +142,7 @@ class Batches:
         others = self._others(epoch)
         for index in range(start, len(self)):
             begin, end = index * self._own, min((index + 1) * self._own, len(self.images))
-            wanted = slice(0, end - begin + self._theirs) if parts is None else parts.rows(end - begin + self._theirs)
+            wanted = slice(0, self.size(index)) if parts is None else parts.rows(self.size(index))
             part = slice(begin + wanted.start, min(begin + wanted.stop, end))
             chosen = order[part]
             batch, y = pixels[chosen], labels[chosen]

@@ -14,6 +14,7 @@ from robustcompress.train.ema import average_epoch, averaged, equally_averaged, 
 from robustcompress.train.frozen import frozen, frozen_but
 from robustcompress.train.guard import Guard, make_guard
 from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps, train
+from robustcompress.train.midway import Midway
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe, augmentation
 from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor
@@ -28,6 +29,7 @@ __all__ = [
     "Ascent",
     "CompiledNetwork",
     "Guard",
+    "Midway",
     "Progress",
     "Recipe",
     "Schedule",

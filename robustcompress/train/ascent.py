@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -46,6 +46,7 @@ class Ascent:
     """
 
     label: ClassVar[str] = "awp"
+    _summed: ClassVar[tuple[str, ...]] = ("_before", "_after", "_count")
 
     def __init__(self, parameters: Sequence[nn.Parameter], gamma: float, *, begins: float = 0.0) -> None:
         check_gamma(gamma)
@@ -97,13 +98,30 @@ class Ascent:
         """Add the loss found above, for `read`."""
         self._after = self._after + loss.detach()
 
+    def sums(self) -> list[Tensor | float]:
+        """What `read` makes its means of; processes add up theirs behind every step."""
+        return [getattr(self, name) for name in self._summed]
+
+    def take_sums(self, values: Sequence[Tensor | float]) -> None:
+        """Take others in the place of `sums`."""
+        for name, value in zip(self._summed, values, strict=True):
+            setattr(self, name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `read` will tell, so far."""
+        return {"before": self._before, "after": self._after, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self._before, self._after, self._count = state["before"], state["after"], int(state["count"])
+
     def read(self) -> dict[str, Any]:
-        """What was done since the last call, by all processes: the radius, and the mean loss before and after.
+        """What was done since the last call: the radius, and the mean loss before and after the ascent.
 
         Returns:
             Empty where no ascent was made.
         """
-        count, before, after = self.world.totals([self._count, float(self._before), float(self._after)])
+        count, before, after = int(self._count), float(self._before), float(self._after)
         self._count, self._before, self._after = 0, 0.0, 0.0
         return {self.label: self.gamma, "loss_before": before / count, "loss_after": after / count} if count else {}
 

@@ -116,6 +116,13 @@ class Engine:
         if done:
             _copy([*floating, *counters], [*sums, *after])
 
+    def totals(self, values: Sequence[Tensor | float], device: torch.device) -> list[Tensor | float]:
+        """Sums of numbers over all processes, exchanged at once; of one process the numbers as they are."""
+        if self.world.size == 1:
+            return list(values)
+        numbers = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
+        return list(self.world.sum_(torch.stack(numbers)))
+
     def close(self) -> None:
         """Let go of the parameters: hooks of a wrapper must not outlive the phase."""
         if self._wrapped is not None:
