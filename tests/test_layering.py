@@ -16,6 +16,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
     {"errors"},
+    {"distributed"},
     {"structure", "robust", "data", "models"},
     {"min_robust"},
     {"budget", "latency"},
@@ -36,6 +37,7 @@ LAYERS = [
     {"teacher_source"},
     {"resolve", "calibration"},
     {"outcome"},
+    {"identity"},
     {"series"},
     {"smallest"},
     {"api"},

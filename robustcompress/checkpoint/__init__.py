@@ -1,5 +1,6 @@
 """Checkpoints: a killed run goes on where it was."""
 
+from robustcompress.checkpoint.agreement import agree, digest
 from robustcompress.checkpoint.files import Checkpoint, check_directory, read, remove, shrink, write
 from robustcompress.checkpoint.identity import fingerprint, same_run
 from robustcompress.checkpoint.journal import Journal
@@ -10,7 +11,9 @@ __all__ = [
     "Journal",
     "State",
     "Stateful",
+    "agree",
     "check_directory",
+    "digest",
     "fingerprint",
     "read",
     "remove",

@@ -20,6 +20,7 @@ from robustcompress.checkpoint.files import Checkpoint, read, write
 from robustcompress.checkpoint.identity import same_run
 from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.checkpoint.state import State
+from robustcompress.distributed import ALONE, World
 from robustcompress.errors import CheckpointError, OutOfTime
 
 T = TypeVar("T")
@@ -30,13 +31,16 @@ class Journal:
 
     Args:
         directory: Holds the checkpoint, or will.
-        identity: What makes a run the same run, as plain JSON by name (see `compress`).
+        identity: What makes a run the same run, as plain JSON by name (see `compress`), given that of the run that is
+            recorded there already: what may be left open follows it.
         versions: Versions by name; a difference is said, and no error.
         every_s: Least seconds between two writes within a phase, within an epoch or at its end.
         deadline: When to stop, on the clock of `time.monotonic`; None for never.
         say: Tells the person who waits.
+        world: The processes of the run, each of which has a journal of it; the first alone reads and writes.
 
     Attributes:
+        identity: Of this run.
         replaying: Whether the script has not yet reached the point where the run was interrupted.
 
     Raises:
@@ -47,15 +51,17 @@ class Journal:
     def __init__(
         self,
         directory: Path,
-        identity: Mapping[str, Any],
+        identity: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         *,
         versions: Mapping[str, str],
         every_s: float = 60.0,
         deadline: float | None = None,
         say: Callable[[str], None] = lambda line: None,
+        world: World = ALONE,
     ) -> None:
         self.directory = directory
-        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.identity: dict[str, Any] = {}
+        self._identify, self._world = identity, world
         self._versions = dict(versions)
         self._every_s = every_s
         self._deadline = deadline
@@ -202,9 +208,12 @@ class Journal:
         return self._here | {"ended": [len(history), len(self._decisions)]}
 
     def _write(self, done: int, history: list[dict[str, Any]], state: State, *, within: bool = False) -> None:
+        self._written = time.monotonic()
+        if not self._world.first:
+            return
         tensors, record = state.gather(within=within)
         run = {
-            "identity": self._identity,
+            "identity": self.identity,
             "versions": self._versions,
             "phases": self._phases,
             "phase": self._ended(history) | {"done": done},
@@ -225,8 +234,9 @@ class Journal:
         return f"remove {self.directory} to begin anew"
 
     def _open(self) -> Checkpoint | None:
-        found = read(self.directory)
+        found = self._read()
         if found is None:
+            self.identity = json.loads(json.dumps(self._identify({})))
             return None
         try:
             record = found.record
@@ -240,7 +250,8 @@ class Journal:
             sound = False
         if not sound:
             raise CheckpointError(f"the checkpoint in {self.directory} is damaged; {self._remedy}")
-        same_run(f"checkpoint={self.directory}", identity, self._identity)
+        self.identity = json.loads(json.dumps(self._identify(identity)))
+        same_run(f"checkpoint={self.directory}", identity, self.identity)
         for name in sorted(versions.keys() | self._versions.keys()):
             if versions.get(name) != self._versions.get(name):
                 self._say(
@@ -250,10 +261,18 @@ class Journal:
         self._say(f"going on with the run in {self.directory}")
         return found
 
+    def _read(self) -> Checkpoint | None:
+        def tell() -> list[Any] | None:
+            found = read(self.directory)
+            return None if found is None else [found.record, found.tensors, found.small]
+
+        told = self._world.only_first(tell)
+        return None if told is None else Checkpoint(record=told[0], tensors=told[1], small=told[2])
+
     def _is_late(self) -> bool:
         if self._deadline is None or self._last_epoch is None:
             return False
-        return time.monotonic() + self._last_epoch > self._deadline
+        return self._world.broadcast(time.monotonic() + self._last_epoch > self._deadline)
 
     def _stop_in_time(self, phase: str, done: int, steps: int) -> None:
         if self._is_late():

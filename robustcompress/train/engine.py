@@ -134,7 +134,9 @@ class Engine:
         reached = _leaves(loss)
         spare = self.world.any(any(id(p) not in reached for p in self._parameters))
         wrapped = DistributedDataParallel(
-            _Holder(self._parameters), broadcast_buffers=False, find_unused_parameters=spare
+            _Holder(self._parameters),
+            find_unused_parameters=spare,
+            init_sync=False,  # they are equal already, and the graph of this loss must not see them written to
         )
         _compress(wrapped, self._compression)
         return wrapped
