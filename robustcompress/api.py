@@ -29,7 +29,7 @@ from robustcompress.result import CompressResult
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
-from robustcompress.series import AUTOATTACK
+from robustcompress.series import AUTOATTACK, REQUEST, digest_of
 from robustcompress.session import Goal, Session
 from robustcompress.smallest import find_smallest, workplace
 from robustcompress.strategies import Strategy
@@ -160,6 +160,7 @@ def carry_out(
     progress: bool = True,
     started: float | None = None,
     on_saved: Callable[[Path], None] | None = None,
+    keep: bool = False,
 ) -> CompressResult:
     """Do what `compress()` does, for arguments that are resolved.
 
@@ -168,13 +169,15 @@ def carry_out(
         progress: Show progress.
         started: When the call came, on the clock of `time.monotonic`; now where None.
         on_saved: Told where the result was saved, if it was: beside `out` if that place was taken meanwhile.
+        keep: Leave the checkpoint: the result is not safe yet, and the caller removes it.
     """
     started = time.monotonic() if started is None else started
     world = start()
     progress &= world.first
     if request.budget.demand is not None:
-        return _carry_out_smallest(request, Progress(progress), started, on_saved)
+        return _carry_out_smallest(request, Progress(progress), started, on_saved, keep)
     splits, chosen, seed = request.data, request.strategy, request.seed
+    digest = digest_of(request)  # now: the model is edited in place
     shown = Progress(progress, title=chosen.name)
     session, untouched, journal = open_session(request, shown, started)
     editor, goal, before = session.editor, session.goal, session.goal.reference
@@ -192,7 +195,8 @@ def carry_out(
     compact = closed(session.model)
     check_outcome(chosen, compact, example, request.budget, before)
     times = final_latency(session, stopwatch, compact, request.latency_table)
-    report = report_on(compact, request, shown)
+    chunks = None if request.checkpoint is None else request.checkpoint / AUTOATTACK
+    report = report_on(compact, request, shown, resume_dir=chunks)
     cpu_example = torch.zeros(1, *splits.image_shape)
     sparse = request.budget.density is not None  # only zeros compress, and compressing takes its time
     result = CompressResult(
@@ -208,6 +212,7 @@ def carry_out(
         threat=request.threat,
         data=describe_data(goal.data),
         settings=settings_of(goal, request.device, session.history)
+        | {REQUEST: digest}
         | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
     )
@@ -215,7 +220,7 @@ def carry_out(
         saved = Path(world.only_first(functools.partial(_saved, result, request.out, shown)))
         if on_saved is not None:
             on_saved(saved)
-    if journal is not None and world.first:
+    if journal is not None and world.first and not keep:
         remove(journal.directory)
     return result
 
@@ -304,7 +309,7 @@ def _teacher(request: Request, reference: nn.Module) -> Teacher | None:
 
 
 def _carry_out_smallest(
-    request: Request, shown: Progress, started: float, on_saved: Callable[[Path], None] | None
+    request: Request, shown: Progress, started: float, on_saved: Callable[[Path], None] | None, keep: bool
 ) -> CompressResult:
     """Look for the smallest network that meets the demand; then, and only then, look at the test images."""
     demand = request.budget.demand
@@ -314,13 +319,15 @@ def _carry_out_smallest(
             "min_robust compresses several networks one after the other, in one process: start it without torchrun, or "
             "give a size, such as Budget(macs=0.5)"
         )
+    digest = digest_of(request)
     for note in request.data.notes:
         shown.say(note)
-    with workplace(request.checkpoint) as place:
+    with workplace(request.checkpoint, keep=keep) as place:
         found = find_smallest(request, place, carry_out, shown, started)
         attacks = tuple(dict.fromkeys((*request.attacks, attack_by_name(demand.attack))))
         report = report_on(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
-        result = replace(found, budget=request.budget.to_json(), report=report)
+        settings = {**found.settings, REQUEST: digest}
+        result = replace(found, budget=request.budget.to_json(), report=report, settings=settings)
         if not demand.holds(report) and report is not None:
             final = report.result(demand.attack)
             shown.say(

@@ -6,15 +6,20 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from robustcompress import __version__
 from robustcompress.commands import COMMANDS
-from robustcompress.errors import BudgetError, InputError, ParityError, ResultError, RobustCompressError
+from robustcompress.errors import BudgetError, InputError, Interrupted, ParityError, ResultError, RobustCompressError
+from robustcompress.interrupt import graceful
 from robustcompress.terminal import Output
 
 OK, FAILED, BAD_INPUT, OVER_BUDGET, NO_PARITY, INTERRUPTED = 0, 1, 2, 3, 4, 130
+SIGNALLED = 128
+"""A signal that stopped a command is told by this plus its number, as shells do."""
 
 EXIT_CODES = """\
 exit codes:
@@ -23,7 +28,8 @@ exit codes:
   2    bad input: an argument, a file, a model or a saved result cannot be used
   3    the budget cannot be reached, or the model already meets it
   4    the written file does not compute what the model computes, or loses more accuracy than it may
-  130  interrupted"""
+  130  interrupted (Ctrl-C); 143 where SIGTERM did it. A long command stops after the step it is at, and says how the
+       same command goes on; the second Ctrl-C stops at once"""
 
 EXAMPLES = """\
 examples:
@@ -74,11 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help, or what is wrong
         return int(stop.code or OK)
+    tell = getattr(arguments.command, "if_stopped", None)  # of long commands alone
+    lost: str | None = None if tell is None else tell(arguments)
     try:
         # Libraries that print while they work must not spoil the one document on standard output.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), graceful() if lost is not None else contextlib.nullcontext():
             output: Output = arguments.command.run(arguments)
         _print(output, as_json=arguments.json)
+    except Interrupted as stop:
+        return _stopped(stop, lost or "", _this_command(argv), as_json=arguments.json)
     except (RobustCompressError, OSError) as error:
         code, message = _explain(error)
         print(f"error: {message}", file=sys.stderr)
@@ -90,6 +100,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return OK
+
+
+def _stopped(stop: Interrupted, lost: str, again: str, *, as_json: bool) -> int:
+    """Say what was stopped, and how it goes on; return the exit code."""
+    code, message = SIGNALLED + stop.signal, str(stop).partition("; the same call")[0]
+    print(f"interrupted: {message}", lost or f"go on with:\n  {again}", sep="\n", file=sys.stderr)
+    if as_json:
+        error = {"kind": type(stop).__name__, "message": message}
+        print(json.dumps({"error": error, "exit_code": code, "resume": None if lost else again}, indent=1))
+    return code
+
+
+def _this_command(argv: Sequence[str] | None) -> str:
+    """What a shell has to be given to do the same again."""
+    words = sys.argv[1:] if argv is None else argv
+    program = ["robustcompress"]
+    if Path(sys.argv[0]).name == "__main__.py":
+        program = [sys.executable, "-m", "robustcompress"]
+    elif Path(sys.argv[0]).name == "robustcompress":
+        program = [sys.argv[0]]
+    return shlex.join([*program, *(str(word) for word in words)])
 
 
 def _print(output: Output, *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 from robustcompress.checkpoint import Journal, State, Stateful
 from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.distributed import ALONE, World
+from robustcompress.interrupt import listen, stop_if_asked
 from robustcompress.train import Progress
 
 T = TypeVar("T")
@@ -118,8 +119,15 @@ class Run(ABC):
         with self.progress.phase(phase, times, done) as bar:
             for number in range(done, times):
                 bar.advance(act(number))
+                listen(self.world)
                 if self._journal is not None and state is not None:
                     self._journal.epoch_done(number + 1, self.history, state)
+                else:
+                    self._stop_if_asked(phase)
+
+    def _stop_if_asked(self, phase: str) -> None:
+        """For a run that is recorded nowhere; a journal looks itself, after it has written."""
+        stop_if_asked(f"stopped in phase {phase!r}; nothing is kept of this run, which had no checkpoint")
 
     def record(self, record: dict[str, Any]) -> None:
         """Add a record to the history."""

@@ -281,10 +281,14 @@ class Session(BudgetedRun):
             self.record(record)
             if self._journal is not None and state is not None:
                 self._journal.epoch_done(record["steps"], self.history, state)
+            else:
+                self._stop_if_asked(phase)
 
         def on_step(done: int) -> None:
             if self._journal is not None and state is not None:
                 self._journal.step_done(done, self.history, state)
+            else:
+                self._stop_if_asked(phase)
 
         # Gates are hooks, opaque to a compiler.
         compiles = self.goal.recipe.compile and self.goal.objective.compiles and optimizer is self._optimizer

@@ -17,6 +17,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"distributed"},
+    {"interrupt"},
     {"structure", "robust", "data", "models"},
     {"min_robust"},
     {"budget", "latency"},

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from robustcompress.errors import CheckpointError, InputError
 
 FORMAT = 1
 INDEX = "checkpoint.json"
+AUTOATTACK = "autoattack"
+"""Directory, beside the checkpoint's files, in which finished chunks of AutoAttack are kept."""
+
 SMALL_FILE = 15 * 2**20
 """The largest file of a small checkpoint, in bytes (safetensors' own header included)."""
 
@@ -160,6 +164,7 @@ def remove(directory: str | Path) -> None:
     (directory / INDEX).unlink(missing_ok=True)
     (directory / f"{INDEX}.part").unlink(missing_ok=True)
     _forget(directory, set())
+    shutil.rmtree(directory / AUTOATTACK, ignore_errors=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
 
@@ -179,7 +184,7 @@ def check_directory(directory: Path, *, also: str = "") -> None:
         raise InputError(f"checkpoint={directory} is a file; name a directory")
     else:
         place = directory
-        known = {INDEX, f"{INDEX}.part"}
+        known = {INDEX, f"{INDEX}.part", AUTOATTACK}
         strange = (path for path in directory.iterdir() if path.name not in known and _ours(path) is None)
         others = sorted(path.name for path in strange if not re.fullmatch(also, path.name))
         if others:

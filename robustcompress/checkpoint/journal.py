@@ -22,6 +22,7 @@ from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.checkpoint.state import State
 from robustcompress.distributed import ALONE, World
 from robustcompress.errors import CheckpointError, OutOfTime
+from robustcompress.interrupt import asked, stop_if_asked
 
 T = TypeVar("T")
 
@@ -174,7 +175,7 @@ class Journal:
             state: Where the run's state lives.
 
         Raises:
-            OutOfTime: The deadline would be missed.
+            OutOfTime: The deadline would be missed, or a signal asked to stop.
         """
         now = time.monotonic()
         if self._mark is not None:
@@ -183,8 +184,9 @@ class Journal:
         steps = self._here["steps"]
         # At a phase's end nothing is known of what comes next, which may be nothing: `enter` looks at the clock there.
         late = done < steps and self._is_late()
-        if late or done == steps or self._is_due():
+        if late or done == steps or self._is_due() or asked():
             self._write(done, history, state)
+        self._stop_if_asked(done)
         if done == steps:
             self._phases.append(self._ended(history))
         elif late:
@@ -197,9 +199,13 @@ class Journal:
             done: Steps done in the phase.
             history: The run's history.
             state: Where the run's state lives.
+
+        Raises:
+            Interrupted: A signal asked to stop.
         """
-        if self._is_due() and (state.midway is None or state.midway.complete):
+        if (self._is_due() or asked()) and (state.midway is None or state.midway.complete):
             self._write(done, history, state, within=True)
+            self._stop_if_asked(done)
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._written >= self._every_s
@@ -273,6 +279,12 @@ class Journal:
         if self._deadline is None or self._last_epoch is None:
             return False
         return self._world.broadcast(time.monotonic() + self._last_epoch > self._deadline)
+
+    def _stop_if_asked(self, done: int) -> None:
+        stop_if_asked(
+            f"stopped in phase {self._here['name']!r} after {done} of {self._here['steps']} steps; the same call with "
+            f"checkpoint={str(self.directory)!r} goes on from there"
+        )
 
     def _stop_in_time(self, phase: str, done: int, steps: int) -> None:
         if self._is_late():

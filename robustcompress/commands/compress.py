@@ -28,6 +28,14 @@ from robustcompress.commands.arguments import (
     recipe_from,
     teacher_from,
 )
+from robustcompress.commands.keeping import (
+    add_keeping_arguments,
+    checkpoint_of,
+    discard,
+    finished,
+    if_stopped,
+    is_result,
+)
 from robustcompress.errors import InputError, Problems
 from robustcompress.min_robust import Axis, MinRobust, trials_of
 from robustcompress.models import build_model
@@ -35,8 +43,10 @@ from robustcompress.resolve import resolve
 from robustcompress.result import check_target
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.strategies import Strategy, make_strategy
-from robustcompress.terminal import Output
+from robustcompress.terminal import Output, say
 from robustcompress.train import resolve_device
+
+__all__ = ["DESCRIPTION", "EXAMPLES", "NAME", "SUMMARY", "add_arguments", "if_stopped", "run"]
 
 NAME = "compress"
 SUMMARY = "make a compact, robust model"
@@ -70,13 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", type=assignment, action="append", default=[], metavar="K=V", help="an option of the strategy"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="save the result here; must not exist")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="keep a checkpoint here every minute; the same command goes on from it after a kill",
-    )
+    add_keeping_arguments(parser)
     add_run_arguments(parser)
     budget = parser.add_argument_group("budget", "every limit given must hold; half the multiply-adds where none is")
     budget.add_argument("--macs", type=float, metavar="F", help="multiply-adds, as a fraction of the reference")
@@ -151,7 +155,8 @@ def run(arguments: argparse.Namespace) -> Output:
     problems.attempt(lambda: resolve_device(arguments.device))
     for attack in arguments.attacks:
         problems.attempt(lambda attack=attack: attack_by_name(attack))  # type: ignore[misc]
-    if arguments.out is not None:
+    checkpoint, there = checkpoint_of(arguments), is_result(arguments.out)
+    if arguments.out is not None and not there:
         problems.attempt(lambda: check_target(arguments.out))
     torch.manual_seed(arguments.seed)  # the reference's first weights belong to the seed
     built = problems.attempt(lambda: build_model(arguments.model, **dict(arguments.model_arg)))
@@ -175,15 +180,21 @@ def run(arguments: argparse.Namespace) -> Output:
         test_images=arguments.test_images,
         seed=arguments.seed,
         device=arguments.device,
-        out=arguments.out,
-        checkpoint=arguments.checkpoint,
+        out=None if there else arguments.out,
+        checkpoint=checkpoint,
         latency_table=arguments.latency_table,
         finetune=finetune,
         teacher=teacher,
     )
     request = replace(request, spec=spec)  # a factory of the user's own is known here, though not from the model alone
     places: list[Path] = []
-    result = carry_out(request, progress=not arguments.quiet, on_saved=places.append)
+    result = finished(request, arguments.out)
+    if result is None:
+        result = carry_out(request, progress=not arguments.quiet, on_saved=places.append)
+    else:
+        places.append(arguments.out)
+        say(f"{arguments.out} holds the finished result of this very command")
+        discard(checkpoint)
     saved = "nothing was saved: pass --out DIR to keep the model"
     if places:
         saved = f"saved to {places[0]}; next: robustcompress export --onnx {places[0]}"

@@ -104,6 +104,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_file.add_arguments(parser)
 
 
+def if_stopped(arguments: argparse.Namespace) -> str | None:
+    """What is lost when the command is stopped; None for a file, where it cannot be stopped midway."""
+    if evaluate_file.is_file(arguments.directory):
+        return None
+    kept = "autoattack" in (arguments.attacks or ATTACKS)
+    return "" if kept else "nothing is kept of it: these attacks are made anew"
+
+
 def run(arguments: argparse.Namespace) -> Output:
     """Evaluate one result, or two on the same images; or a file."""
     if evaluate_file.is_file(arguments.directory):

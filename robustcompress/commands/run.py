@@ -8,13 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from robustcompress.api import carry_out
 from robustcompress.certify import save_certificate
 from robustcompress.commands.certify import shown as shown_certificate
+from robustcompress.commands.keeping import (
+    add_keeping_arguments,
+    checkpoint_of,
+    discard,
+    finished,
+    if_stopped,
+    is_result,
+)
+from robustcompress.data import DataSplits
 from robustcompress.errors import InputError
 from robustcompress.recipe import RunRecipe, merged, read_yaml
-from robustcompress.result import check_target
-from robustcompress.terminal import Output, evaluation_bar, table
+from robustcompress.result import CompressResult, check_target
+from robustcompress.series import AUTOATTACK
+from robustcompress.terminal import Output, evaluation_bar, say, table
 from robustcompress.train import resolve_device
+
+__all__ = ["DESCRIPTION", "EXAMPLES", "NAME", "SUMMARY", "add_arguments", "if_stopped", "run"]
 
 NAME = "run"
 SUMMARY = "carry out a recipe: one YAML file that says everything about a run"
@@ -40,10 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a key of the recipe; dots lead inside, as in training.lr=0.05",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="save the result here; must not exist")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="keep a checkpoint here; the same command then goes on from it"
-    )
+    add_keeping_arguments(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--check", action="store_true", help="only check the recipe and its data, and show it in full")
@@ -59,35 +69,32 @@ def run(arguments: argparse.Namespace) -> Output:
     except InputError as error:
         raise InputError(f"{arguments.recipe}: {error}") from error
     device = resolve_device(arguments.device)
-    if arguments.out is not None:
+    checkpoint, there = checkpoint_of(arguments), is_result(arguments.out)
+    if arguments.out is not None and not there:
         check_target(arguments.out)
     data = recipe.load_data()
     if arguments.check:
         return _shown(recipe)
-    result = recipe.run(
-        data,
-        device=device,
-        progress=not arguments.quiet,
-        out=arguments.out,
-        checkpoint=arguments.checkpoint,
-    )
-    if arguments.quiet:
-        report = recipe.judge(result, data, device=device)
+    # With a checkpoint the network is saved once it has been attacked: until then the checkpoint holds it.
+    first = None if there or checkpoint is not None else arguments.out
+    request = recipe.request(data, device=device, out=first, checkpoint=checkpoint)
+    said = {"run": _without_places(recipe.to_json())}
+    result = finished(request, arguments.out, **said)
+    if result is None:
+        trained = carry_out(request, progress=not arguments.quiet, keep=True)
+        result = _judged(recipe, trained, data, arguments, checkpoint, said)
     else:
-        with evaluation_bar(recipe.strategy.name) as advance:
-            report = recipe.judge(result, data, device=device, progress=advance)
-    curve = recipe.security_curve(result, data, device=device)
-    said = {"run": _without_places(recipe.to_json()), **({"curve": curve} if curve else {})}
-    result = replace(result, report=report, settings={**result.settings, **said})
+        say(f"{arguments.out} holds the finished result of this very command")
+    curve = list(result.settings.get("curve", ()))
     saved = "nothing was saved: pass --out DIR to keep the model"
     if arguments.out is not None:
-        result.save(arguments.out, overwrite=True)  # now with the report; the network was saved before it was attacked
         saved = f"saved to {arguments.out}; next: robustcompress export --onnx {arguments.out}"
     # After the report is safe: a network that cannot be bounded is refused here.
     with contextlib.nullcontext() if arguments.quiet else evaluation_bar(recipe.strategy.name) as advance:
         certificate = recipe.certify(result, data, device=device, progress=advance)
     if certificate is not None and arguments.out is not None:
         save_certificate(arguments.out, certificate)
+    discard(checkpoint)
     parts: list[Any] = [str(result), ""]
     if curve:
         rows = [[f"{point['eps']:.4g}", f"{100 * point['accuracy']:.1f}", f"{point['n']:.0f}"] for point in curve]
@@ -102,6 +109,27 @@ def run(arguments: argparse.Namespace) -> Output:
         "out": str(arguments.out) if arguments.out is not None else None,
     }
     return Output(document=document, parts=(*parts, saved))
+
+
+def _judged(
+    recipe: RunRecipe,
+    result: CompressResult,
+    data: DataSplits,
+    arguments: argparse.Namespace,
+    checkpoint: Path | None,
+    said: dict[str, Any],
+) -> CompressResult:
+    """Attack the network as the recipe says, and save it with what came of that."""
+    device = resolve_device(arguments.device)
+    chunks = None if checkpoint is None else checkpoint / AUTOATTACK
+    with contextlib.nullcontext() if arguments.quiet else evaluation_bar(recipe.strategy.name) as advance:
+        report = recipe.judge(result, data, device=device, progress=advance, resume_dir=chunks)
+    if curve := recipe.security_curve(result, data, device=device):
+        said = said | {"curve": curve}
+    result = replace(result, report=report, settings={**result.settings, **said})
+    if arguments.out is not None:
+        result.save(arguments.out, overwrite=checkpoint is None)
+    return result
 
 
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.errors import InputError, ResultError
+from robustcompress.interrupt import listen, stop_if_asked
 from robustcompress.robust.autoattack import AutoAttackConfig, autoattack, suite_for, version
 from robustcompress.robust.judge import Judge, hash_of
 from robustcompress.robust.report import AttackResult, pack_flags
@@ -80,6 +81,10 @@ def autoattack_in_chunks(
         elapsed = time.perf_counter() - began
         late = bool(slowest) and time_limit_s is not None and elapsed + slowest > time_limit_s
         stopped = bool(missing) and judge.world.broadcast(late)
+        listen(judge.world)
+        if missing and not stopped:
+            told = "" if resume_dir is None else f"; what it has found so far is kept in {resume_dir}"
+            stop_if_asked(f"stopped after {first} of {len(clean)} images of AutoAttack{told}")
         if kept is None and len(flags) and not stopped:
             kept = _attack_chunk(judge, flags, at, num_classes, config)
             if path is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.distributed import ALONE, World
+from robustcompress.interrupt import listen, stop_if_asked
 from robustcompress.robust.attacks import AttackSpec
 from robustcompress.robust.hierarchy import Hierarchy, Severity
 from robustcompress.robust.report import AttackResult
@@ -108,6 +109,8 @@ class Judge:
         size = self.batch_size * (_POOL if spec.kind == "apgd-fast" else 1)
         starts, judged = range(0, len(clean), size), dict[int, Judged]()
         for number, at in enumerate(starts):
+            listen(self.world)
+            stop_if_asked(f"stopped after {at} of {len(clean)} images of {spec.name}")
             flags = clean[at : at + size]
             if number not in self.world.share(len(starts)):
                 spec.draw(int(flags.sum()), self.pixels.shape[1:], self.threat, generator=generator)
