@@ -129,28 +129,29 @@ def compress(
     world = start()
     request = world.together(
         lambda: resolve(
-        model=model,
-        strategy=strategy,
-        data=data,
-        budget=budget,
-        threat=threat,
-        objective=objective,
-        epochs=epochs,
-        recipe=recipe,
-        round_to=round_to,
-        attacks=attacks,
-        test_images=test_images,
-        seed=seed,
-        device=device,
-        out=out,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        checkpoint_every_s=checkpoint_every_s,
-        deadline=deadline,
-        latency_table=latency_table,
-        finetune=finetune,
-        teacher=teacher,
-    ))
+            model=model,
+            strategy=strategy,
+            data=data,
+            budget=budget,
+            threat=threat,
+            objective=objective,
+            epochs=epochs,
+            recipe=recipe,
+            round_to=round_to,
+            attacks=attacks,
+            test_images=test_images,
+            seed=seed,
+            device=device,
+            out=out,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            checkpoint_every_s=checkpoint_every_s,
+            deadline=deadline,
+            latency_table=latency_table,
+            finetune=finetune,
+            teacher=teacher,
+        )
+    )
     return carry_out(request, progress=progress, started=started)
 
 

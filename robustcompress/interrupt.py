@@ -56,8 +56,8 @@ def graceful() -> Iterator[None]:
 
     The work then raises `Interrupted`, with its checkpoint written where it keeps one. The second signal stops it at
     once, as `KeyboardInterrupt` (but not under torchrun, which passes on what the terminal has sent to all already, and
-    kills who takes longer than half a minute). Outside the main thread, which alone may say what signals do, nothing changes. A
-    signal that is ignored, as Ctrl-C is in a shell's background, stays ignored.
+    kills who takes longer than half a minute). Outside the main thread, which alone may say what signals do, nothing
+    changes. A signal that is ignored, as Ctrl-C is in a shell's background, stays ignored.
     """
     global _asked, _agreed
     if threading.current_thread() is not threading.main_thread():

@@ -80,7 +80,8 @@ class Run(ABC):
             return self.world.broadcast(to_plain(name, compute()))
 
         if self._journal is not None:
-            return self._journal.decide(name, agreed, self.generator)
+            decided: T = self._journal.decide(name, agreed, self.generator)
+            return decided
         result: T = from_plain(agreed())
         return result
 

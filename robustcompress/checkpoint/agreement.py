@@ -54,9 +54,7 @@ def agree(world: World, phase: str, state: State) -> None:
             raise DistributedError(_apart(phase, others[0], what))
 
 
-def _mend(
-    world: World, phase: str, state: State, tensors: dict[str, torch.Tensor], record: dict[str, Any]
-) -> None:
+def _mend(world: World, phase: str, state: State, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
     norms = {name: float(tensor.double().norm()) for name, tensor in tensors.items()}
     everyone = world.gather(norms)
     for name, expected in everyone[0].items():
@@ -68,9 +66,9 @@ def _mend(
 
 def _apart(phase: str, rank: int, what: str) -> str:
     return (
-        f"before phase {phase!r} process {rank} has other {what} than process 0: they have gone different ways. Was every "
-        "process given the same arguments and data? A strategy must put what it decides by looking at weights through "
-        "session.decide()"
+        f"before phase {phase!r} process {rank} has other {what} than process 0: they have gone different ways. Was "
+        "every process given the same arguments and data? A strategy must put what it decides by looking at weights "
+        "through session.decide()"
     )
 
 

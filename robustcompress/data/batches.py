@@ -124,9 +124,7 @@ class Batches:
         epoch, self.epoch = self.epoch, self.epoch + 1
         return self.iterate(epoch)
 
-    def iterate(
-        self, epoch: int, *, start: int = 0, parts: Parts | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate(self, epoch: int, *, start: int = 0, parts: Parts | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of one epoch, from batch `start` on.
 
         Args:
@@ -197,7 +195,7 @@ class Batches:
 
 
 def hashed_seed(key: str) -> int:
-    """A seed for what has this name: neighbouring numbers must not share draws (seed 0, epoch 1 and seed 1, epoch 0)."""
+    """A seed for what has this name: neighbours must not share draws (seed 0, epoch 1 and seed 1, epoch 0)."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
 
 

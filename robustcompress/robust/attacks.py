@@ -256,9 +256,7 @@ class AttackSpec:
             )
         raise InputError("autoattack is an evaluation of many attacks: run it through evaluate()")
 
-    def draw(
-        self, count: int, shape: Sequence[int], threat: ThreatModel, *, generator: torch.Generator | None
-    ) -> None:
+    def draw(self, count: int, shape: Sequence[int], threat: ThreatModel, *, generator: torch.Generator | None) -> None:
         """Draw the random numbers that `perturb` draws for so many float32 images, which someone else attacks.
 
         Args:

@@ -83,13 +83,13 @@ def autoattack_in_chunks(
         stopped = bool(missing) and judge.world.broadcast(late)
         listen(judge.world)
         if missing and not stopped:
-            told = "" if resume_dir is None else f"; what it has found so far is kept in {resume_dir}"
-            stop_if_asked(f"stopped after {first} of {len(clean)} images of AutoAttack{told}")
+            place = "" if resume_dir is None else f"; what it has found so far is kept in {resume_dir}"
+            stop_if_asked(f"stopped after {first} of {len(clean)} images of AutoAttack{place}")
         if kept is None and len(flags) and not stopped:
             kept = _attack_chunk(judge, flags, at, num_classes, config)
             if path is not None:
                 _write_atomically(path, kept.to_json())
-        for number, told in enumerate(judge.world.gather(kept and kept.to_json())):
+        for number, told in enumerate(judge.world.gather(None if kept is None else kept.to_json())):
             if told is None:  # of this chunk, and all behind it, nothing is known
                 break
             chunk = AttackResult.from_json(told)

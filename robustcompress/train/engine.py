@@ -126,7 +126,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the parameters: hooks of a wrapper must not outlive the phase."""
         if self._wrapped is not None:
-            self._wrapped._remove_autograd_hooks()
+            self._wrapped._remove_autograd_hooks()  # type: ignore[no-untyped-call]
             self._wrapped = None
 
     def _wrap(self, loss: Tensor) -> DistributedDataParallel:
