@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,10 +16,11 @@ from robustcompress.budget import Budget, Cost, measure
 from robustcompress.calibration import final_latency, limit_latency
 from robustcompress.checkpoint import Journal, remove
 from robustcompress.data import TEACHER, DataSplits
-from robustcompress.distributed import Parts, World, start
+from robustcompress.distributed import World, start
 from robustcompress.errors import InputError
 from robustcompress.export.timing import Stopwatch
 from robustcompress.identity import check_alike, identity_of, parts_for, take_weights, with_parts
+from robustcompress.lock import held
 from robustcompress.models import ModelSpec
 from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of, versions
 from robustcompress.reach import check_budget, default_rounding
@@ -174,7 +174,13 @@ def carry_out(
     """
     started = time.monotonic() if started is None else started
     world = start()
-    progress &= world.first
+    with held(request.checkpoint, request.out, world=world):
+        return _carried_out(request, progress and world.first, started, on_saved, keep)
+
+
+def _carried_out(
+    request: Request, progress: bool, started: float, on_saved: Callable[[Path], None] | None, keep: bool
+) -> CompressResult:
     if request.budget.demand is not None:
         return _carry_out_smallest(request, Progress(progress), started, on_saved, keep)
     splits, chosen, seed = request.data, request.strategy, request.seed
@@ -218,16 +224,12 @@ def carry_out(
         seed=seed,
     )
     if request.out is not None:
-        saved = Path(world.only_first(functools.partial(_saved, result, request.out, shown)))
+        saved = Path(world.only_first(lambda: str(_saved(result, request, shown))))
         if on_saved is not None:
             on_saved(saved)
     if journal is not None and world.first and not keep:
         remove(journal.directory)
     return result
-
-
-def _saved(result: CompressResult, out: Path, shown: Progress) -> str:
-    return str(save_beside(result, out, shown))
 
 
 def _measured(world: World, model: nn.Module, example: torch.Tensor, *, compressed: bool) -> Cost:
@@ -284,19 +286,12 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
     check_alike(world, identity)
     journal = _journal(request, identity, world, shown, started)
     parts = parts_for(request.recipe.accumulate, world, {} if journal is None else journal.identity)
-    _tell(parts, shown)
+    if world.size > 1:
+        shown.say(str(parts))
     session = Session(reference, editor, example, goal, progress=shown, journal=journal, parts=parts)
     if teacher is not None:
         introduce(session, teacher)
     return session, untouched, journal
-
-
-def _tell(parts: Parts, shown: Progress) -> None:
-    world = parts.world
-    if world.size > 1:
-        uneven = parts.total % world.size
-        note = f", some of which wait for others: {world.size} does not divide {parts.total}" if uneven else ""
-        shown.say(f"{world.size} processes share the {parts.total} parts of every batch{note}")
 
 
 def _teacher(request: Request, reference: nn.Module) -> Teacher | None:
@@ -336,10 +331,23 @@ def _carry_out_smallest(
                 f"({100 * final.low:.1f} to {100 * final.high:.1f}, n={final.n}), which does not show {demand}"
             )
         if request.out is not None:
-            saved = save_beside(result, request.out, shown)
+            saved = _saved(result, request, shown)
             if on_saved is not None:
                 on_saved(saved)
     return result
+
+
+def _saved(result: CompressResult, request: Request, shown: Progress) -> Path:
+    """Save; where the disk does not take it, say that the checkpoint is kept, from which the work is not done again."""
+    assert request.out is not None
+    try:
+        return save_beside(result, request.out, shown)
+    except InputError as error:
+        if request.checkpoint is None:
+            raise
+        raise InputError(
+            f"{error}; the checkpoint in {request.checkpoint} is kept: the same call then has little left to do"
+        ) from error
 
 
 def _journal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -170,6 +171,11 @@ def _print(output: Output, *, as_json: bool) -> None:
 def _explain(error: RobustCompressError | OSError) -> tuple[int, str]:
     """Return exit code and message; errors that no user caused are raised again, with their traceback."""
     if isinstance(error, OSError):
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            return (
+                BAD_INPUT,
+                f"a file could not be written ({error.strerror}): make room and repeat the command",
+            )
         if error.filename is None:  # not about a path that anybody named
             raise error
         return BAD_INPUT, f"{error.filename}: {error.strerror}"

@@ -17,7 +17,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"distributed"},
-    {"interrupt"},
+    {"interrupt", "lock"},
     {"structure", "robust", "data", "models"},
     {"min_robust"},
     {"budget", "latency"},

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from robustcompress.checkpoint.files import Checkpoint, read, write
+from robustcompress.checkpoint.disk import NotWrittenError
+from robustcompress.checkpoint.files import Checkpoint, read, settle, write
 from robustcompress.checkpoint.identity import same_run
 from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.checkpoint.state import State
@@ -74,6 +75,7 @@ class Journal:
         self._here: dict[str, Any] = {}
         self._decisions: list[dict[str, Any]] = []
         self._replayed = 0  # decisions read back
+        self._failing, self._standing = "", "there is none yet"  # why nothing can be written, and what was before
         self._found: Checkpoint | None = self._open()
         self._history: list[dict[str, Any]] = self._found.record["history"] if self._found is not None else []
 
@@ -155,6 +157,7 @@ class Journal:
             raise CheckpointError(f"the checkpoint does not fit this run: {error}; {self._remedy}") from error
         self._decisions, self._found = found.record["decisions"], None
         done: int = logged["done"]
+        self._standing = f"the last one, of phase {logged['name']!r} after {done} steps, stands"
         self._say(f"resumed from {self.directory}: phase {logged['name']!r}, {done} of {logged['steps']} steps done")
         if found.small:
             self._say("the checkpoint is of the small form, which rounds: the run goes on approximately")
@@ -227,7 +230,18 @@ class Journal:
             "history": history,
             "state": record,
         }
-        write(self.directory, run, tensors)
+        self._written = time.monotonic()  # also where it fails: the next interval tries again
+        try:
+            write(self.directory, run, tensors)
+        except NotWrittenError as error:
+            if not self._failing:
+                self._say(f"warning: {error}; {self._standing}, and training goes on; trying again every interval")
+            self._failing = str(error)
+            return
+        if self._failing:
+            self._say(f"checkpoints are written to {self.directory} again")
+        self._failing = ""
+        self._standing = f"the last one, of phase {self._here['name']!r} after {done} steps, stands"
         self._written = time.monotonic()
 
     def finish(self) -> None:
@@ -264,16 +278,22 @@ class Journal:
                     f"warning: the checkpoint was written with {name} {versions.get(name)}, this is "
                     f"{self._versions.get(name)}: results may differ"
                 )
+        if found.note:
+            self._say(f"warning: {found.note}")
+            if self._world.first:
+                settle(self.directory)
         self._say(f"going on with the run in {self.directory}")
         return found
 
     def _read(self) -> Checkpoint | None:
         def tell() -> list[Any] | None:
             found = read(self.directory)
-            return None if found is None else [found.record, found.tensors, found.small]
+            return None if found is None else [found.record, found.tensors, found.small, found.note]
 
         told = self._world.only_first(tell)
-        return None if told is None else Checkpoint(record=told[0], tensors=told[1], small=told[2])
+        if told is None:
+            return None
+        return Checkpoint(record=told[0], tensors=told[1], small=told[2], note=told[3])
 
     def _is_late(self) -> bool:
         if self._deadline is None or self._last_epoch is None:
@@ -281,17 +301,19 @@ class Journal:
         return self._world.broadcast(time.monotonic() + self._last_epoch > self._deadline)
 
     def _stop_if_asked(self, done: int) -> None:
-        stop_if_asked(
-            f"stopped in phase {self._here['name']!r} after {done} of {self._here['steps']} steps; the same call with "
+        stop_if_asked(self._stopped(self._here["name"], done, self._here["steps"]))
+
+    def _stopped(self, phase: str, done: int, steps: int) -> str:
+        """What is said of a stop, and where the run goes on."""
+        failed = f", but {self._failing}; {self._standing}" if self._failing else ""
+        return (
+            f"stopped in phase {phase!r} after {done} of {steps} steps{failed}; the same call with "
             f"checkpoint={str(self.directory)!r} goes on from there"
         )
 
     def _stop_in_time(self, phase: str, done: int, steps: int) -> None:
         if self._is_late():
-            raise OutOfTime(
-                f"the deadline leaves no time for another epoch: stopped in phase {phase!r} after {done} of {steps} "
-                f"steps; the same call with checkpoint={str(self.directory)!r} goes on from there"
-            )
+            raise OutOfTime(f"the deadline leaves no time for another epoch: {self._stopped(phase, done, steps)}")
 
     def _diverged(self, what: str) -> None:
         raise CheckpointError(

@@ -36,8 +36,9 @@ from robustcompress.commands.keeping import (
     is_finished,
     is_result,
 )
-from robustcompress.distributed import current, start
+from robustcompress.distributed import World, current, start
 from robustcompress.errors import InputError, Problems
+from robustcompress.lock import held
 from robustcompress.min_robust import Axis, MinRobust, trials_of
 from robustcompress.models import build_model
 from robustcompress.resolve import Request, resolve
@@ -146,6 +147,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Output:
     """Check everything, compress, save."""
     world = start()
+    with held(arguments.out, checkpoint_of(arguments), world=world):
+        return _compressed(arguments, world)
+
+
+def _compressed(arguments: argparse.Namespace, world: World) -> Output:
     checkpoint, there = checkpoint_of(arguments), world.broadcast(is_result(arguments.out))
     request = world.together(lambda: _request(arguments, checkpoint, there=there))
     places: list[Path] = []

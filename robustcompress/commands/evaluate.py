@@ -23,6 +23,7 @@ from robustcompress.commands.arguments import (
 from robustcompress.data import DataSplits
 from robustcompress.distributed import start
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.lock import held
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.robust import (
     Hierarchy,
@@ -123,6 +124,11 @@ def run(arguments: argparse.Namespace) -> Output:
     evaluate_file.refuse(arguments)
     if arguments.attacks is None:
         arguments.attacks = ATTACKS
+    with held(arguments.directory if arguments.save else None, world=start()):
+        return _judged(arguments)
+
+
+def _judged(arguments: argparse.Namespace) -> Output:
     result = result_from(arguments)
     other = None if arguments.compare is None else load(arguments.compare, model=arguments.model)
     threat, tree = _checked(arguments, result)

@@ -20,8 +20,9 @@ from robustcompress.commands.keeping import (
     is_result,
 )
 from robustcompress.data import DataSplits
-from robustcompress.distributed import current, start
+from robustcompress.distributed import World, current, start
 from robustcompress.errors import InputError
+from robustcompress.lock import held
 from robustcompress.recipe import RunRecipe, merged, read_yaml
 from robustcompress.resolve import Request
 from robustcompress.result import CompressResult, check_target, load
@@ -64,8 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Output:
     """Check, compress, judge, save."""
     world = start()
+    recipe = world.together(lambda: _recipe(arguments))
+    with held(arguments.out, checkpoint_of(arguments), world=world):
+        return _carried_out(recipe, arguments, world)
+
+
+def _recipe(arguments: argparse.Namespace) -> RunRecipe:
+    value = read_yaml(arguments.recipe)
+    for path, setting in arguments.settings:
+        value = merged(value, _nested(path, setting))
+    try:
+        return RunRecipe.from_mapping(value)
+    except InputError as error:
+        raise InputError(f"{arguments.recipe}: {error}") from error
+
+
+def _carried_out(recipe: RunRecipe, arguments: argparse.Namespace, world: World) -> Output:
     checkpoint, there = checkpoint_of(arguments), world.broadcast(is_result(arguments.out))
-    recipe, data, request = world.together(lambda: _request(arguments, checkpoint, there=there))
+    data, request = world.together(lambda: _request(recipe, arguments, checkpoint, there=there))
     if request is None:
         return _shown(recipe)
     said = {"run": _without_places(recipe.to_json())}
@@ -104,31 +121,25 @@ def run(arguments: argparse.Namespace) -> Output:
 
 
 def _request(
-    arguments: argparse.Namespace, checkpoint: Path | None, *, there: bool
-) -> tuple[RunRecipe, DataSplits, Request | None]:
-    """The recipe, its data, and what it asks for; None where it is only to be checked.
+    recipe: RunRecipe, arguments: argparse.Namespace, checkpoint: Path | None, *, there: bool
+) -> tuple[DataSplits, Request | None]:
+    """The data of the recipe, and what it asks for; None where it is only to be checked.
 
     Args:
+        recipe: What is declared.
         arguments: Of the command.
         checkpoint: Where the run is recorded.
         there: Whether a result lies in the place of `--out` already.
     """
-    value = read_yaml(arguments.recipe)
-    for path, setting in arguments.settings:
-        value = merged(value, _nested(path, setting))
-    try:
-        recipe = RunRecipe.from_mapping(value)
-    except InputError as error:
-        raise InputError(f"{arguments.recipe}: {error}") from error
     device = resolve_device(arguments.device)
     if arguments.out is not None and not there and current().first:
         check_target(arguments.out)
     data = recipe.load_data()
     if arguments.check:
-        return recipe, data, None
+        return data, None
     # With a checkpoint the network is saved once it has been attacked: until then the checkpoint holds it.
     first = None if there or checkpoint is not None else arguments.out
-    return recipe, data, recipe.request(data, device=device, out=first, checkpoint=checkpoint)
+    return data, recipe.request(data, device=device, out=first, checkpoint=checkpoint)
 
 
 def _judged(
@@ -150,8 +161,16 @@ def _judged(
         said = said | {"curve": curve}
     result = replace(result, report=report, settings={**result.settings, **said})
     if arguments.out is not None:
-        world.only_first(lambda: str(result.save(arguments.out, overwrite=checkpoint is None)))
+        world.only_first(lambda: _save(result, arguments.out, checkpoint))
     return result
+
+
+def _save(result: CompressResult, out: Path, checkpoint: Path | None) -> None:
+    try:
+        result.save(out, overwrite=checkpoint is None)
+    except InputError as error:
+        kept = "" if checkpoint is None else f"; the checkpoint in {checkpoint} is kept: repeat the command then"
+        raise InputError(f"{error}{kept}") from error
 
 
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
