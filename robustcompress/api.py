@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from robustcompress.budget import Budget, measure
+from robustcompress.budget import Budget, Cost, measure
 from robustcompress.calibration import final_latency, limit_latency
-from robustcompress.checkpoint import Journal, fingerprint, remove
+from robustcompress.checkpoint import Journal, remove
 from robustcompress.data import TEACHER, DataSplits
+from robustcompress.distributed import World, start
 from robustcompress.errors import DiskError, InputError
 from robustcompress.export.timing import Stopwatch
+from robustcompress.identity import check_alike, identity_of, parts_for, take_weights, with_parts
 from robustcompress.lock import held
 from robustcompress.models import ModelSpec
-from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of
+from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of, versions
 from robustcompress.reach import check_budget, default_rounding
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
@@ -34,7 +36,7 @@ from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
 from robustcompress.teacher import REFERENCE, Teacher, frozen_copy, introduce, with_labels
 from robustcompress.teacher_source import TeacherLike
-from robustcompress.train import HOW, Progress, Recipe, augmentation, set_memory_format
+from robustcompress.train import Progress, Recipe, set_memory_format
 
 SMALL_DATA = 10_000
 """Below so many training images the default is a short run."""
@@ -124,28 +126,31 @@ def compress(
         OutOfTime: The deadline was reached; call again to go on.
     """
     started = time.monotonic()
-    request = resolve(
-        model=model,
-        strategy=strategy,
-        data=data,
-        budget=budget,
-        threat=threat,
-        objective=objective,
-        epochs=epochs,
-        recipe=recipe,
-        round_to=round_to,
-        attacks=attacks,
-        test_images=test_images,
-        seed=seed,
-        device=device,
-        out=out,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        checkpoint_every_s=checkpoint_every_s,
-        deadline=deadline,
-        latency_table=latency_table,
-        finetune=finetune,
-        teacher=teacher,
+    world = start()
+    request = world.together(
+        lambda: resolve(
+            model=model,
+            strategy=strategy,
+            data=data,
+            budget=budget,
+            threat=threat,
+            objective=objective,
+            epochs=epochs,
+            recipe=recipe,
+            round_to=round_to,
+            attacks=attacks,
+            test_images=test_images,
+            seed=seed,
+            device=device,
+            out=out,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            checkpoint_every_s=checkpoint_every_s,
+            deadline=deadline,
+            latency_table=latency_table,
+            finetune=finetune,
+            teacher=teacher,
+        )
     )
     return carry_out(request, progress=progress, started=started)
 
@@ -167,8 +172,10 @@ def carry_out(
         on_saved: Told where the result was saved, if it was: beside `out` if that place was taken meanwhile.
         keep: Leave the checkpoint: the result is not safe yet, and the caller removes it.
     """
-    with held(request.checkpoint, request.out):
-        return _carried_out(request, progress, time.monotonic() if started is None else started, on_saved, keep)
+    started = time.monotonic() if started is None else started
+    world = start()
+    with held(request.checkpoint, request.out, world=world):
+        return _carried_out(request, progress and world.first, started, on_saved, keep)
 
 
 def _carried_out(
@@ -191,6 +198,7 @@ def _carried_out(
     if journal is not None:
         journal.finish()
     session.settle()
+    world = session.world
     compact = closed(session.model)
     check_outcome(chosen, compact, example, request.budget, before)
     times = final_latency(session, stopwatch, compact, request.latency_table)
@@ -203,8 +211,8 @@ def _carried_out(
         spec=request.spec,
         strategy=chosen.to_json(),
         edits=editor.edits,
-        before=replace(measure(untouched, cpu_example, latency=True, compressed=sparse), onnx_ms=times[0]),
-        after=replace(measure(compact, cpu_example, latency=True, compressed=sparse), onnx_ms=times[1]),
+        before=replace(_measured(world, untouched, cpu_example, compressed=sparse), onnx_ms=times[0]),
+        after=replace(_measured(world, compact, cpu_example, compressed=sparse), onnx_ms=times[1]),
         budget=request.budget.to_json(),
         history=tuple(session.history),
         report=report,
@@ -216,15 +224,20 @@ def _carried_out(
         seed=seed,
     )
     if request.out is not None:
-        saved = _saved(result, request, shown)
+        saved = Path(world.only_first(lambda: str(_saved(result, request, shown))))
         if on_saved is not None:
             on_saved(saved)
-    if journal is not None and not keep:
+    if journal is not None and world.first and not keep:
         try:
             remove(journal.directory)
         except OSError as error:  # the result is safe; a disk that became read-only is no reason to end in an error
             shown.say(f"{journal.directory} could not be removed ({error.strerror}): remove it by hand")
     return result
+
+
+def _measured(world: World, model: nn.Module, example: torch.Tensor, *, compressed: bool) -> Cost:
+    """What a network costs, its latency too; of several processes one measures, while the others are still."""
+    return Cost(**world.only_first(lambda: asdict(measure(model, example, latency=True, compressed=compressed))))
 
 
 def open_session(request: Request, shown: Progress, started: float) -> tuple[Session, nn.Module, Journal | None]:
@@ -238,10 +251,11 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
     Returns:
         The session, a copy of the untouched reference on the CPU, and where the run is recorded (None for nowhere).
     """
-    splits, chosen, reference = request.data, request.strategy, request.model
+    splits, chosen, reference, world = request.data, request.strategy, request.model, start()
     for note in splits.notes:
         shown.say(note)
     set_memory_format(reference, torch.contiguous_format)
+    take_weights(world, reference)
     example = torch.zeros(2, *splits.image_shape, device=request.device)
     editor = StructuralEditor(reference, example, seed=request.seed)
     _fit_classifier(editor, reference, example, splits, request.pretrained, shown)
@@ -271,8 +285,13 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
         finetune=finetune,
     )
     untouched = copy.deepcopy(reference).cpu()
-    journal = _journal(request, goal, untouched, shown, started)
-    session = Session(reference, editor, example, goal, progress=shown, journal=journal)
+    identity = identity_of(request, goal, untouched)
+    check_alike(world, identity)
+    journal = _journal(request, identity, world, shown, started)
+    parts = parts_for(request.recipe.accumulate, world, {} if journal is None else journal.identity)
+    if world.size > 1:
+        shown.say(str(parts))
+    session = Session(reference, editor, example, goal, progress=shown, journal=journal, parts=parts)
     if teacher is not None:
         introduce(session, teacher)
     return session, untouched, journal
@@ -294,6 +313,11 @@ def _carry_out_smallest(
     """Look for the smallest network that meets the demand; then, and only then, look at the test images."""
     demand = request.budget.demand
     assert demand is not None
+    if start().size > 1:
+        raise InputError(
+            "min_robust compresses several networks one after the other, in one process: start it without torchrun, or "
+            "give a size, such as Budget(macs=0.5)"
+        )
     digest = digest_of(request)
     for note in request.data.notes:
         shown.say(note)
@@ -329,32 +353,24 @@ def _saved(result: CompressResult, request: Request, shown: Progress) -> Path:
         ) from error
 
 
-def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progress, started: float) -> Journal | None:
-    """Where the run is recorded, with everything that its weights depend on; None where nobody asked for it."""
+def _journal(
+    request: Request, identity: Mapping[str, Any], world: World, progress: Progress, started: float
+) -> Journal | None:
+    """Where the run is recorded; None where nobody asked for it."""
     if request.checkpoint is None:
         return None
-    settings = settings_of(goal, request.device)
-    identity = {
-        **fingerprint(reference),
-        "strategy": request.strategy.identity(),
-        "data": goal.data.sha256,
-        "augmentation": augmentation(goal.recipe, goal.data.name),
-        "budget": goal.budget.to_json(),
-        "threat": goal.threat.to_json(),
-        "seed": goal.seed,
-        **{name: settings[name] for name in ("objective", "recipe", "epochs", "pretrained", "round_to")},
-    }
-    identity |= request.companions
-    if request.latency_table is not None:
-        identity["latency_table"] = request.latency_table.sha256
-    identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key not in HOW}
+
+    def identify(recorded: Mapping[str, Any]) -> dict[str, Any]:
+        return with_parts(identity, parts_for(request.recipe.accumulate, world, recorded))
+
     return Journal(
         request.checkpoint,
-        identity,
-        versions=settings["versions"],
+        identify,
+        versions=versions(),
         every_s=request.checkpoint_every_s,
         deadline=None if request.deadline is None else started + request.deadline,
         say=progress.say,
+        world=world,
     )
 
 

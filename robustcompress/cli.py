@@ -9,16 +9,20 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from robustcompress import __version__
 from robustcompress.commands import COMMANDS
+from robustcompress.distributed import launched
 from robustcompress.errors import BudgetError, InputError, Interrupted, ParityError, ResultError, RobustCompressError
 from robustcompress.interrupt import graceful
 from robustcompress.terminal import Output
 
 OK, FAILED, BAD_INPUT, OVER_BUDGET, NO_PARITY, INTERRUPTED = 0, 1, 2, 3, 4, 130
+SHARED = ("compress", "run", "evaluate")
+"""Commands that several processes, started by torchrun, carry out together."""
+
 SIGNALLED = 128
 """A signal that stopped a command is told by this plus its number, as shells do."""
 
@@ -77,21 +81,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as `--help` lists them.
     """
-    try:
-        arguments = build_parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed its help, or what is wrong
-        return int(stop.code or OK)
+    rank = int(os.environ["RANK"]) if launched() else 0
+    with contextlib.nullcontext() if rank == 0 else _silent():
+        try:
+            arguments = build_parser().parse_args(argv)
+        except SystemExit as stop:  # argparse has printed its help, or what is wrong
+            return int(stop.code or OK)
     tell = getattr(arguments.command, "if_stopped", None)  # of long commands alone
     lost: str | None = None if tell is None else tell(arguments)
     try:
         # Libraries that print while they work must not spoil the one document on standard output.
         with contextlib.redirect_stdout(sys.stderr), graceful() if lost is not None else contextlib.nullcontext():
+            _check_alone(arguments.command.NAME)
             output: Output = arguments.command.run(arguments)
-        _print(output, as_json=arguments.json)
+        if rank == 0:
+            _print(output, as_json=arguments.json)
     except Interrupted as stop:
+        if rank:
+            return SIGNALLED + stop.signal
         return _stopped(stop, lost or "", _this_command(argv), as_json=arguments.json)
     except (RobustCompressError, OSError) as error:
         code, message = _explain(error)
+        if rank:  # bad input is what the first process is told too
+            if code == FAILED:
+                print(f"error in process {rank}: {message}", file=sys.stderr)
+            return code
         print(f"error: {message}", file=sys.stderr)
         if arguments.json:
             kind = type(error).__name__
@@ -101,6 +115,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return OK
+
+
+def _check_alone(name: str) -> None:
+    """Refuse several processes for a command that one carries out."""
+    if launched() and os.environ["WORLD_SIZE"] != "1" and name not in SHARED:
+        raise InputError(f"{name} is carried out by one process: leave torchrun out ({', '.join(SHARED)} take several)")
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Print nothing: the first process says it."""
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def _stopped(stop: Interrupted, lost: str, again: str, *, as_json: bool) -> int:
@@ -115,6 +146,8 @@ def _stopped(stop: Interrupted, lost: str, again: str, *, as_json: bool) -> int:
 
 def _this_command(argv: Sequence[str] | None) -> str:
     """What a shell has to be given to do the same again."""
+    if launched():
+        return "the same torchrun command"
     words = sys.argv[1:] if argv is None else argv
     program = ["robustcompress"]
     if Path(sys.argv[0]).name == "__main__.py":

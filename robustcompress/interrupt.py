@@ -9,15 +9,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from robustcompress.distributed import World, launched
 from robustcompress.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _asked: signal.Signals | None = None
+_agreed: int | None = None  # the same for several processes, where they listen to each other; 0 for nothing
 
 
 def asked() -> signal.Signals | None:
-    """The signal that asked to stop; None where none has, or nobody catches them (see `graceful`)."""
-    return _asked
+    """The signal that asked to stop; None where none has, or nobody catches them (see `graceful`).
+
+    Of several processes that `listen` to each other it is what they heard last: all get the same answer.
+    """
+    if _agreed is None:
+        return _asked
+    return signal.Signals(_agreed) if _agreed else None
+
+
+def listen(world: World) -> None:
+    """Hear whether any process was asked to stop, for `asked` to say in all of them.
+
+    Args:
+        world: The processes; all call this, after the same step.
+    """
+    global _agreed
+    _agreed = None if world.size == 1 else world.most(int(_asked or 0))
 
 
 def stop_if_asked(where: str) -> None:
@@ -29,8 +46,8 @@ def stop_if_asked(where: str) -> None:
     Raises:
         Interrupted: A signal has.
     """
-    if _asked is not None:
-        raise Interrupted(where, _asked)
+    if (number := asked()) is not None:
+        raise Interrupted(where, number)
 
 
 @contextmanager
@@ -38,10 +55,11 @@ def graceful() -> Iterator[None]:
     """Have the first SIGINT or SIGTERM stop the work inside at the next place where it can go on later.
 
     The work then raises `Interrupted`, with its checkpoint written where it keeps one. The second signal stops it at
-    once, as `KeyboardInterrupt`. Outside the main thread, which alone may say what signals do, nothing changes. A
-    signal that is ignored, as Ctrl-C is in a shell's background, stays ignored.
+    once, as `KeyboardInterrupt` (but not under torchrun, which passes on what the terminal has sent to all already, and
+    kills who takes longer than half a minute). Outside the main thread, which alone may say what signals do, nothing
+    changes. A signal that is ignored, as Ctrl-C is in a shell's background, stays ignored.
     """
-    global _asked
+    global _asked, _agreed
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -54,10 +72,13 @@ def graceful() -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         if _asked is not None:
+            if launched():
+                return
             raise KeyboardInterrupt
         _asked = signal.Signals(number)
         # Not through print: the signal may have come while something else was being printed.
-        os.write(2, f"\n{_asked.name}: stopping after this step; once more to stop at once\n".encode())
+        again = "" if launched() else "; once more to stop at once"
+        os.write(2, f"\n{_asked.name}: stopping after this step{again}\n".encode())
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
@@ -68,4 +89,4 @@ def graceful() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        _asked = None
+        _asked = _agreed = None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robustcompress.distributed import ALONE, World
 from robustcompress.errors import InputError
 
 NAME = ".lock"
@@ -39,7 +40,7 @@ _guard = threading.Lock()
 
 
 @contextmanager
-def held(*places: Path | None) -> Iterator[None]:
+def held(*places: Path | None, world: World = ALONE) -> Iterator[None]:
     """Keep other processes, and other threads of this one, from writing to some directories.
 
     The lock is the kernel's (`fcntl` record locks, which network file systems know too): it goes with its process, also
@@ -49,14 +50,19 @@ def held(*places: Path | None) -> Iterator[None]:
 
     Args:
         places: Directories, which need not exist; None is left out.
+        world: The processes that write there together: the first one locks, for all.
 
     Raises:
         InputError: Another process holds one of them: its host, number and beginning are named.
     """
     with contextlib.ExitStack() as stack:
-        for place in places:
-            if place is not None:
-                stack.enter_context(_one(Path(place)))
+
+        def enter() -> None:
+            for place in places:
+                if place is not None:
+                    stack.enter_context(_one(Path(place)))
+
+        world.only_first(enter)
         yield
 
 

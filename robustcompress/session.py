@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.budget import Cost, measure
 from robustcompress.budgeted import BudgetedRun
-from robustcompress.checkpoint import Journal, State
+from robustcompress.checkpoint import Journal, State, agree
 from robustcompress.data import Batches
-from robustcompress.errors import InputError
+from robustcompress.distributed import Parts
 from robustcompress.goal import Goal
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective
@@ -59,11 +59,14 @@ class Session(BudgetedRun):
         progress: Where progress is shown.
         on_record: Called with every record of the history as it is written.
         journal: Where the run is recorded, to be resumed from there; None for nowhere.
+        parts: Into how many every batch is cut, and which of them are this process's; as many as the recipe's
+            `accumulate`, all for this process, where None.
 
     Attributes:
         model: The network.
         editor: The only way to change its shape; optimizer and average follow every edit.
         goal: What the run is for.
+        parts: Into how many every batch is cut, and which of them are this process's.
         cost_model: Predicts the cost of any widths.
         latency: The limit on latency; None where the budget says nothing about it.
         tuning: The loss of `finetune`; None for the goal's objective. `teacher.appoint` gives it a teacher.
@@ -79,18 +82,17 @@ class Session(BudgetedRun):
         progress: Progress | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
         journal: Journal | None = None,
+        parts: Parts | None = None,
     ) -> None:
+        self.parts = parts or Parts(goal.recipe.accumulate)
         losses = list(filter(None, (goal.objective, goal.finetune)))
         for objective in losses:
             objective.check(goal.threat)
             if goal.recipe.awp or goal.recipe.sam:
                 objective.require_parts()
-            if goal.recipe.accumulate > 1 and objective.remembers:
-                raise InputError(
-                    f"objective {objective.name!r} remembers a whole batch from step to step: leave out "
-                    f"accumulate={goal.recipe.accumulate}"
-                )
-        super().__init__(editor, example, goal, progress=progress, on_record=on_record, journal=journal)
+        super().__init__(
+            editor, example, goal, progress=progress, on_record=on_record, journal=journal, world=self.parts.world
+        )
         self.model = model
         self.tuning = goal.finetune
         self._example = example
@@ -106,12 +108,13 @@ class Session(BudgetedRun):
             channels_last=False,  # until `_lay_out` says otherwise
             extra=goal.data.extra,
         )
+        self.parts.check(self._batches.batch_size)
         self._memory_format = torch.contiguous_format
         self._optimizer: torch.optim.Optimizer | None = None
         self._ema: AveragedModel | None = None
         self._spent = 0.0  # share of the run's epochs that phases have had so far
         self._autocast = computes_in_bf16(goal.recipe.bf16, self._device)
-        self._care = Care(goal.recipe, say=self.say, record=self.record)
+        self._care = Care(goal.recipe, parts=self.parts.total, say=self.say, record=self.record)
         self.keep("care", self._care)
         self._guard = make_guard(
             goal.objective,
@@ -122,6 +125,7 @@ class Session(BudgetedRun):
             device=self._device,
             batch_size=goal.recipe.batch_size,
             say=self.say,
+            world=self.world,
         )
         if self._guard is not None:
             self.keep("guard", self._guard)
@@ -253,6 +257,7 @@ class Session(BudgetedRun):
             done = self._journal.enter(phase, steps, self.history, state)
             if done == steps:
                 return
+        agree(self.world, phase, state or self._state(optimizer, selection))
         guard = self._guard if optimizer is self._optimizer else None  # scores are no weights: nothing to go back to
         if guard is not None:
             guard.enter(self.model, [ema] if ema is not None else [], optimizer, begun=done > 0, midway=midway)
@@ -306,6 +311,7 @@ class Session(BudgetedRun):
             span=(min(before, 1.0), min(self._spent, 1.0)),
             midway=midway,
             on_step=on_step,
+            parts=self.parts,
             care=self._care,
         )
 
@@ -388,4 +394,4 @@ class Session(BudgetedRun):
         batches = Batches(images, self.goal.recipe.batch_size, device=self._device)
         generator = torch.Generator(self._device).manual_seed(self.goal.seed)  # the same noise every time
         judged, view = (self.averaged, self.goal.objective) if network is None else (network, None)
-        return accuracies(judged, batches, self.goal.threat, generator=generator, objective=view)
+        return accuracies(judged, batches, self.goal.threat, generator=generator, objective=view, world=self.world)

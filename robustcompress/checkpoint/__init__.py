@@ -1,5 +1,6 @@
 """Checkpoints: a killed run goes on where it was."""
 
+from robustcompress.checkpoint.agreement import agree, digest
 from robustcompress.checkpoint.disk import NotWrittenError
 from robustcompress.checkpoint.files import AUTOATTACK, Checkpoint, check_directory, read, remove, shrink, write
 from robustcompress.checkpoint.identity import fingerprint, same_run
@@ -13,7 +14,9 @@ __all__ = [
     "NotWrittenError",
     "State",
     "Stateful",
+    "agree",
     "check_directory",
+    "digest",
     "fingerprint",
     "read",
     "remove",

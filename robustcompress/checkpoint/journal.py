@@ -21,6 +21,7 @@ from robustcompress.checkpoint.files import Checkpoint, read, settle, write
 from robustcompress.checkpoint.identity import same_run
 from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.checkpoint.state import State
+from robustcompress.distributed import ALONE, World
 from robustcompress.errors import CheckpointError, OutOfTime
 from robustcompress.interrupt import asked, stop_if_asked
 from robustcompress.train import TrainingError
@@ -33,13 +34,16 @@ class Journal:
 
     Args:
         directory: Holds the checkpoint, or will.
-        identity: What makes a run the same run, as plain JSON by name (see `compress`).
+        identity: What makes a run the same run, as plain JSON by name (see `compress`), given that of the run that is
+            recorded there already: what may be left open follows it.
         versions: Versions by name; a difference is said, and no error.
         every_s: Least seconds between two writes within a phase, within an epoch or at its end.
         deadline: When to stop, on the clock of `time.monotonic`; None for never.
         say: Tells the person who waits.
+        world: The processes of the run, each of which has a journal of it; the first alone reads and writes.
 
     Attributes:
+        identity: Of this run.
         replaying: Whether the script has not yet reached the point where the run was interrupted.
 
     Raises:
@@ -50,15 +54,17 @@ class Journal:
     def __init__(
         self,
         directory: Path,
-        identity: Mapping[str, Any],
+        identity: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         *,
         versions: Mapping[str, str],
         every_s: float = 60.0,
         deadline: float | None = None,
         say: Callable[[str], None] = lambda line: None,
+        world: World = ALONE,
     ) -> None:
         self.directory = directory
-        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.identity: dict[str, Any] = {}
+        self._identify, self._world = identity, world
         self._versions = dict(versions)
         self._every_s = every_s
         self._deadline = deadline
@@ -217,9 +223,12 @@ class Journal:
                 f"weights are not finite in phase {self._here['name']!r} after {done} steps; lower the learning rate, "
                 f"or set clip_norm=1.0; of the checkpoints in {self.directory}, {self._standing}"
             )
+        self._written = time.monotonic()
+        if not self._world.first:
+            return
         tensors, record = state.gather(within=within)
         run = {
-            "identity": self._identity,
+            "identity": self.identity,
             "versions": self._versions,
             "phases": self._phases,
             "phase": self._ended(history) | {"done": done},
@@ -251,8 +260,9 @@ class Journal:
         return f"remove {self.directory} to begin anew"
 
     def _open(self) -> Checkpoint | None:
-        found = read(self.directory)
+        found = self._read()
         if found is None:
+            self.identity = json.loads(json.dumps(self._identify({})))
             return None
         try:
             record = found.record
@@ -266,7 +276,8 @@ class Journal:
             sound = False
         if not sound:
             raise CheckpointError(f"the checkpoint in {self.directory} is damaged; {self._remedy}")
-        same_run(f"checkpoint={self.directory}", identity, self._identity)
+        self.identity = json.loads(json.dumps(self._identify(identity)))
+        same_run(f"checkpoint={self.directory}", identity, self.identity)
         for name in sorted(versions.keys() | self._versions.keys()):
             if versions.get(name) != self._versions.get(name):
                 self._say(
@@ -275,14 +286,25 @@ class Journal:
                 )
         if found.note:
             self._say(f"warning: {found.note}")
-            settle(self.directory)
+            if self._world.first:
+                settle(self.directory)
         self._say(f"going on with the run in {self.directory}")
         return found
+
+    def _read(self) -> Checkpoint | None:
+        def tell() -> list[Any] | None:
+            found = read(self.directory)
+            return None if found is None else [found.record, found.tensors, found.small, found.note]
+
+        told = self._world.only_first(tell)
+        if told is None:
+            return None
+        return Checkpoint(record=told[0], tensors=told[1], small=told[2], note=told[3])
 
     def _is_late(self) -> bool:
         if self._deadline is None or self._last_epoch is None:
             return False
-        return time.monotonic() + self._last_epoch > self._deadline
+        return self._world.broadcast(time.monotonic() + self._last_epoch > self._deadline)
 
     def _stop_if_asked(self, done: int) -> None:
         stop_if_asked(self._stopped(self._here["name"], done, self._here["steps"]))

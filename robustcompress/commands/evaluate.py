@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from robustcompress.commands.arguments import (
     result_from,
 )
 from robustcompress.data import DataSplits
+from robustcompress.distributed import start
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.lock import held
 from robustcompress.result import RESULT, CompressResult, load
@@ -116,11 +118,13 @@ def if_stopped(arguments: argparse.Namespace) -> str | None:
 def run(arguments: argparse.Namespace) -> Output:
     """Evaluate one result, or two on the same images; or a file."""
     if evaluate_file.is_file(arguments.directory):
+        if start().size > 1:
+            raise InputError("a file is judged by one process: leave torchrun out")
         return evaluate_file.run(arguments)
     evaluate_file.refuse(arguments)
     if arguments.attacks is None:
         arguments.attacks = ATTACKS
-    with held(arguments.directory if arguments.save else None):
+    with held(arguments.directory if arguments.save else None, world=start()):
         return _judged(arguments)
 
 
@@ -139,7 +143,7 @@ def _judged(arguments: argparse.Namespace) -> Output:
     report = _evaluate(arguments, result, arguments.directory, data, threat, tree)
     document: dict[str, Any] = {"result": str(arguments.directory), "report": report.to_json(), "saved": False}
     parts = [f"{arguments.directory}: {report}"]
-    if arguments.save:
+    if arguments.save and start().first:
         replace_report(arguments.directory, report)
         document["saved"] = True
         parts += ["", f"saved in {arguments.directory / RESULT}"]
@@ -206,8 +210,8 @@ def _evaluate(
     threat: ThreatModel,
     tree: Hierarchy | None,
 ) -> RobustReport:
-    autoattack = "autoattack" in arguments.attacks
-    with evaluation_bar(directory.name) as progress:
+    autoattack, world = "autoattack" in arguments.attacks, start()
+    with evaluation_bar(directory.name) if world.first else contextlib.nullcontext() as progress:
         return evaluate(
             result.model,
             data.test,
@@ -222,6 +226,7 @@ def _evaluate(
             progress=progress,
             resume_dir=_cache(directory) if autoattack else None,
             hierarchy=tree,
+            world=world,
         )
 
 

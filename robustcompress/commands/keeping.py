@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from robustcompress.checkpoint import remove
+from robustcompress.distributed import current
 from robustcompress.resolve import Request
-from robustcompress.result import RESULT, CompressResult, check_target, load
+from robustcompress.result import RESULT, check_target
 from robustcompress.series import CHECKPOINT, REQUEST, digest_of, read_json
 from robustcompress.smallest import clear
 
@@ -46,8 +47,8 @@ def is_result(out: Path | None) -> bool:
     return out is not None and (out / RESULT).is_file()
 
 
-def finished(request: Request, out: Path | None, **also: Any) -> CompressResult | None:
-    """The result of this very request, where an earlier call saved it and was killed then, or was not.
+def is_finished(request: Request, out: Path | None, **also: Any) -> bool:
+    """Whether the result of this very request is there: an earlier call saved it, and was killed then or was not.
 
     Args:
         request: What is asked for; its report may have been made later.
@@ -57,13 +58,17 @@ def finished(request: Request, out: Path | None, **also: Any) -> CompressResult 
     Raises:
         InputError: Something else is in the place.
     """
+    return current().only_first(lambda: _is_finished(request, out, **also))
+
+
+def _is_finished(request: Request, out: Path | None, **also: Any) -> bool:
     if out is None or not is_result(out):
-        return None
+        return False
     record = read_json(out / RESULT) or {}
     settings = record.get("settings") or {}
     if {key: settings.get(key) for key in (REQUEST, *also)} != {REQUEST: digest_of(request), **also}:
         check_target(out)
-    return load(out, model=request.model)
+    return True
 
 
 def discard(checkpoint: Path | None) -> None:

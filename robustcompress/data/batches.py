@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustcompress.data.extra import Extra
 from robustcompress.data.images import Images
+from robustcompress.distributed import Parts
 from robustcompress.errors import Problems, nearest
 
 Augment = Literal["none", "crop", "crop-flip"]
@@ -115,12 +116,21 @@ class Batches:
         full, rest = divmod(len(self.images), self._own)
         return full + (rest > 0 and not self.drop_last)
 
+    def size(self, index: int) -> int:
+        """How many images batch `index` of an epoch has."""
+        return min(self._own, len(self.images) - index * self._own) + self._theirs
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
         return self.iterate(epoch)
 
-    def iterate(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate(self, epoch: int, *, start: int = 0, parts: Parts | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of one epoch, from batch `start` on.
+
+        Args:
+            epoch: Its number, from 0 on.
+            start: The number of the first batch.
+            parts: Make only the images of this process's parts of each batch; None for all.
 
         Yields:
             `(x, y)`: float32 `[B, 3, H, W]` in [0, 1] and int64 `[B]`, on the device.
@@ -129,20 +139,23 @@ class Batches:
         order, *moves = (t.to(pixels.device) for t in self._draw(f"{self.seed}/{epoch}", len(self.images)))
         others = self._others(epoch)
         for index in range(start, len(self)):
-            part = slice(index * self._own, (index + 1) * self._own)
+            begin, end = index * self._own, min((index + 1) * self._own, len(self.images))
+            wanted = slice(0, self.size(index)) if parts is None else parts.rows(self.size(index))
+            part = slice(begin + wanted.start, min(begin + wanted.stop, end))
             chosen = order[part]
             batch, y = pixels[chosen], labels[chosen]
             shifts = [move[part] for move in moves]
             if others is not None:
-                more, more_y, more_shifts = others(index)
+                own = end - begin
+                more, more_y, more_shifts = others(index, max(0, wanted.start - own), max(0, wanted.stop - own))
                 batch, y = torch.cat([batch, more]), torch.cat([y, more_y])
                 shifts = [torch.cat(pair) for pair in zip(shifts, more_shifts, strict=True)]
             if self.augment != "none":
                 batch = crop_flip(batch, shifts[0], shifts[1], shifts[2], padding=self._padding)
             yield batch.to(torch.float32, memory_format=self.memory_format).div_(255), y
 
-    def _others(self, epoch: int) -> Callable[[int], tuple[Tensor, Tensor, list[Tensor]]] | None:
-        """What gives the extra images of a batch: pixels, labels and moves, on the device."""
+    def _others(self, epoch: int) -> Callable[[int, int, int], tuple[Tensor, Tensor, list[Tensor]]] | None:
+        """What gives the extra images of a batch, from one to another: pixels, labels and moves, on the device."""
         extra, device = self._extra, self.images.pixels.device
         if extra is None:
             return None
@@ -155,8 +168,8 @@ class Batches:
         )
         moves = self._draw(f"{self.seed}/{epoch}/extra", count)[1:]
 
-        def give(index: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-            part = slice(index * self._theirs, (index + 1) * self._theirs)
+        def give(index: int, begin: int, end: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+            part = slice(index * self._theirs + begin, index * self._theirs + end)
             chosen = order[part]
             return extra.take(chosen).to(device), labels[chosen].to(device), [move[part].to(device) for move in moves]
 
@@ -181,7 +194,10 @@ class Batches:
         return order if self.shuffle else torch.arange(count), rows, columns, flip
 
 
+def hashed_seed(key: str) -> int:
+    """A seed for what has this name: neighbours must not share draws (seed 0, epoch 1 and seed 1, epoch 0)."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+
+
 def _seeded(key: str) -> torch.Generator:
-    """Hashed, since neighbouring seeds must not share epochs (seed 0, epoch 1 and seed 1, epoch 0)."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(hashed_seed(key))

@@ -12,6 +12,7 @@ from robustcompress.errors import RobustCompressError
 from robustcompress.robust.memory import is_out_of_memory, release
 from robustcompress.robust.objective import ObjectiveStep
 from robustcompress.train.ascent import Ascent
+from robustcompress.train.engine import Engine
 from robustcompress.train.recipe import Recipe
 
 LOOK_EVERY = 50
@@ -40,7 +41,8 @@ class Care:
     the same step is made again with the same noise.
 
     Args:
-        recipe: Says which, and in how many parts a batch is cut to begin with.
+        recipe: Says which.
+        parts: Into how many a batch is cut to begin with; as many as the recipe's `accumulate` where None.
         say: Tells the person who waits.
         record: Adds an event to the history.
 
@@ -56,11 +58,12 @@ class Care:
         self,
         recipe: Recipe,
         *,
+        parts: int | None = None,
         say: Callable[[str], None] = lambda line: None,
         record: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
         self._skips, self._say, self._record = recipe.nonfinite == "skip", say, record
-        self.parts, self.factor = recipe.accumulate, 1.0
+        self.parts, self.factor = recipe.accumulate if parts is None else parts, 1.0
         self._row = self._left_out = 0
         self._bad: Tensor | None = None  # on a GPU: whether anything since the last look was not finite
 
@@ -86,6 +89,7 @@ class Care:
         generator: torch.Generator,
         ascent: Ascent | None,
         *,
+        engine: Engine,
         size: int,
         whole: bool,
         where: Mapping[str, Any],
@@ -98,6 +102,7 @@ class Care:
             optimizer: Holds the parameters.
             generator: The attack's randomness.
             ascent: What counts its steps; None where there is none.
+            engine: Has all processes make the step again where one of them cannot.
             size: Images in the batch.
             whole: Whether the objective needs the batch as a whole.
             where: Phase and steps, for the history.
@@ -111,7 +116,8 @@ class Care:
         while True:
             undo = Undo(model, generator, ascent)
             try:
-                return act(self.parts), undo
+                with engine.attempt():
+                    return act(self.parts), undo
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

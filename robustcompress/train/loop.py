@@ -15,12 +15,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.data import Batches
+from robustcompress.distributed import Parts
+from robustcompress.interrupt import listen
 from robustcompress.robust.attacks import eval_mode, kept_modes
-from robustcompress.robust.objectives import Objective
+from robustcompress.robust.objectives import Objective, ObjectiveStep
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.train.accumulate import step_in_parts
 from robustcompress.train.ascent import Ascent
 from robustcompress.train.care import LOOK_EVERY, Care, TrainingError
+from robustcompress.train.engine import Engine
 from robustcompress.train.midway import Midway
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe
@@ -68,6 +71,13 @@ class _Meter:
             setattr(self, name, state[name])
         self.started = time.perf_counter() - state["seconds"]
 
+    def add(self, sums: Sequence[torch.Tensor | float], count: int, *, looked: bool) -> None:
+        """Take the sums of a step over so many images."""
+        self.loss, self.right = self.loss + sums[0], self.right + sums[1]
+        self.seen += count
+        if looked:
+            self.clean_right, self.clean_seen = self.clean_right + sums[2], self.clean_seen + count
+
     def read(self) -> dict[str, float]:
         metrics = {"loss": float(self.loss) / max(1, self.seen), "robust": float(self.right) / max(1, self.seen)}
         # Only now: reading waited for the device to finish what it was given.
@@ -104,6 +114,7 @@ def train(
     span: tuple[float, float] = (0.0, 1.0),
     midway: Midway | None = None,
     on_step: Callable[[int], None] | None = None,
+    parts: Parts | None = None,
     care: Care | None = None,
 ) -> list[dict[str, Any]]:
     """Train for a number of epochs, which may be a fraction.
@@ -131,6 +142,8 @@ def train(
         span: Shares of the run's epochs at which this phase begins and ends, for objectives that change on the way.
         midway: Holds what this loop remembers within an epoch; where `start` is within one, has it from a checkpoint.
         on_step: Called with the number of steps done after each that ends no epoch.
+        parts: Into how many every batch is cut, and which are this process's: then all of its world call this, and each
+            has the same weights and records in the end. By default as many as `recipe.accumulate`, all for this one.
         care: What is done about steps that go wrong, in this phase and others; by default what the recipe says.
 
     Returns:
@@ -150,14 +163,19 @@ def train(
     history: list[dict[str, Any]] = []
     device_type = batches.images.pixels.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
-    midway, care = midway or Midway(), care or Care(recipe, say=progress.say)
+    midway, parts = midway or Midway(), parts or Parts(recipe.accumulate)
+    care = care or Care(recipe, parts=parts.total, say=progress.say)
+    moving = [p for group in optimizer.param_groups for p in group["params"]]
+    engine = Engine(model, moving, world=parts.world, compression=recipe.gradient_compression)
     meter, done = _Meter(), start
     midway.hold("meter", meter)
     if ascent is not None:
+        ascent.world = parts.world
         midway.hold("ascent", ascent)
-    with kept_modes(model), progress.phase(phase, steps, start) as bar:
+    with kept_modes(model), contextlib.closing(engine), progress.phase(phase, steps, start) as bar:
         model.train()
-        for current, x, y in _stream(batches, objective, start, steps, midway):
+        for objectives, x, y, key, count in _stream(batches, objective, start, steps, midway, parts):
+            so_far = _sums(ascent)
             for group in optimizer.param_groups:
                 factor = lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
                 group["lr"] = lr * factor * care.factor
@@ -167,28 +185,31 @@ def train(
                 model=model,
                 x=x,
                 y=y,
-                objective=current.at(span[0] + (span[1] - span[0]) * done / steps),
+                objectives=[current.at(span[0] + (span[1] - span[0]) * done / steps) for current in objectives],
                 threat=threat,
                 generator=generator,
                 precision=precision,
                 ascent=ascent if done >= ascends_from else None,
+                engine=engine,
+                count=count,
+                key=key,
             )
             with rematerialised(model) if recipe.checkpointing else contextlib.nullcontext():
                 step, undo = care.step(
-                    make,
+                    lambda pieces, make=make: make(parts.finer(pieces)),  # type: ignore[misc]
                     model,
                     optimizer,
                     generator,
                     ascent,
-                    size=len(y),
+                    engine=engine,
+                    size=count,
                     whole=objective.remembers,
                     where={"phase": phase, "steps": done},
                 )
-            moving = [p for group in optimizer.param_groups for p in group["params"]]
             norm = None if recipe.clip_norm is None else nn.utils.clip_grad_norm_(moving, recipe.clip_norm)
             told = f"phase {phase!r}, step {done + 1} of {steps}, lr={lr:g}"
             try:
-                good = care.accepts(step.loss, moving, norm, told)
+                good = care.accepts(engine.total(step.loss), moving, norm, told)
             except TrainingError:
                 undo()
                 raise
@@ -197,10 +218,17 @@ def train(
                 if ema is not None:
                     ema.update_parameters(model)
                 with precision:
-                    _note(meter, model, step.loss, step.logits, step.clean_logits, x, y, look=done % CLEAN_EVERY == 0)
+                    found = _note(model, step, x, y, look=done % CLEAN_EVERY == 0, count=count)
+                climbed = [now - then for now, then in zip(_sums(ascent), so_far, strict=True)]
+                sums = engine.totals([*found, *climbed], x.device)
+                meter.add(sums[:3], count, looked=done % CLEAN_EVERY == 0 or step.clean_logits is not None)
+                if ascent is not None and parts.world.size > 1:
+                    ascent.take_sums([then + more for then, more in zip(so_far, sums[3:], strict=True)])
             else:
                 undo()
-                current.remember({})
+                for current in objectives:
+                    current.remember({})
+            listen(parts.world)
             done += 1
             if done % LOOK_EVERY == 0 or done % len(batches) == 0 or done == steps:
                 care.look(told)
@@ -223,25 +251,33 @@ def train(
 
 
 def _stream(
-    batches: Batches, objective: Objective, start: int, steps: int, midway: Midway
-) -> Iterator[tuple[Objective, torch.Tensor, torch.Tensor]]:
-    """What each step from `start` on minimises, and on what; an epoch has `len(batches)` steps, replays among them."""
+    batches: Batches, objective: Objective, start: int, steps: int, midway: Midway, parts: Parts
+) -> Iterator[tuple[list[Objective], torch.Tensor, torch.Tensor, str, int]]:
+    """What each step from `start` on minimises, and on what; an epoch has `len(batches)` steps, replays among them.
+
+    Yields:
+        The objective (one for each part of this process, where it remembers), images and labels of this process's
+        parts, a name of the step that no other step of the run has, and how many images the whole batch has.
+    """
     at = start % len(batches)
     left = steps - start + at  # from the beginning of the epoch
     while left > 0:
-        current = objective.begin()
-        midway.complete = not objective.remembers or current.memory() is not None
+        currents = [objective.begin() for _ in (parts.own if objective.remembers else range(1))]
+        current = currents[0]
+        # The memories of other processes are theirs.
+        midway.complete = not objective.remembers or (current.memory() is not None and parts.world.size == 1)
         if objective.remembers:
-            midway.hold("objective", _Memory(current))
+            midway.hold("objective", _Memory(currents))
         else:
             midway.drop("objective")  # of an epoch before: what is trained on may have changed
         first, replayed = divmod(at, current.replays)
         stop = min(left, len(batches))
-        images = batches.iterate(batches.epoch - 1, start=first) if at else iter(batches)
-        for x, y in images:
+        batches.epoch += not at
+        images = batches.iterate(batches.epoch - 1, start=first, parts=parts)
+        for index, (x, y) in enumerate(images, first):
             again = min(current.replays - replayed, stop - at)
-            for _ in range(again):
-                yield current, x, y
+            for step in range(at, at + again):
+                yield currents, x, y, f"{batches.epoch - 1}/{step}", batches.size(index)
             at, replayed = at + again, 0
             if at == stop:
                 break
@@ -249,36 +285,33 @@ def _stream(
 
 
 class _Memory:
-    """What an epoch's objective remembers, for `Midway`."""
+    """What an epoch's objectives remember, one for each part of a batch, for `Midway`."""
 
-    def __init__(self, objective: Objective) -> None:
-        self._objective = objective
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        self._objectives = objectives
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._objective.memory() or {})
+        memories = [objective.memory() or {} for objective in self._objectives]
+        return {f"{part}.{name}": value for part, memory in enumerate(memories) for name, value in memory.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._objective.remember(state)
+        for part, objective in enumerate(self._objectives):
+            prefix = f"{part}."
+            objective.remember({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+
+def _sums(ascent: Ascent | None) -> list[torch.Tensor | float]:
+    return [] if ascent is None else ascent.sums()
 
 
 @torch.no_grad()
 def _note(
-    meter: _Meter,
-    model: nn.Module,
-    loss: torch.Tensor,
-    logits: torch.Tensor,
-    clean: torch.Tensor | None,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    look: bool,
-) -> None:
-    meter.loss = meter.loss + loss.detach() * len(y)
-    meter.right = meter.right + (logits.argmax(1) == y).sum()
-    meter.seen += len(y)
+    model: nn.Module, step: ObjectiveStep, x: torch.Tensor, y: torch.Tensor, *, look: bool, count: int
+) -> list[torch.Tensor | float]:
+    """This process's sums of a step: of losses, of images that were right attacked, of those that were right clean."""
+    clean = step.clean_logits
     if clean is None and look:
         with eval_mode(model):
             clean = model(x)
-    if clean is not None:
-        meter.clean_right = meter.clean_right + (clean.argmax(1) == y).sum()
-        meter.clean_seen += len(y)
+    right = (step.logits.argmax(1) == y).sum()
+    return [step.loss.detach() * count, right, 0.0 if clean is None else (clean.argmax(1) == y).sum()]

@@ -8,12 +8,13 @@ from typing import Any, Literal, get_args
 
 from robustcompress.data import Augment
 from robustcompress.errors import Problems, nearest
+from robustcompress.train.engine import COMPRESSIONS, Compression
 
 Optimizer = Literal["sgd", "adamw"]
 Averaging = Literal["ema", "swa"]
 NonFinite = Literal["stop", "skip"]
 
-HOW = ("compile", "nonfinite")
+HOW = ("compile", "nonfinite", "gradient_compression")
 """Settings that say how a run is carried out, and not what is run: a checkpoint does not bind them."""
 
 
@@ -26,7 +27,7 @@ class Recipe:
         lr: Peak learning rate.
         momentum: SGD momentum, or AdamW's first beta.
         weight_decay: Applied to weights of more than one dimension only, not to batch norms and biases.
-        batch_size: Images a step.
+        batch_size: Images a step, those of all processes together.
         clip_norm: Gradients are scaled down to this Euclidean norm; None leaves them.
         ema: Largest decay of the averaged weights, which are what every strategy returns; 0 switches averaging off.
             The decay warms up as (1 + n) / (10 + n), so that short runs are averaged over their own length.
@@ -52,9 +53,13 @@ class Recipe:
         compile: Compile the passes of phases that train weights (`torch.compile`). Every new shape, and so every edit,
             costs some tens of seconds: it pays in long phases on a GPU.
         accumulate: Attack and pass each batch in so many parts, whose gradients are summed: the memory of a part, and
-            the step of the whole batch, but that batch norms see the statistics of a part.
+            the step of the whole batch, but that batch norms see the statistics of a part. Several processes (torchrun)
+            share the parts; at 1 there are then as many as processes.
         checkpointing: Keep the inputs of blocks alone and compute their activations again on the way back: less memory
             for one more forward pass with each backward one. Numbers stay the same.
+        gradient_compression: How gradients travel between processes: "none"; "fp16" or "bf16", rounded to half the
+            bytes; "powersgd", by low-rank factors (Vogels et al., NeurIPS 2019), with a memory of what was left out
+            that begins anew with every phase. One process sends none, and nothing changes there.
         nonfinite: What to do where a step's loss or gradient is infinite or NaN: "stop", with a checkpoint of the last
             good state; or "skip" the step, and go on at a lower learning rate for a while (see `Care`). A run that
             stopped goes on from its checkpoint with "skip".
@@ -80,6 +85,7 @@ class Recipe:
     compile: bool = False
     accumulate: int = 1
     checkpointing: bool = False
+    gradient_compression: Compression = "none"
     nonfinite: NonFinite = "stop"
 
     def __post_init__(self) -> None:
@@ -88,6 +94,7 @@ class Recipe:
             ("optimizer", get_args(Optimizer)),
             ("averaging", get_args(Averaging)),
             ("augment", ("auto", *get_args(Augment))),
+            ("gradient_compression", COMPRESSIONS),
             ("nonfinite", get_args(NonFinite)),
         ):
             if getattr(self, name) not in choices:

@@ -27,6 +27,7 @@ class ScoreAscent(Ascent):
     """
 
     label: ClassVar[str] = "gamma"
+    _summed: ClassVar[tuple[str, ...]] = (*Ascent._summed, "_flipped")
 
     def __init__(self, gates: ScoreMasks, *, gamma: float | None, flips: float, begins: float = 0.0) -> None:
         super().__init__(gates.parameters(), LARGEST if gamma is None else gamma, begins=begins)
@@ -38,7 +39,8 @@ class ScoreAscent(Ascent):
     def radius(self, steps: Sequence[Tensor]) -> float:
         """The radius given, or the one that flips the wanted share along the epoch's first `steps`."""
         if self._target is not None and not self._chosen:
-            self.gamma = calibrate(lambda gamma: float(self._share(steps, gamma)), self._target)
+            # On the step's first part, which is the first process's.
+            self.gamma = self.world.broadcast(calibrate(lambda gamma: float(self._share(steps, gamma)), self._target))
             self._chosen = self.gamma > 0
         self._flipped = self._flipped + self._share(steps, self.gamma)
         return self.gamma
@@ -54,7 +56,7 @@ class ScoreAscent(Ascent):
 
     def read(self) -> dict[str, Any]:
         """As `Ascent.read`, with the mean share of mask bits flipped; the next epoch chooses its radius anew."""
-        count, flipped = self._count, float(self._flipped)
+        count, flipped = int(self._count), float(self._flipped)
         record = super().read()
         self._flipped = 0.0
         self._chosen = self._target is None
