@@ -133,7 +133,7 @@ def train(
         objective.require_parts()
         ascends_from = round(ascent.begins * steps)
     history: list[dict[str, Any]] = []
-    device_type = batches.images.pixels.device.type
+    device_type = batches.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
     meter, done = _Meter(), start
     with kept_modes(model), progress.phase(phase, steps, start) as bar:
