@@ -20,10 +20,11 @@ from robustcompress.robust.objectives import Objective
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.train.accumulate import step_in_parts
 from robustcompress.train.ascent import Ascent
+from robustcompress.train.large_batch import Lamb, Lars
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe
 from robustcompress.train.remat import rematerialised
-from robustcompress.train.schedules import Schedule, lr_factor
+from robustcompress.train.schedules import Schedule, lr_factor, warm_up_factor
 
 CLEAN_EVERY = 10
 """Clean training accuracy is looked at every so many steps: a full look would cost one more forward pass a step."""
@@ -34,7 +35,7 @@ class TrainingError(RobustCompressError):
 
 
 def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer; vectors (batch norms, biases) are not decayed."""
+    """Build the recipe's optimizer; vectors (batch norms, biases) are neither decayed nor scaled by their norm."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -43,6 +44,12 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: fl
     # One kernel for all tensors in place of several a tensor. On the CPU the plain one stays: it is what results there
     # were made with, bit for bit.
     fused = True if all(p.is_cuda and p.is_floating_point() for p in parameters) else None
+    if recipe.optimizer in ("lars", "lamb"):
+        for group in groups:
+            group["adapt"] = group["params"][0].dim() > 1
+        if recipe.optimizer == "lars":
+            return Lars(groups, lr=lr, momentum=recipe.momentum, trust=recipe.trust)
+        return Lamb(groups, lr=lr, betas=(recipe.momentum, 0.999))
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(recipe.momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
@@ -102,7 +109,7 @@ def train(
         objective: What a step minimises; asked at the beginning of each epoch what that is (`Objective.begin`). Where
             it replays batches, an epoch has as many steps, and fewer images.
         threat: What the adversary may do.
-        recipe: Clipping, and what saves memory; the rest is already in `optimizer`, `batches` and `ema`.
+        recipe: Warm-up, clipping, and what saves memory; the rest is already in `optimizer`, `batches` and `ema`.
         epochs: How long; rounded to whole steps, at least one.
         optimizer: Holds the parameters that move. A parameter group's own "lr_scale" multiplies its learning rate.
         lr: Peak learning rate of this phase.
@@ -116,7 +123,8 @@ def train(
         ascent: Compute gradients one ascent above the parameters, from its beginning on; loss and accuracies of the
             records are then those found there.
         start: Steps that are done already, whole epochs of them: a resumed phase.
-        span: Shares of the run's epochs at which this phase begins and ends, for objectives that change on the way.
+        span: Shares of the run's epochs at which this phase begins and ends, for objectives that change on the way and
+            for the recipe's warm-up.
 
     Returns:
         One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s, and what
@@ -139,8 +147,10 @@ def train(
     with kept_modes(model), progress.phase(phase, steps, start) as bar:
         model.train()
         for current, x, y in _stream(batches, objective, steps - start):
+            passed = span[0] + (span[1] - span[0]) * (done + 1) / steps
+            factor = min(lr_factor(schedule, done / steps), warm_up_factor(recipe.warmup, passed))
             for group in optimizer.param_groups:
-                group["lr"] = lr * lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
+                group["lr"] = lr * factor * group.get("lr_scale", 1.0)
             optimizer.zero_grad(set_to_none=True)
             with rematerialised(model) if recipe.checkpointing else contextlib.nullcontext():
                 step = step_in_parts(
