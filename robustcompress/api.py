@@ -98,8 +98,8 @@ def compress(
         checkpoint: Directory to keep a checkpoint in, made if it does not exist. A run that was killed goes on from
             there when it is called again with the same arguments; on the CPU the result is bit for bit that of a run
             that was never interrupted. Removed at the end.
-        checkpoint_every_s: Least seconds between two checkpoints within a phase, which are written at the ends of
-            epochs; 0 for every epoch. The end of a phase always writes one.
+        checkpoint_every_s: Least seconds between two checkpoints within a phase, after any step; 0 for every step. The
+            end of a phase always writes one.
         deadline: Seconds from this call after which it should have stopped: before the first epoch that would end
             later, as the one before it suggests, the run stops with `OutOfTime`. At least one epoch is trained first.
             Needs `checkpoint`. Evaluation at the end is not counted.

@@ -24,6 +24,7 @@ from robustcompress.train import (
     STATISTICS_BATCHES,
     Ascent,
     CompiledNetwork,
+    Midway,
     Progress,
     Schedule,
     Selection,
@@ -83,7 +84,7 @@ class Session(BudgetedRun):
             objective.check(goal.threat)
             if goal.recipe.awp or goal.recipe.sam:
                 objective.require_parts()
-            if goal.recipe.accumulate > 1 and objective.begin() is not objective:
+            if goal.recipe.accumulate > 1 and objective.remembers:
                 raise InputError(
                     f"objective {objective.name!r} remembers a whole batch from step to step: leave out "
                     f"accumulate={goal.recipe.accumulate}"
@@ -242,16 +243,16 @@ class Session(BudgetedRun):
         before, by_epochs = self._spent, self.goal.recipe.averaging == "swa"
         self._spent += share
         self._lay_out()
-        done, state = 0, None
+        done, state, midway = 0, None, Midway()
         steps = self.steps(share)
         if self._journal is not None:
-            state = self._state(optimizer, selection)
+            state = self._state(optimizer, selection, midway)
             done = self._journal.enter(phase, steps, self.history, state)
             if done == steps:
                 return
         guard = self._guard if optimizer is self._optimizer else None  # scores are no weights: nothing to go back to
         if guard is not None:
-            guard.enter(self.model, [ema] if ema is not None else [], optimizer, begun=done > 0)
+            guard.enter(self.model, [ema] if ema is not None else [], optimizer, begun=done > 0, midway=midway)
         macs, params = self.cost_model.predict(self.editor.widths)
 
         def on_epoch(record: dict[str, Any]) -> None:
@@ -270,6 +271,10 @@ class Session(BudgetedRun):
             self.record(record)
             if self._journal is not None and state is not None:
                 self._journal.epoch_done(record["steps"], self.history, state)
+
+        def on_step(done: int) -> None:
+            if self._journal is not None and state is not None:
+                self._journal.step_done(done, self.history, state)
 
         # Gates are hooks, opaque to a compiler.
         compiles = self.goal.recipe.compile and self.goal.objective.compiles and optimizer is self._optimizer
@@ -292,6 +297,8 @@ class Session(BudgetedRun):
             ascent=ascent,
             start=done,
             span=(min(before, 1.0), min(self._spent, 1.0)),
+            midway=midway,
+            on_step=on_step,
         )
 
     def _selection(self, share: float) -> Selection:
@@ -302,7 +309,9 @@ class Session(BudgetedRun):
     def _everything(self) -> State:
         return self._state(None, None)
 
-    def _state(self, optimizer: torch.optim.Optimizer | None, selection: Selection | None) -> State:
+    def _state(
+        self, optimizer: torch.optim.Optimizer | None, selection: Selection | None, midway: Midway | None = None
+    ) -> State:
         """Where all lies that moves in a phase which this optimizer trains; None where nothing is trained."""
         modules: dict[str, nn.Module] = {"model": self.model}
         if self._ema is not None:
@@ -322,6 +331,7 @@ class Session(BudgetedRun):
             batches=self._batches,
             selection=selection,
             kept=self._kept,
+            midway=midway,
             device=self._device,
         )
 

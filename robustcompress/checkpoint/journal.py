@@ -32,7 +32,7 @@ class Journal:
         directory: Holds the checkpoint, or will.
         identity: What makes a run the same run, as plain JSON by name (see `compress`).
         versions: Versions by name; a difference is said, and no error.
-        every_s: Least seconds between two writes within a phase.
+        every_s: Least seconds between two writes within a phase, within an epoch or at its end.
         deadline: When to stop, on the clock of `time.monotonic`; None for never.
         say: Tells the person who waits.
 
@@ -60,7 +60,8 @@ class Journal:
         self._every_s = every_s
         self._deadline = deadline
         self._say = say
-        self._written = self._mark = time.monotonic()
+        self._written = time.monotonic()
+        self._mark: float | None = self._written  # when the epoch began; None where this process did not begin it
         self._last_epoch: float | None = None  # unknown until this process has trained one: each call gets somewhere
         self._phases: list[dict[str, Any]] = []  # finished ones, see `_begin`
         self._here: dict[str, Any] = {}
@@ -154,7 +155,8 @@ class Journal:
             self._say("the checkpoint is of another kind of device: the attack draws new noise")
         if done == logged["steps"]:
             self._phases.append(self._here | {"ended": logged["ended"]})
-        self._written = self._mark = time.monotonic()
+        self._written = time.monotonic()
+        self._mark = None if "midway" in found.record["state"] else self._written
         return done
 
     def epoch_done(self, done: int, history: list[dict[str, Any]], state: State) -> None:
@@ -169,28 +171,49 @@ class Journal:
             OutOfTime: The deadline would be missed.
         """
         now = time.monotonic()
-        self._last_epoch, self._mark = now - self._mark, now
+        if self._mark is not None:
+            self._last_epoch = now - self._mark
+        self._mark = now
         steps = self._here["steps"]
-        here = self._here | {"ended": [len(history), len(self._decisions)]}
         # At a phase's end nothing is known of what comes next, which may be nothing: `enter` looks at the clock there.
         late = done < steps and self._is_late()
-        if late or done == steps or now - self._written >= self._every_s:
-            tensors, record = state.gather()
-            run = {
-                "identity": self._identity,
-                "versions": self._versions,
-                "phases": self._phases,
-                "phase": here | {"done": done},
-                "decisions": self._decisions,
-                "history": history,
-                "state": record,
-            }
-            write(self.directory, run, tensors)
-            self._written = time.monotonic()
+        if late or done == steps or self._is_due():
+            self._write(done, history, state)
         if done == steps:
-            self._phases.append(here)
+            self._phases.append(self._ended(history))
         elif late:
-            self._stop_in_time(here["name"], done, steps)
+            self._stop_in_time(self._here["name"], done, steps)
+
+    def step_done(self, done: int, history: list[dict[str, Any]], state: State) -> None:
+        """Write a checkpoint within an epoch where one is due.
+
+        Args:
+            done: Steps done in the phase.
+            history: The run's history.
+            state: Where the run's state lives.
+        """
+        if self._is_due() and (state.midway is None or state.midway.complete):
+            self._write(done, history, state, within=True)
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._written >= self._every_s
+
+    def _ended(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._here | {"ended": [len(history), len(self._decisions)]}
+
+    def _write(self, done: int, history: list[dict[str, Any]], state: State, *, within: bool = False) -> None:
+        tensors, record = state.gather(within=within)
+        run = {
+            "identity": self._identity,
+            "versions": self._versions,
+            "phases": self._phases,
+            "phase": self._ended(history) | {"done": done},
+            "decisions": self._decisions,
+            "history": history,
+            "state": record,
+        }
+        write(self.directory, run, tensors)
+        self._written = time.monotonic()
 
     def finish(self) -> None:
         """Raise a CheckpointError when the script ended before it reached what it had done."""

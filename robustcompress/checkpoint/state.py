@@ -12,7 +12,7 @@ from torch import nn
 from robustcompress.data import Batches
 from robustcompress.errors import CheckpointError
 from robustcompress.structure import AnyEdit
-from robustcompress.train import Selection
+from robustcompress.train import Midway, Selection
 
 Tensors = dict[str, torch.Tensor]
 
@@ -41,6 +41,7 @@ class State:
         batches: Knows the epoch of the training images.
         selection: The best epoch so far, in a phase that selects.
         kept: What strategies and training methods registered.
+        midway: What matters within an epoch alone; None where nothing is trained.
         device: Where it trains.
     """
 
@@ -51,10 +52,15 @@ class State:
     batches: Batches
     selection: Selection | None
     kept: dict[str, Stateful] = field(default_factory=dict)
+    midway: Midway | None = None
     device: torch.device
 
-    def gather(self) -> tuple[Tensors, dict[str, Any]]:
-        """The state: tensors where they are, and the rest as plain JSON."""
+    def gather(self, *, within: bool = False) -> tuple[Tensors, dict[str, Any]]:
+        """The state: tensors where they are, and the rest as plain JSON.
+
+        Args:
+            within: Whether an epoch has begun that is not at its end.
+        """
         tensors: Tensors = {}
         record: dict[str, Any] = {"epoch": self.batches.epoch, "device": self.device.type, "values": {}, "kept": {}}
         record["edits"] = [edit.to_json() for edit in self.edits]
@@ -78,6 +84,10 @@ class State:
             state = thing.state_dict()
             tensors |= {f"kept/{name}/{key}": v for key, v in state.items() if isinstance(v, torch.Tensor)}
             record["kept"][name] = {key: v for key, v in state.items() if not isinstance(v, torch.Tensor)}
+        if within and self.midway is not None:
+            found = self.midway.state_dict()
+            tensors |= {f"midway/{key}": v for key, v in found.items() if isinstance(v, torch.Tensor)}
+            record["midway"] = {key: v for key, v in found.items() if not isinstance(v, torch.Tensor)}
         return tensors, record
 
     def restore(self, tensors: Tensors, record: Mapping[str, Any]) -> bool:
@@ -107,6 +117,10 @@ class State:
         if self.selection is not None:
             best = {key: tensor.to(self.device) for key, tensor in _part(tensors, "best").items()}
             self.selection.best, self.selection.state = tuple(record["best"]), best or None
+        if "midway" in record:
+            if self.midway is None:
+                raise CheckpointError("it was written within an epoch, and nothing is trained here")
+            self.midway.load_state_dict({**_part(tensors, "midway"), **record["midway"]})
         self.batches.epoch = record["epoch"]
         return self._restore_generators(_part(tensors, "generator"), same_device=record["device"] == self.device.type)
 

@@ -14,10 +14,10 @@ from robustcompress.data.crops import draw_crops, resized_crops
 from robustcompress.data.extra import Extra
 from robustcompress.data.images import Images
 from robustcompress.data.stored import Stored
+from robustcompress.distributed import Parts
 from robustcompress.errors import Problems, nearest
 
 Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
-Part = tuple[int, int, int]
 
 
 def crop_flip(pixels: Tensor, rows: Tensor, columns: Tensor, flip: Tensor, *, padding: int) -> Tensor:
@@ -124,30 +124,34 @@ class Batches:
         full, rest = divmod(len(self.images), self._own)
         return full + (rest > 0 and not self.drop_last)
 
+    def size(self, index: int) -> int:
+        """How many images batch `index` of an epoch has."""
+        return min(self._own, len(self.images) - index * self._own) + self._theirs
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
         return self.iterate(epoch)
 
-    def iterate(self, epoch: int, *, start: int = 0, part: Part = (0, 1, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate(self, epoch: int, *, start: int = 0, parts: Parts | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of one epoch, from batch `start` on.
 
         Args:
-            epoch: Which; seed and epoch say all that is random.
-            start: The first batch.
-            part: `(first, stop, parts)`: of each batch only what `torch.tensor_split` puts into parts `first` to `stop`
-                (exclusive) of so many; nothing else is decoded or augmented.
+            epoch: Its number, from 0 on.
+            start: The number of the first batch.
+            parts: Decode and make only the images of this process's parts of each batch; None for all.
 
         Yields:
             `(x, y)`: float32 `[B, 3, H, W]` in [0, 1] and int64 `[B]`, on the device.
         """
         order, *moves = self._draw(f"{self.seed}/{epoch}", len(self.images))
         known, moves = order.to(self.device), [move.to(self.device) for move in moves]
-        others, cropping = self._others(epoch), self.augment == "resized-crop"
-        for index, batch in zip(range(start, len(self)), self._read(order, epoch, start, part), strict=False):
-            own, theirs = self._cut(index, part)
+        others, resident = self._others(epoch), isinstance(self.images, Images)
+        cropping = self.augment == "resized-crop" and (resident or others is not None)
+        for index, batch in zip(range(start, len(self)), self._read(order, epoch, start, parts), strict=False):
+            own, theirs = self._cut(index, parts)
             y, shifts = self._labels[known[own]], [move[own] for move in moves]
-            drawn = self._crops(epoch, index, part) if cropping else None
-            if drawn is not None and isinstance(self.images, Images):
+            drawn = self._crops(epoch, index, parts) if cropping else None
+            if drawn is not None and resident:
                 batch = resized_crops(batch, drawn[: len(batch)])
             if others is not None:
                 more, more_y, more_shifts = others(index, theirs)
@@ -159,7 +163,7 @@ class Batches:
                 batch = crop_flip(batch, shifts[0], shifts[1], shifts[2], padding=self._padding)
             yield batch.to(torch.float32, memory_format=self.memory_format).div_(255), y
 
-    def _read(self, order: Tensor, epoch: int, start: int, part: Part) -> Iterator[Tensor]:
+    def _read(self, order: Tensor, epoch: int, start: int, parts: Parts | None) -> Iterator[Tensor]:
         """The pixels of the own images of batch after batch, uint8 `[B, 3, H, W]`, on the device.
 
         Those in memory are as they are there; the others are cropped already, where crops are wanted.
@@ -167,31 +171,34 @@ class Batches:
         places = range(start, len(self))
         if isinstance(self.images, Images):
             known = order.to(self.device)
-            yield from (self.images.pixels[known[self._cut(index, part)[0]]] for index in places)
+            yield from (self.images.pixels[known[self._cut(index, parts)[0]]] for index in places)
             return
         cropping = self.augment == "resized-crop"
         wanted = (
-            (order[self._cut(index, part)[0]], self._crops(epoch, index, part) if cropping else None)
+            (order[self._cut(index, parts)[0]], self._crops(epoch, index, parts) if cropping else None)
             for index in places
         )
         for pixels in self.images.stream(wanted, pinned=self.device.type == "cuda"):
             yield pixels.to(self.device, non_blocking=True).contiguous()
 
-    def _cut(self, index: int, part: Part) -> tuple[slice, slice]:
-        """Which places of the pass, and which of the extra images of batch `index`, are in a part of it."""
+    def _cut(self, index: int, parts: Parts | None) -> tuple[slice, slice]:
+        """Which places of the pass, and which of the extra images of batch `index`, are in these parts of it."""
         begin = index * self._own
         own = min(self._own, len(self.images) - begin)
-        low, high = bounds(own + self._theirs, part)
+        rows = self._rows(index, parts)
         return (
-            slice(begin + min(low, own), begin + min(high, own)),
-            slice(max(low, own) - own, max(high, own) - own),
+            slice(begin + min(rows.start, own), begin + min(rows.stop, own)),
+            slice(max(rows.start, own) - own, max(rows.stop, own) - own),
         )
 
-    def _crops(self, epoch: int, index: int, part: Part) -> Tensor:
-        """What says the crops of a part of batch `index`."""
-        count = min(self._own, len(self.images) - index * self._own) + self._theirs
-        low, high = bounds(count, part)
-        return draw_crops(count, _seeded(f"{self.seed}/{epoch}/crops/{index}"))[low:high]
+    def _rows(self, index: int, parts: Parts | None) -> slice:
+        """Which images of batch `index` are in these parts."""
+        return slice(0, self.size(index)) if parts is None else parts.rows(self.size(index))
+
+    def _crops(self, epoch: int, index: int, parts: Parts | None) -> Tensor:
+        """What says the crops of these parts of batch `index`."""
+        drawn = draw_crops(self.size(index), _seeded(f"{self.seed}/{epoch}/crops/{index}"))
+        return drawn[self._rows(index, parts)]
 
     def _others(self, epoch: int) -> Callable[[int, slice], tuple[Tensor, Tensor, list[Tensor]]] | None:
         """What gives the extra images of a batch: pixels, labels and moves, on the device."""
@@ -233,14 +240,10 @@ class Batches:
         return order if self.shuffle else torch.arange(count), rows, columns, flip
 
 
-def bounds(count: int, part: Part) -> tuple[int, int]:
-    """Where parts `first` to `stop` (exclusive) of `count` things begin and end, as `torch.tensor_split` cuts them."""
-    first, stop, parts = part
-    each, larger = divmod(count, parts)
-    return first * each + min(first, larger), stop * each + min(stop, larger)
+def hashed_seed(key: str) -> int:
+    """A seed for what has this name: neighbouring numbers must not share draws (seed 0, epoch 1 and seed 1, epoch 0)."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
 
 
 def _seeded(key: str) -> torch.Generator:
-    """Hashed, since neighbouring seeds must not share epochs (seed 0, epoch 1 and seed 1, epoch 0)."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(hashed_seed(key))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -255,6 +255,19 @@ class AttackSpec:
                 generator=generator,
             )
         raise InputError("autoattack is an evaluation of many attacks: run it through evaluate()")
+
+    def draw(self, count: int, shape: Sequence[int], threat: ThreatModel, *, generator: torch.Generator | None) -> None:
+        """Draw the random numbers that `perturb` draws for so many float32 images, which someone else attacks.
+
+        Args:
+            count: How many.
+            shape: Of one image.
+            threat: As for `perturb`.
+            generator: As for `perturb`.
+        """
+        if self.kind == "pgd" and count:
+            for _ in range(self.restarts):
+                threat.random_start(torch.zeros(count, *shape), generator)
 
 
 def attack_by_name(name: str) -> AttackSpec:

@@ -37,7 +37,7 @@ def autoattack_in_chunks(
         num_classes: Number of logits.
         config: What to change of the standard.
         time_limit_s: Start no chunk that would not end in time, going by the slowest so far; but run one at least.
-        resume_dir: Where finished chunks are kept, one JSON file each, and found again.
+        resume_dir: Where finished chunks are kept, one JSON file each, and found again; each process keeps its own.
 
     Returns:
         Flags of as many images as the time allowed.
@@ -67,29 +67,38 @@ def autoattack_in_chunks(
     broken_by = dict.fromkeys(suite.attacks, 0)
     furthest = seconds = slowest = 0.0
     severity = judge.no_mistakes()
-    for at in range(0, len(clean), size):
+    # As many chunks at a time as there are processes.
+    for first in range(0, len(clean), size * judge.world.size):
+        at = first + size * judge.world.rank
         flags = clean[at : at + size]
         path: Path | None = None
-        if resume_dir is not None:
+        if resume_dir is not None and len(flags):
             images = hash_of(judge.pixels[at : at + size], judge.labels[at : at + size])
             path = resume_dir / f"autoattack-{_key({**settings, 'images': images, 'clean': pack_flags(flags)})}.json"
-        chunk = None if path is None else _read_chunk(path, len(flags), suite.attacks)
-        if chunk is None:
-            elapsed = time.perf_counter() - began
-            if slowest and time_limit_s is not None and elapsed + slowest > time_limit_s:
-                break
-            chunk = _attack_chunk(judge, flags, at, num_classes, config)
-            slowest = max(slowest, chunk.seconds)
+        kept = None if path is None else _read_chunk(path, len(flags), suite.attacks)
+        missing = [number for number, done in enumerate(judge.world.gather(bool(kept) or not len(flags))) if not done]
+        elapsed = time.perf_counter() - began
+        late = bool(slowest) and time_limit_s is not None and elapsed + slowest > time_limit_s
+        stopped = bool(missing) and judge.world.broadcast(late)
+        if kept is None and len(flags) and not stopped:
+            kept = _attack_chunk(judge, flags, at, num_classes, config)
             if path is not None:
-                _write_atomically(path, chunk.to_json())
-        parts.append(chunk.correct)
-        furthest = max(furthest, chunk.max_perturbation)
-        seconds += chunk.seconds
-        if severity is not None and chunk.severity is not None:
-            severity = severity + chunk.severity
-        for name, count in chunk.broken_by.items():
-            broken_by[name] += count
-        judge.report("autoattack", torch.cat(parts), len(clean), began)
+                _write_atomically(path, kept.to_json())
+        for number, told in enumerate(judge.world.gather(kept and kept.to_json())):
+            if told is None:  # of this chunk, and all behind it, nothing is known
+                break
+            chunk = AttackResult.from_json(told)
+            slowest = max(slowest, chunk.seconds if number in missing else 0.0)
+            parts.append(chunk.correct)
+            furthest = max(furthest, chunk.max_perturbation)
+            seconds += chunk.seconds
+            if severity is not None and chunk.severity is not None:
+                severity = severity + chunk.severity
+            for name, count in chunk.broken_by.items():
+                broken_by[name] += count
+            judge.report("autoattack", torch.cat(parts), len(clean), began)
+        if stopped:
+            break
     return AttackResult(
         name="autoattack",
         correct=torch.cat(parts),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from robustcompress.distributed import ALONE, World
 from robustcompress.errors import InputError, Problems
 from robustcompress.robust import sanity
 from robustcompress.robust.attacks import AttackSpec, attack_by_name, eval_mode
@@ -45,6 +46,7 @@ def evaluate(
     resume_dir: str | Path | None = None,
     autoattack_config: AutoAttackConfig | None = None,
     hierarchy: Hierarchy | str | Path | None = None,
+    world: World = ALONE,
 ) -> RobustReport:
     """Measure how often the model is right, without and with an adversary.
 
@@ -75,6 +77,8 @@ def evaluate(
         autoattack_config: Changes to the standard AutoAttack; the report then calls it "custom".
         hierarchy: Of the classes, as `hierarchy_from` reads it: the report then says how far from the truth mistakes
             are. An adversary who aims at distant classes finds worse ones than these attacks, which aim at any.
+        world: The processes that share the work (`robustcompress.distributed.current()`): all of them call this, with
+            the same arguments, and all get the whole report, which is that of one process.
 
     Returns:
         Flags for every image and attack, the numbers and intervals they give, and what to doubt.
@@ -124,6 +128,7 @@ def evaluate(
             seed=seed,
             progress=progress,
             hierarchy=tree,
+            world=world,
         )
         warnings = ["the model was in training mode: it was evaluated in eval mode"] if was_training else []
         warnings += sanity.flag_model(model, *judge.batch(slice(0, _PROBED)))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from robustcompress.distributed import ALONE, World
 from robustcompress.robust.attacks import AttackSpec
 from robustcompress.robust.hierarchy import Hierarchy, Severity
 from robustcompress.robust.report import AttackResult
@@ -40,6 +42,18 @@ class EvaluationProgress:
 Progress = Callable[[EvaluationProgress], None]
 
 
+class Judged(NamedTuple):
+    """What came of some images under an attack: flags, bool [n] on the CPU, the largest change, severity of mistakes."""
+
+    correct: Tensor
+    furthest: float
+    severity: Severity | None
+
+
+def _flags(judged: Mapping[int, Judged]) -> Tensor:
+    return torch.cat([item.correct for item in judged.values()])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
     """What all attacks of one evaluation share: the model and the images, and the last word on both.
@@ -54,6 +68,7 @@ class Judge:
         seed: Seed of the attacks.
         progress: Called after each batch.
         hierarchy: Says how severe mistakes are; None where nobody asks.
+        world: The processes among which batches are dealt; each has all results in the end, which are those of one.
     """
 
     model: nn.Module
@@ -65,6 +80,7 @@ class Judge:
     seed: int
     progress: Progress | None
     hierarchy: Hierarchy | None = None
+    world: World = ALONE
 
     def batch(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Return images as float32 and their labels, both on the device."""
@@ -74,43 +90,62 @@ class Judge:
     def clean(self) -> AttackResult:
         """Judge the images as they are."""
         began = time.perf_counter()
-        parts: list[Tensor] = []
-        severity = self.no_mistakes()
-        for at in range(0, len(self.labels), self.batch_size):
-            x, y = self.batch(slice(at, at + self.batch_size))
-            right, found = self.look(x, y)
-            parts.append(right)
-            severity = None if severity is None else severity + found
-            self.report("clean", torch.cat(parts), len(self.labels), began)
-        seconds = time.perf_counter() - began
-        return AttackResult(name="clean", correct=torch.cat(parts), seconds=seconds, severity=severity)
+        starts = range(0, len(self.labels), self.batch_size)
+        judged: dict[int, Judged] = {}
+        for number in self.world.share(len(starts)):
+            right, found = self.look(*self.batch(slice(starts[number], starts[number] + self.batch_size)))
+            judged[number] = Judged(right, 0.0, None if self.hierarchy is None else found)
+            self.report("clean", _flags(judged), len(self.labels), began)
+        correct, _, severity = self._collected(judged)
+        return AttackResult(name="clean", correct=correct, seconds=time.perf_counter() - began, severity=severity)
 
     def attack(self, spec: AttackSpec, clean: Tensor) -> AttackResult:
         """Attack what the clean model gets right; `clean` are its flags."""
         began = time.perf_counter()
-        correct = clean.clone()
         # On the CPU whatever the device, so that a seed means the same starts everywhere.
         generator = torch.Generator().manual_seed(self.seed)
-        furthest, severity = 0.0, self.no_mistakes()
         # An attack that drops what it has broken refills its batches from a larger pool.
         size = self.batch_size * (_POOL if spec.kind == "apgd-fast" else 1)
-        for at in range(0, len(clean), size):
+        starts, judged = range(0, len(clean), size), dict[int, Judged]()
+        for number, at in enumerate(starts):
             flags = clean[at : at + size]
-            which = at + flags.nonzero().flatten()
-            severity = self.wrong_anyway(severity, at, flags)
-            if len(which):
-                x, y = self.batch(which)
-                x_adv = spec.perturb(self.model, x, y, self.threat, generator=generator, batch_size=self.batch_size)
-                x_adv = self.threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
-                furthest = max(furthest, self.furthest(x_adv, x))
-                correct[which], found = self.look(x_adv, y)
-                severity = None if severity is None else severity + found
-            done = min(at + size, len(clean))
-            self.report(spec.name, correct[:done], len(clean), began)
+            if number not in self.world.share(len(starts)):
+                spec.draw(int(flags.sum()), self.pixels.shape[1:], self.threat, generator=generator)
+                continue
+            judged[number] = self._attacked(spec, flags, at, generator)
+            self.report(spec.name, _flags(judged), len(clean), began)
+        correct, furthest, severity = self._collected(judged)
         seconds = time.perf_counter() - began
         return AttackResult(
             name=spec.name, correct=correct, seconds=seconds, max_perturbation=furthest, severity=severity
         )
+
+    def _attacked(self, spec: AttackSpec, clean: Tensor, at: int, generator: torch.Generator) -> Judged:
+        """Attack what the clean model gets right of the images that begin `at`."""
+        correct, furthest = clean.clone(), 0.0
+        severity = self.wrong_anyway(self.no_mistakes(), at, clean)
+        which = at + clean.nonzero().flatten()
+        if len(which):
+            x, y = self.batch(which)
+            x_adv = spec.perturb(self.model, x, y, self.threat, generator=generator, batch_size=self.batch_size)
+            x_adv = self.threat.project(torch.where(x_adv.isfinite(), x_adv, x), x)
+            furthest = self.furthest(x_adv, x)
+            correct[clean], found = self.look(x_adv, y)
+            severity = None if severity is None else severity + found
+        return Judged(correct, furthest, severity)
+
+    def _collected(self, judged: Mapping[int, Judged]) -> Judged:
+        """What all processes have judged, in the order of the batches."""
+        mine = {
+            str(number): [j.correct, j.furthest, j.severity and j.severity.to_json()] for number, j in judged.items()
+        }
+        found = {int(number): value for told in self.world.gather(mine) for number, value in told.items()}
+        ordered = [found[number] for number in sorted(found)]
+        severity = self.no_mistakes()
+        for _, _, counts in ordered:
+            severity = None if severity is None else severity + Severity.from_json(counts or [])
+        correct = torch.cat([flags for flags, _, _ in ordered])
+        return Judged(correct, max(furthest for _, furthest, _ in ordered), severity)
 
     def furthest(self, x_adv: Tensor, x: Tensor) -> float:
         """Measure the largest perturbation, and refuse one that no rounding explains."""

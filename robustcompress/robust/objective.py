@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,9 +77,27 @@ class Objective(ABC):
         """What the steps of one epoch minimise: this, or for an objective with a memory a new one whose is empty.
 
         The training loop asks for it at the beginning of every epoch, so that what an objective remembers from step to
-        step never has to be stored.
+        step has to be stored within an epoch alone, and only where it is `memory` that tells it.
         """
         return self
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `begin` gives something that remembers, from one step to the next."""
+        return self.begin() is not self
+
+    def memory(self) -> dict[str, Tensor] | None:
+        """What an epoch's objective remembers just now, for a checkpoint within the epoch.
+
+        Returns:
+            Tensors by name. None, as here, where it does not tell: runs are then kept at the ends of epochs alone,
+            unless there is nothing to remember (see `remembers`).
+        """
+        return None
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """Take what `memory` told, in place of having seen the epoch's steps so far."""
+        raise InputError(f"objective {self.name!r} tells what it remembers and cannot be told: define remember() too")
 
     def attack(
         self,

@@ -15,6 +15,7 @@ from robustcompress.train.frozen import frozen, frozen_but
 from robustcompress.train.guard import Guard, make_guard
 from robustcompress.train.large_batch import Lamb, Lars
 from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps, train
+from robustcompress.train.midway import Midway
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe, augmentation
 from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor, warm_up_factor
@@ -31,6 +32,7 @@ __all__ = [
     "Guard",
     "Lamb",
     "Lars",
+    "Midway",
     "Progress",
     "Recipe",
     "Schedule",

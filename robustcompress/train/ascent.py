@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from robustcompress.distributed import ALONE
 from robustcompress.errors import InputError
 from robustcompress.robust.attacks import kept_buffers
 from robustcompress.robust.objective import Objective, ObjectiveStep
@@ -38,12 +39,14 @@ class Ascent:
 
     Attributes:
         label: The key under which `read` gives the radius.
+        world: The processes that share the batch, which the training loop says; each climbs on its own parts.
 
     Raises:
         InputError: The radius is out of range.
     """
 
     label: ClassVar[str] = "awp"
+    _summed: ClassVar[tuple[str, ...]] = ("_before", "_after", "_count")
 
     def __init__(self, parameters: Sequence[nn.Parameter], gamma: float, *, begins: float = 0.0) -> None:
         check_gamma(gamma)
@@ -53,6 +56,7 @@ class Ascent:
         self._before: Tensor | float = 0.0
         self._after: Tensor | float = 0.0
         self._count = 0
+        self.world = ALONE
 
     @contextmanager
     def raised(self, model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[None]:
@@ -94,13 +98,30 @@ class Ascent:
         """Add the loss found above, for `read`."""
         self._after = self._after + loss.detach()
 
+    def sums(self) -> list[Tensor | float]:
+        """What `read` makes its means of; processes add up theirs behind every step."""
+        return [getattr(self, name) for name in self._summed]
+
+    def take_sums(self, values: Sequence[Tensor | float]) -> None:
+        """Take others in the place of `sums`."""
+        for name, value in zip(self._summed, values, strict=True):
+            setattr(self, name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `read` will tell, so far."""
+        return {"before": self._before, "after": self._after, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self._before, self._after, self._count = state["before"], state["after"], int(state["count"])
+
     def read(self) -> dict[str, Any]:
         """What was done since the last call: the radius, and the mean loss before and after the ascent.
 
         Returns:
             Empty where no ascent was made.
         """
-        count, before, after = self._count, float(self._before), float(self._after)
+        count, before, after = int(self._count), float(self._before), float(self._after)
         self._count, self._before, self._after = 0, 0.0, 0.0
         return {self.label: self.gamma, "loss_before": before / count, "loss_after": after / count} if count else {}
 
@@ -223,6 +244,7 @@ def forward_backward(
     precision: AbstractContextManager[Any],
     ascent: Ascent | None,
     share: float = 1.0,
+    backward: Callable[[Tensor], None] = torch.autograd.backward,
 ) -> ObjectiveStep:
     """Leave the gradient of the objective in `.grad`: at the weights, or above them where there is an ascent.
 
@@ -238,6 +260,7 @@ def forward_backward(
         precision: Context of each forward pass; entered up to three times, one after the other.
         ascent: Where to compute the gradient; None for where the weights are.
         share: Factor of the gradient: which part of a batch these images are.
+        backward: Takes the loss times the share, and leaves the gradient.
 
     Returns:
         The objective's step, from above where there is an ascent.
@@ -245,7 +268,7 @@ def forward_backward(
     if ascent is None:
         with precision:
             step = objective.loss(model, x, y, threat, generator=generator)
-        torch.autograd.backward(step.loss if share == 1 else step.loss * share)
+        backward(step.loss if share == 1 else step.loss * share)
         return step
     with precision:
         x_adv = objective.attack(model, x, y, threat, generator=generator)
@@ -256,6 +279,6 @@ def forward_backward(
 
     with ascent.raised(model, lambda: evaluate().loss):
         step = evaluate()
-        torch.autograd.backward(step.loss if share == 1 else step.loss * share)
+        backward(step.loss if share == 1 else step.loss * share)
     ascent.note(step.loss)
     return step

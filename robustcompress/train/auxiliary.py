@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -80,6 +80,19 @@ class WithAuxiliary(Objective):
     def begin(self) -> Objective:
         """See `Objective.begin`."""
         return WithAuxiliary(self._inner.begin(), self._weight)
+
+    @property
+    def remembers(self) -> bool:
+        """See `Objective.remembers`."""
+        return self._inner.remembers
+
+    def memory(self) -> dict[str, Tensor] | None:
+        """See `Objective.memory`."""
+        return self._inner.memory()
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """See `Objective.remember`."""
+        self._inner.remember(memory)
 
     def at(self, progress: float) -> Objective:
         """See `Objective.at`."""

@@ -19,6 +19,7 @@ from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.objectives import PGDAT
 from robustcompress.robust.threat import ThreatModel
+from robustcompress.train.midway import Midway
 
 GAP = 0.2
 """A collapse is no smaller than this: by so much the single-step accuracy leads PGD's more than it ever did."""
@@ -79,7 +80,13 @@ class Guard:
         return self._objective if self._level == 0 else stronger(self._objective, STEPS[self._level - 1], self._threat)
 
     def enter(
-        self, model: nn.Module, others: Iterable[nn.Module], optimizer: torch.optim.Optimizer, *, begun: bool
+        self,
+        model: nn.Module,
+        others: Iterable[nn.Module],
+        optimizer: torch.optim.Optimizer,
+        *,
+        begun: bool,
+        midway: Midway | None = None,
     ) -> None:
         """Begin a phase, which may end in a collapse; what is there now is what its first epoch goes back to.
 
@@ -87,9 +94,12 @@ class Guard:
             model: The network that is trained.
             others: What follows it, such as an average.
             optimizer: What trains it.
-            begun: Whether some epochs of the phase are done already, and their state was loaded.
+            begun: Whether some steps of the phase are done already, and their state was loaded.
+            midway: Holds what to go back to while an epoch lasts.
         """
         self._model, self._snapshot = model, Snapshot([model, *others], optimizer)
+        if midway is not None:  # within an epoch, what there is now is not what to go back to
+            midway.hold("guard", self._snapshot)
         if not begun:
             single, robust = self._measure()
             self._least, self._best = single - robust, robust
@@ -189,6 +199,11 @@ class Guarded(Objective):
         """See `Objective.begin`."""
         return self._guard.current.begin()
 
+    @property
+    def remembers(self) -> bool:
+        """See `Objective.remembers`; of the objective that the guard has now."""
+        return self._guard.current.remembers
+
     def loss(
         self,
         model: nn.Module,
@@ -222,6 +237,24 @@ class Snapshot:
         self._tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         self._optimizer = optimizer
         self.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, flat: tensors and numbers."""
+        state = {f"tensor.{number}": value for number, value in enumerate(self._values)}
+        for place, entries in self._state["state"].items():
+            state |= {f"optimizer.{place}.{key}": value for key, value in entries.items() if value is not None}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave, in place of what was remembered."""
+        places = [(tensor, state[f"tensor.{number}"]) for number, tensor in enumerate(self._tensors)]
+        self._values = [value.to(tensor.device) for tensor, value in places]
+        entries: dict[int, dict[str, Any]] = {}
+        for key, value in state.items():
+            kind, place, *name = key.split(".", 2)
+            if kind == "optimizer":
+                entries.setdefault(int(place), {})[name[0]] = value
+        self._state["state"] = entries
 
     def take(self) -> None:
         """Remember them as they are now."""

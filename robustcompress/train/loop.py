@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +14,16 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.data import Batches
+from robustcompress.distributed import Parts
 from robustcompress.errors import RobustCompressError
 from robustcompress.robust.attacks import eval_mode, kept_modes
-from robustcompress.robust.objectives import Objective
+from robustcompress.robust.objectives import Objective, ObjectiveStep
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.train.accumulate import step_in_parts
 from robustcompress.train.ascent import Ascent
+from robustcompress.train.engine import Engine
 from robustcompress.train.large_batch import Lamb, Lars
+from robustcompress.train.midway import Midway
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe
 from robustcompress.train.remat import rematerialised
@@ -55,6 +58,9 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: fl
     return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
 
 
+_SUMS = ("loss", "right", "clean_right", "seen", "clean_seen")
+
+
 @dataclass(slots=True)
 class _Meter:
     """Running means since the last `reset`; the tensors stay on the device until they are read."""
@@ -65,6 +71,21 @@ class _Meter:
     seen: int = 0
     clean_seen: int = 0
     started: float = field(default_factory=time.perf_counter)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SUMS} | {"seconds": time.perf_counter() - self.started}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in _SUMS:
+            setattr(self, name, state[name])
+        self.started = time.perf_counter() - state["seconds"]
+
+    def add(self, sums: Sequence[torch.Tensor | float], count: int, *, looked: bool) -> None:
+        """Take the sums of a step over so many images."""
+        self.loss, self.right = self.loss + sums[0], self.right + sums[1]
+        self.seen += count
+        if looked:
+            self.clean_right, self.clean_seen = self.clean_right + sums[2], self.clean_seen + count
 
     def read(self) -> dict[str, float]:
         metrics = {"loss": float(self.loss) / max(1, self.seen), "robust": float(self.right) / max(1, self.seen)}
@@ -100,6 +121,9 @@ def train(
     ascent: Ascent | None = None,
     start: int = 0,
     span: tuple[float, float] = (0.0, 1.0),
+    midway: Midway | None = None,
+    on_step: Callable[[int], None] | None = None,
+    parts: Parts | None = None,
 ) -> list[dict[str, Any]]:
     """Train for a number of epochs, which may be a fraction.
 
@@ -122,9 +146,13 @@ def train(
         autocast: Run forward passes in bfloat16.
         ascent: Compute gradients one ascent above the parameters, from its beginning on; loss and accuracies of the
             records are then those found there.
-        start: Steps that are done already, whole epochs of them: a resumed phase.
+        start: Steps that are done already: a resumed phase. Within an epoch `batches` counts that epoch already.
         span: Shares of the run's epochs at which this phase begins and ends, for objectives that change on the way and
             for the recipe's warm-up.
+        midway: Holds what this loop remembers within an epoch; where `start` is within one, has it from a checkpoint.
+        on_step: Called with the number of steps done after each that ends no epoch.
+        parts: Into how many every batch is cut, and which are this process's: then all of its world call this, and each
+            has the same weights and records in the end. By default as many as `recipe.accumulate`, all for this one.
 
     Returns:
         One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s, and what
@@ -143,10 +171,18 @@ def train(
     history: list[dict[str, Any]] = []
     device_type = batches.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
+    midway, parts = midway or Midway(), parts or Parts(recipe.accumulate)
+    moving = [p for group in optimizer.param_groups for p in group["params"]]
+    engine = Engine(model, moving, world=parts.world, compression=recipe.gradient_compression)
     meter, done = _Meter(), start
-    with kept_modes(model), progress.phase(phase, steps, start) as bar:
+    midway.hold("meter", meter)
+    if ascent is not None:
+        ascent.world = parts.world
+        midway.hold("ascent", ascent)
+    with kept_modes(model), contextlib.closing(engine), progress.phase(phase, steps, start) as bar:
         model.train()
-        for current, x, y in _stream(batches, objective, steps - start):
+        for objectives, x, y, key, count in _stream(batches, objective, start, steps, midway, parts):
+            so_far = [] if ascent is None else ascent.sums()
             passed = span[0] + (span[1] - span[0]) * (done + 1) / steps
             factor = min(lr_factor(schedule, done / steps), warm_up_factor(recipe.warmup, passed))
             for group in optimizer.param_groups:
@@ -154,24 +190,31 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             with rematerialised(model) if recipe.checkpointing else contextlib.nullcontext():
                 step = step_in_parts(
-                    recipe.accumulate,
+                    parts,
                     model,
                     x,
                     y,
-                    current.at(span[0] + (span[1] - span[0]) * done / steps),
+                    [current.at(span[0] + (span[1] - span[0]) * done / steps) for current in objectives],
                     threat,
                     generator=generator,
                     precision=precision,
                     ascent=ascent if done >= ascends_from else None,
+                    engine=engine,
+                    count=count,
+                    key=key,
                 )
             if recipe.clip_norm is not None:
-                moving = [p for group in optimizer.param_groups for p in group["params"]]
                 nn.utils.clip_grad_norm_(moving, recipe.clip_norm)
             optimizer.step()
             if ema is not None:
                 ema.update_parameters(model)
             with precision:
-                _note(meter, model, step.loss, step.logits, step.clean_logits, x, y, look=done % CLEAN_EVERY == 0)
+                found = _look(model, step, x, y, look=done % CLEAN_EVERY == 0, count=count)
+            climbed = [] if ascent is None else [now - then for now, then in zip(ascent.sums(), so_far, strict=True)]
+            sums = engine.totals([*found, *climbed], x.device)
+            meter.add(sums[:3], count, looked=done % CLEAN_EVERY == 0 or step.clean_logits is not None)
+            if ascent is not None and parts.world.size > 1:
+                ascent.take_sums([then + more for then, more in zip(so_far, sums[3:], strict=True)])
             done += 1
             bar.advance(meter.read() if device_type == "cpu" or done % CLEAN_EVERY == 0 else {})
             if done % len(batches) == 0 or done == steps:
@@ -189,42 +232,70 @@ def train(
                 history.append(record)
                 if done < steps:
                     meter = _Meter()
+                    midway.hold("meter", meter)
+            elif on_step is not None:
+                on_step(done)
     return history
 
 
 def _stream(
-    batches: Batches, objective: Objective, steps: int
-) -> Iterator[tuple[Objective, torch.Tensor, torch.Tensor]]:
-    """What each of the next steps minimises, and on what; an epoch has `len(batches)` steps, replays among them."""
-    while steps > 0:
-        current, left = objective.begin(), min(steps, len(batches))
-        steps -= left
-        for x, y in batches:
-            for _ in range(min(current.replays, left)):
-                yield current, x, y
-            left -= min(current.replays, left)
-            if left == 0:
+    batches: Batches, objective: Objective, start: int, steps: int, midway: Midway, parts: Parts
+) -> Iterator[tuple[list[Objective], torch.Tensor, torch.Tensor, str, int]]:
+    """What each step from `start` on minimises, and on what; an epoch has `len(batches)` steps, replays among them.
+
+    Yields:
+        The objective (one for each part of this process, where it remembers), images and labels of this process's
+        parts, a name of the step that no other step of the run has, and how many images the whole batch has.
+    """
+    at = start % len(batches)
+    left = steps - start + at  # from the beginning of the epoch
+    while left > 0:
+        currents = [objective.begin() for _ in (parts.own if objective.remembers else range(1))]
+        current = currents[0]
+        # The memories of other processes are theirs.
+        midway.complete = not objective.remembers or (current.memory() is not None and parts.world.size == 1)
+        if objective.remembers:
+            midway.hold("objective", _Memory(currents))
+        else:
+            midway.drop("objective")  # of an epoch before: what is trained on may have changed
+        first, replayed = divmod(at, current.replays)
+        stop = min(left, len(batches))
+        batches.epoch += not at
+        images = batches.iterate(batches.epoch - 1, start=first, parts=parts)
+        for index, (x, y) in enumerate(images, first):
+            again = min(current.replays - replayed, stop - at)
+            for step in range(at, at + again):
+                yield currents, x, y, f"{batches.epoch - 1}/{step}", batches.size(index)
+            at, replayed = at + again, 0
+            if at == stop:
                 break
+        left, at = left - stop, 0
+
+
+class _Memory:
+    """What an epoch's objectives remember, one for each part of a batch, for `Midway`."""
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        self._objectives = objectives
+
+    def state_dict(self) -> dict[str, Any]:
+        memories = [objective.memory() or {} for objective in self._objectives]
+        return {f"{part}.{name}": value for part, memory in enumerate(memories) for name, value in memory.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for part, objective in enumerate(self._objectives):
+            prefix = f"{part}."
+            objective.remember({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
 @torch.no_grad()
-def _note(
-    meter: _Meter,
-    model: nn.Module,
-    loss: torch.Tensor,
-    logits: torch.Tensor,
-    clean: torch.Tensor | None,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    look: bool,
-) -> None:
-    meter.loss = meter.loss + loss.detach() * len(y)
-    meter.right = meter.right + (logits.argmax(1) == y).sum()
-    meter.seen += len(y)
+def _look(
+    model: nn.Module, step: ObjectiveStep, x: torch.Tensor, y: torch.Tensor, *, look: bool, count: int
+) -> list[torch.Tensor | float]:
+    """This process's sums of a step: of losses, of images that were right attacked, of those that were right clean."""
+    clean = step.clean_logits
     if clean is None and look:
         with eval_mode(model):
             clean = model(x)
-    if clean is not None:
-        meter.clean_right = meter.clean_right + (clean.argmax(1) == y).sum()
-        meter.clean_seen += len(y)
+    right = (step.logits.argmax(1) == y).sum()
+    return [step.loss.detach() * count, right, 0.0 if clean is None else (clean.argmax(1) == y).sum()]

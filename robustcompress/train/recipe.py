@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from robustcompress.data import Augment
 from robustcompress.errors import Problems, nearest
+from robustcompress.train.engine import COMPRESSIONS, Compression
 from robustcompress.train.large_batch import TRUST
 
 Optimizer = Literal["sgd", "adamw", "lars", "lamb"]
@@ -28,7 +29,7 @@ class Recipe:
         trust: The coefficient of "lars" (eta).
         warmup: Share of the run's epochs over which the learning rate rises linearly to the phases' schedules: until
             then it is the smaller of both. "one-cycle" has a rise of its own, over 15 % of its phase.
-        batch_size: Images a step.
+        batch_size: Images a step, those of all processes together.
         clip_norm: Gradients are scaled down to this Euclidean norm; None leaves them.
         ema: Largest decay of the averaged weights, which are what every strategy returns; 0 switches averaging off.
             The decay warms up as (1 + n) / (10 + n), so that short runs are averaged over their own length.
@@ -54,9 +55,13 @@ class Recipe:
         compile: Compile the passes of phases that train weights (`torch.compile`). Every new shape, and so every edit,
             costs some tens of seconds: it pays in long phases on a GPU.
         accumulate: Attack and pass each batch in so many parts, whose gradients are summed: the memory of a part, and
-            the step of the whole batch, but that batch norms see the statistics of a part.
+            the step of the whole batch, but that batch norms see the statistics of a part. Several processes (torchrun)
+            share the parts; at 1 there are then as many as processes.
         checkpointing: Keep the inputs of blocks alone and compute their activations again on the way back: less memory
             for one more forward pass with each backward one. Numbers stay the same.
+        gradient_compression: How gradients travel between processes: "none"; "fp16" or "bf16", rounded to half the
+            bytes; "powersgd", by low-rank factors (Vogels et al., NeurIPS 2019), with a memory of what was left out
+            that begins anew with every phase. One process sends none, and nothing changes there.
     """
 
     optimizer: Optimizer = "sgd"
@@ -81,6 +86,7 @@ class Recipe:
     compile: bool = False
     accumulate: int = 1
     checkpointing: bool = False
+    gradient_compression: Compression = "none"
 
     def __post_init__(self) -> None:
         problems = Problems("the training recipe makes no sense")
@@ -88,6 +94,7 @@ class Recipe:
             ("optimizer", get_args(Optimizer)),
             ("averaging", get_args(Averaging)),
             ("augment", ("auto", *get_args(Augment))),
+            ("gradient_compression", COMPRESSIONS),
         ):
             if getattr(self, name) not in choices:
                 chosen = getattr(self, name)

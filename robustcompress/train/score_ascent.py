@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ class ScoreAscent(Ascent):
     """
 
     label: ClassVar[str] = "gamma"
+    _summed: ClassVar[tuple[str, ...]] = (*Ascent._summed, "_flipped")
 
     def __init__(self, gates: ScoreMasks, *, gamma: float | None, flips: float, begins: float = 0.0) -> None:
         super().__init__(gates.parameters(), LARGEST if gamma is None else gamma, begins=begins)
@@ -38,14 +39,24 @@ class ScoreAscent(Ascent):
     def radius(self, steps: Sequence[Tensor]) -> float:
         """The radius given, or the one that flips the wanted share along the epoch's first `steps`."""
         if self._target is not None and not self._chosen:
-            self.gamma = calibrate(lambda gamma: float(self._share(steps, gamma)), self._target)
+            # On the step's first part, which is the first process's.
+            self.gamma = self.world.broadcast(calibrate(lambda gamma: float(self._share(steps, gamma)), self._target))
             self._chosen = self.gamma > 0
         self._flipped = self._flipped + self._share(steps, self.gamma)
         return self.gamma
 
+    def state_dict(self) -> dict[str, Any]:
+        """As `Ascent.state_dict`, with the radius that the epoch has chosen."""
+        return super().state_dict() | {"flipped": self._flipped, "gamma": self.gamma, "chosen": self._chosen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._flipped, self.gamma, self._chosen = state["flipped"], float(state["gamma"]), bool(state["chosen"])
+
     def read(self) -> dict[str, Any]:
         """As `Ascent.read`, with the mean share of mask bits flipped; the next epoch chooses its radius anew."""
-        count, flipped = self._count, float(self._flipped)
+        count, flipped = int(self._count), float(self._flipped)
         record = super().read()
         self._flipped = 0.0
         self._chosen = self._target is None

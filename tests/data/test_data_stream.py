@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robustcompress.data import Batches, DataSplits, Images, Stored, load_data, stored, streaming
+from robustcompress.distributed import Parts, World
 from robustcompress.errors import InputError
 from tests.data.pictures import CLASSES, jpeg, write_folder
 
@@ -80,13 +81,13 @@ def test_a_pass_goes_on_in_the_middle_and_in_parts(pair: tuple[DataSplits, DataS
         loader = batches(data.train, augment)
         whole = list(loader.iterate(3))
         assert equal(whole[4:], list(loader.iterate(3, start=4)))
-        for parts in (2, 3, 9):  # the last batch has five images: some parts have none
-            for first in range(0, parts, 2):
-                stop = min(parts, first + 2)
-                mine = list(loader.iterate(3, start=2, part=(first, stop, parts)))
-                for (x, y), (u, v) in zip(whole[2:], mine, strict=True):
-                    assert torch.equal(torch.cat(torch.tensor_split(x, parts)[first:stop]), u)
-                    assert torch.equal(torch.cat(torch.tensor_split(y, parts)[first:stop]), v)
+        for parts, world in ((2, 2), (4, 2), (9, 3)):  # the last batch has five images: some parts have none
+            for rank in range(world):
+                mine = Parts(parts, World(rank=rank, size=world))
+                own = slice(mine.own.start, mine.own.stop)
+                for (x, y), (u, v) in zip(whole[2:], loader.iterate(3, start=2, parts=mine), strict=True):
+                    assert torch.equal(torch.cat(torch.tensor_split(x, parts)[own]), u)
+                    assert torch.equal(torch.cat(torch.tensor_split(y, parts)[own]), v)
 
 
 def test_only_what_is_wanted_is_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +98,7 @@ def test_only_what_is_wanted_is_decoded(folder: Path, monkeypatch: pytest.Monkey
         stored, "decoded", lambda content, name, **kw: (seen.append(name), whole(content, name, **kw))[1]
     )
     loader = batches(train)
-    list(loader.iterate(0, part=(1, 2, 2)))
+    list(loader.iterate(0, parts=Parts(2, World(rank=1, size=2))))
     assert len(seen) == len(set(seen)) == sum(n - (n + 1) // 2 for n in [7] * 7 + [5])
     seen.clear()
     running = iter(loader)
@@ -118,10 +119,11 @@ def test_extra_images_share_the_batches(folder: Path, pair: tuple[DataSplits, Da
             mixed = load_data(data, extra=tmp_path / "extra.npz", extra_ratio=0.5)
             loader = batches(mixed.train, augment, drop_last=True, extra=mixed.extra)
             found.append(list(loader.iterate(1)))
-            mine = list(loader.iterate(1, part=(1, 3, 4)))
-            for (x, y), (u, v) in zip(found[-1], mine, strict=True):
-                assert torch.equal(torch.cat(torch.tensor_split(x, 4)[1:3]), u)
-                assert torch.equal(torch.cat(torch.tensor_split(y, 4)[1:3]), v)
+            for rank in range(3):
+                mine = list(loader.iterate(1, parts=Parts(3, World(rank=rank, size=3))))
+                for (x, y), (u, v) in zip(found[-1], mine, strict=True):
+                    assert torch.equal(torch.tensor_split(x, 3)[rank], u)
+                    assert torch.equal(torch.tensor_split(y, 3)[rank], v)
         if augment == "crop-flip":
             assert equal(*found)
         for (x, y), (u, v) in zip(*found, strict=True):

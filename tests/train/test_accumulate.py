@@ -11,10 +11,12 @@ from torch import nn
 
 from robustcompress import Recipe, ThreatModel, build_model
 from robustcompress.data import Batches, Images
+from robustcompress.distributed import ALONE, Parts
 from robustcompress.errors import InputError
 from robustcompress.robust import PGDAT, TRADES, Natural, Objective
 from robustcompress.train import Ascent, make_optimizer, train
 from robustcompress.train.accumulate import step_in_parts
+from robustcompress.train.engine import Engine
 
 THREAT = ThreatModel("linf", 0.05)
 
@@ -34,10 +36,11 @@ def step(model: nn.Module, objective: Objective, parts: int, n: int = 22, ascent
     model.zero_grad(set_to_none=True)
     drawn = torch.Generator().manual_seed(1)
     return step_in_parts(
-        *(parts, model, x, y, objective, THREAT),
+        *(Parts(parts), model, x, y, [objective], THREAT),
         generator=drawn,
         precision=contextlib.nullcontext(),
         ascent=ascent,
+        engine=Engine(model, list(model.parameters()), world=ALONE),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,8 +21,8 @@ class FreeAT(LabelLoss):
 
     Every batch is trained on `replays` times. The backward pass of each time moves the weights, and the perturbation of
     the next time: `delta <- clip(delta + step * sign(grad))`, along the normalised gradient for l2. A batch begins with
-    the perturbation that the one before it ended with, as in the paper; ours: an epoch begins with none, so that a run
-    can be resumed at the end of any.
+    the perturbation that the one before it ended with, as in the paper; ours: an epoch begins with none, so that
+    checkpoints at the ends of epochs need not hold any.
 
     A pass costs no attack, and is counted as what it is: an epoch has as many steps as it has batches, and so sees one
     in `replays` of the images, other ones each time. Give it `replays` times the epochs for as many passes over the
@@ -101,6 +102,20 @@ class FreeEpoch(Objective):
         logits = model(self._attacked)
         return ObjectiveStep(self._options.cross_entropy(logits, y), logits.detach(), self._attacked.detach())
 
+    def memory(self) -> dict[str, Tensor]:
+        """See `Objective.memory`: the perturbation, and the gradient that moves it."""
+        delta, attacked = self._delta, self._attacked
+        if delta is None or attacked is None or attacked.grad is None:
+            return {}
+        return {"delta": delta, "gradient": attacked.grad}
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """See `Objective.remember`."""
+        if memory:
+            self._delta = memory["delta"]
+            self._attacked = torch.zeros_like(memory["gradient"], requires_grad=True)  # its gradient is what counts
+            self._attacked.grad = memory["gradient"]
+
     def _next(self, x: Tensor, threat: ThreatModel) -> Tensor:
         """The perturbation after one step; none for a first batch, or one of another shape."""
         delta, attacked = self._delta, self._attacked
@@ -108,8 +123,9 @@ class FreeEpoch(Objective):
             return torch.zeros_like(x)
         if attacked.grad is None:  # nobody asked for gradients
             return delta
+        delta = delta.to(x.device)  # a checkpoint gives it on the CPU
         ball = replace(threat, bounds=(-threat.eps, threat.eps))  # of perturbations; `loss` clamps the pixels
-        moved = ball.ascend(delta, attacked.grad, self._options.step_scale * threat.eps)
+        moved = ball.ascend(delta, attacked.grad.to(x.device), self._options.step_scale * threat.eps)
         return ball.project(moved, torch.zeros_like(delta))
 
     def require_parts(self, who: str = "AWP, SAM, S2AP and diagnose") -> None:

@@ -1,0 +1,80 @@
+"""How processes find each other: from torchrun's environment, or because the caller has seen to it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from robustcompress.distributed.world import ALONE, World
+from robustcompress.errors import InputError
+
+TIMEOUT = timedelta(hours=24)
+"""One process may measure, save or export for long while the others wait. A process that dies is torchrun's to notice."""
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_control: tuple[Any, Any] = (None, None)  # the default group, and the one for tensors on the CPU that belongs to it
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is one of several that torchrun, or anything that speaks as it does, has started."""
+    return all(name in environment for name in _LAUNCHED) and environment["WORLD_SIZE"] != "1"
+
+
+def current() -> World:
+    """What torch.distributed says; one process where it was not started."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ALONE
+    rank = dist.get_rank()
+    local = int(os.environ.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
+    return World(rank, dist.get_world_size(), local, _group())
+
+
+def start() -> World:
+    """Join the other processes that torchrun has started, if it has; then what `current` says.
+
+    The backend is nccl for tensors on GPUs, where there are any (each process takes that of its `LOCAL_RANK`), and gloo
+    for those on the CPU. A group that the caller has made is used as it is. The processes part at exit.
+
+    Raises:
+        InputError: There are more processes on this machine than GPUs, of which there are some.
+    """
+    if not launched() or dist.is_initialized():
+        return current()
+    if not dist.is_available():
+        raise InputError("this torch is built without torch.distributed: start one process, without torchrun")
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpus:
+        if local >= gpus:
+            raise InputError(
+                f"torchrun started process {local} of this machine, which has {gpus} GPUs: --nproc-per-node {gpus}, or "
+                "CUDA_VISIBLE_DEVICES= for the CPU"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+    atexit.register(stop)
+    return current()
+
+
+def stop() -> None:
+    """Part from the other processes; nothing happens where there are none."""
+    global _control
+    _control = (None, None)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _group() -> Any:
+    """The group for tensors on the CPU: None, the default one, if it takes them; else one of gloo, made once."""
+    global _control
+    default = dist.group.WORLD
+    if _control[0] is not default:
+        takes = "gloo" in str(dist.get_backend_config())
+        _control = (default, None if takes else dist.new_group(backend="gloo", timeout=TIMEOUT))
+    return _control[1]
