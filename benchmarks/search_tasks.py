@@ -29,7 +29,7 @@ import torch
 
 import robustcompress as rc
 from benchmarks.common import RESULTS, make_parser, read_json, record, threads, write_json
-from robustcompress.checkpoint.files import save_tensors
+from robustcompress.checkpoint.disk import save_tensors
 from robustcompress.reach import default_rounding
 from robustcompress.robust.objectives import FGSMRS
 from robustcompress.search.domain import Config, Domain

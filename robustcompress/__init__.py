@@ -30,6 +30,7 @@ from robustcompress.errors import (
     CheckpointError,
     HubError,
     InputError,
+    Interrupted,
     OutOfTime,
     ParityError,
     ResultError,
@@ -39,6 +40,7 @@ from robustcompress.errors import (
 from robustcompress.export import export_onnx, verify_onnx
 from robustcompress.front import Front
 from robustcompress.front_plot import plot_front
+from robustcompress.interrupt import graceful
 from robustcompress.latency_table import export_latency
 from robustcompress.min_robust import MinRobust
 from robustcompress.models import ModelSpec, Normalize, build_model, list_models
@@ -101,6 +103,7 @@ __all__ = [
     "Hydra",
     "Images",
     "InputError",
+    "Interrupted",
     "LayerKind",
     "Magnitude",
     "MinRobust",
@@ -135,6 +138,7 @@ __all__ = [
     "evaluate",
     "export_latency",
     "export_onnx",
+    "graceful",
     "hamming",
     "list_models",
     "load",

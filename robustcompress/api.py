@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from robustcompress.budget import Budget, measure
+from robustcompress.budget import Budget, Cost, measure
 from robustcompress.calibration import final_latency, limit_latency
-from robustcompress.checkpoint import Journal, fingerprint, remove
+from robustcompress.checkpoint import Journal, remove
 from robustcompress.data import TEACHER, DataSplits
+from robustcompress.distributed import World, start
 from robustcompress.errors import InputError
 from robustcompress.export.timing import Stopwatch
+from robustcompress.identity import check_alike, identity_of, parts_for, take_weights, with_parts
+from robustcompress.lock import held
 from robustcompress.models import ModelSpec
-from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of
+from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of, versions
 from robustcompress.reach import check_budget, default_rounding
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objectives import Objective
-from robustcompress.series import AUTOATTACK
+from robustcompress.series import AUTOATTACK, REQUEST, digest_of
 from robustcompress.session import Goal, Session
 from robustcompress.smallest import find_smallest, workplace
 from robustcompress.strategies import Strategy
 from robustcompress.structure import StructuralEditor
 from robustcompress.teacher import REFERENCE, Teacher, frozen_copy, introduce, with_labels
 from robustcompress.teacher_source import TeacherLike
-from robustcompress.train import Progress, Recipe, augmentation, set_memory_format
+from robustcompress.train import Progress, Recipe, set_memory_format
 
 SMALL_DATA = 10_000
 """Below so many training images the default is a short run."""
@@ -123,28 +126,31 @@ def compress(
         OutOfTime: The deadline was reached; call again to go on.
     """
     started = time.monotonic()
-    request = resolve(
-        model=model,
-        strategy=strategy,
-        data=data,
-        budget=budget,
-        threat=threat,
-        objective=objective,
-        epochs=epochs,
-        recipe=recipe,
-        round_to=round_to,
-        attacks=attacks,
-        test_images=test_images,
-        seed=seed,
-        device=device,
-        out=out,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        checkpoint_every_s=checkpoint_every_s,
-        deadline=deadline,
-        latency_table=latency_table,
-        finetune=finetune,
-        teacher=teacher,
+    world = start()
+    request = world.together(
+        lambda: resolve(
+            model=model,
+            strategy=strategy,
+            data=data,
+            budget=budget,
+            threat=threat,
+            objective=objective,
+            epochs=epochs,
+            recipe=recipe,
+            round_to=round_to,
+            attacks=attacks,
+            test_images=test_images,
+            seed=seed,
+            device=device,
+            out=out,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            checkpoint_every_s=checkpoint_every_s,
+            deadline=deadline,
+            latency_table=latency_table,
+            finetune=finetune,
+            teacher=teacher,
+        )
     )
     return carry_out(request, progress=progress, started=started)
 
@@ -155,6 +161,7 @@ def carry_out(
     progress: bool = True,
     started: float | None = None,
     on_saved: Callable[[Path], None] | None = None,
+    keep: bool = False,
 ) -> CompressResult:
     """Do what `compress()` does, for arguments that are resolved.
 
@@ -163,11 +170,21 @@ def carry_out(
         progress: Show progress.
         started: When the call came, on the clock of `time.monotonic`; now where None.
         on_saved: Told where the result was saved, if it was: beside `out` if that place was taken meanwhile.
+        keep: Leave the checkpoint: the result is not safe yet, and the caller removes it.
     """
     started = time.monotonic() if started is None else started
+    world = start()
+    with held(request.checkpoint, request.out, world=world):
+        return _carried_out(request, progress and world.first, started, on_saved, keep)
+
+
+def _carried_out(
+    request: Request, progress: bool, started: float, on_saved: Callable[[Path], None] | None, keep: bool
+) -> CompressResult:
     if request.budget.demand is not None:
-        return _carry_out_smallest(request, Progress(progress), started, on_saved)
+        return _carry_out_smallest(request, Progress(progress), started, on_saved, keep)
     splits, chosen, seed = request.data, request.strategy, request.seed
+    digest = digest_of(request)  # now: the model is edited in place
     shown = Progress(progress, title=chosen.name)
     session, untouched, journal = open_session(request, shown, started)
     editor, goal, before = session.editor, session.goal, session.goal.reference
@@ -181,10 +198,12 @@ def carry_out(
     if journal is not None:
         journal.finish()
     session.settle()
+    world = session.world
     compact = closed(session.model)
     check_outcome(chosen, compact, example, request.budget, before)
     times = final_latency(session, stopwatch, compact, request.latency_table)
-    report = report_on(compact, request, shown)
+    chunks = None if request.checkpoint is None else request.checkpoint / AUTOATTACK
+    report = report_on(compact, request, shown, resume_dir=chunks)
     cpu_example = torch.zeros(1, *splits.image_shape)
     sparse = request.budget.density is not None  # only zeros compress, and compressing takes its time
     result = CompressResult(
@@ -192,24 +211,30 @@ def carry_out(
         spec=request.spec,
         strategy=chosen.to_json(),
         edits=editor.edits,
-        before=replace(measure(untouched, cpu_example, latency=True, compressed=sparse), onnx_ms=times[0]),
-        after=replace(measure(compact, cpu_example, latency=True, compressed=sparse), onnx_ms=times[1]),
+        before=replace(_measured(world, untouched, cpu_example, compressed=sparse), onnx_ms=times[0]),
+        after=replace(_measured(world, compact, cpu_example, compressed=sparse), onnx_ms=times[1]),
         budget=request.budget.to_json(),
         history=tuple(session.history),
         report=report,
         threat=request.threat,
         data=describe_data(goal.data),
         settings=settings_of(goal, request.device, session.history)
+        | {REQUEST: digest}
         | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
     )
     if request.out is not None:
-        saved = save_beside(result, request.out, shown)
+        saved = Path(world.only_first(lambda: str(_saved(result, request, shown))))
         if on_saved is not None:
             on_saved(saved)
-    if journal is not None:
+    if journal is not None and world.first and not keep:
         remove(journal.directory)
     return result
+
+
+def _measured(world: World, model: nn.Module, example: torch.Tensor, *, compressed: bool) -> Cost:
+    """What a network costs, its latency too; of several processes one measures, while the others are still."""
+    return Cost(**world.only_first(lambda: asdict(measure(model, example, latency=True, compressed=compressed))))
 
 
 def open_session(request: Request, shown: Progress, started: float) -> tuple[Session, nn.Module, Journal | None]:
@@ -223,10 +248,11 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
     Returns:
         The session, a copy of the untouched reference on the CPU, and where the run is recorded (None for nowhere).
     """
-    splits, chosen, reference = request.data, request.strategy, request.model
+    splits, chosen, reference, world = request.data, request.strategy, request.model, start()
     for note in splits.notes:
         shown.say(note)
     set_memory_format(reference, torch.contiguous_format)
+    take_weights(world, reference)
     example = torch.zeros(2, *splits.image_shape, device=request.device)
     editor = StructuralEditor(reference, example, seed=request.seed)
     _fit_classifier(editor, reference, example, splits, request.pretrained, shown)
@@ -256,8 +282,13 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
         finetune=finetune,
     )
     untouched = copy.deepcopy(reference).cpu()
-    journal = _journal(request, goal, untouched, shown, started)
-    session = Session(reference, editor, example, goal, progress=shown, journal=journal)
+    identity = identity_of(request, goal, untouched)
+    check_alike(world, identity)
+    journal = _journal(request, identity, world, shown, started)
+    parts = parts_for(request.recipe.accumulate, world, {} if journal is None else journal.identity)
+    if world.size > 1:
+        shown.say(str(parts))
+    session = Session(reference, editor, example, goal, progress=shown, journal=journal, parts=parts)
     if teacher is not None:
         introduce(session, teacher)
     return session, untouched, journal
@@ -274,18 +305,25 @@ def _teacher(request: Request, reference: nn.Module) -> Teacher | None:
 
 
 def _carry_out_smallest(
-    request: Request, shown: Progress, started: float, on_saved: Callable[[Path], None] | None
+    request: Request, shown: Progress, started: float, on_saved: Callable[[Path], None] | None, keep: bool
 ) -> CompressResult:
     """Look for the smallest network that meets the demand; then, and only then, look at the test images."""
     demand = request.budget.demand
     assert demand is not None
+    if start().size > 1:
+        raise InputError(
+            "min_robust compresses several networks one after the other, in one process: start it without torchrun, or "
+            "give a size, such as Budget(macs=0.5)"
+        )
+    digest = digest_of(request)
     for note in request.data.notes:
         shown.say(note)
-    with workplace(request.checkpoint) as place:
+    with workplace(request.checkpoint, keep=keep) as place:
         found = find_smallest(request, place, carry_out, shown, started)
         attacks = tuple(dict.fromkeys((*request.attacks, attack_by_name(demand.attack))))
         report = report_on(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
-        result = replace(found, budget=request.budget.to_json(), report=report)
+        settings = {**found.settings, REQUEST: digest}
+        result = replace(found, budget=request.budget.to_json(), report=report, settings=settings)
         if not demand.holds(report) and report is not None:
             final = report.result(demand.attack)
             shown.say(
@@ -293,38 +331,43 @@ def _carry_out_smallest(
                 f"({100 * final.low:.1f} to {100 * final.high:.1f}, n={final.n}), which does not show {demand}"
             )
         if request.out is not None:
-            saved = save_beside(result, request.out, shown)
+            saved = _saved(result, request, shown)
             if on_saved is not None:
                 on_saved(saved)
     return result
 
 
-def _journal(request: Request, goal: Goal, reference: nn.Module, progress: Progress, started: float) -> Journal | None:
-    """Where the run is recorded, with everything that its weights depend on; None where nobody asked for it."""
+def _saved(result: CompressResult, request: Request, shown: Progress) -> Path:
+    """Save; where the disk does not take it, say that the checkpoint is kept, from which the work is not done again."""
+    assert request.out is not None
+    try:
+        return save_beside(result, request.out, shown)
+    except InputError as error:
+        if request.checkpoint is None:
+            raise
+        raise InputError(
+            f"{error}; the checkpoint in {request.checkpoint} is kept: the same call then has little left to do"
+        ) from error
+
+
+def _journal(
+    request: Request, identity: Mapping[str, Any], world: World, progress: Progress, started: float
+) -> Journal | None:
+    """Where the run is recorded; None where nobody asked for it."""
     if request.checkpoint is None:
         return None
-    settings = settings_of(goal, request.device)
-    identity = {
-        **fingerprint(reference),
-        "strategy": request.strategy.identity(),
-        "data": goal.data.sha256,
-        "augmentation": augmentation(goal.recipe, goal.data.name),
-        "budget": goal.budget.to_json(),
-        "threat": goal.threat.to_json(),
-        "seed": goal.seed,
-        **{name: settings[name] for name in ("objective", "recipe", "epochs", "pretrained", "round_to")},
-    }
-    identity |= request.companions
-    if request.latency_table is not None:
-        identity["latency_table"] = request.latency_table.sha256
-    identity["recipe"] = {key: value for key, value in settings["recipe"].items() if key != "compile"}  # how, not what
+
+    def identify(recorded: Mapping[str, Any]) -> dict[str, Any]:
+        return with_parts(identity, parts_for(request.recipe.accumulate, world, recorded))
+
     return Journal(
         request.checkpoint,
-        identity,
-        versions=settings["versions"],
+        identify,
+        versions=versions(),
         every_s=request.checkpoint_every_s,
         deadline=None if request.deadline is None else started + request.deadline,
         say=progress.say,
+        world=world,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from robustcompress.budget import CostModel
 from robustcompress.checkpoint import Journal
+from robustcompress.distributed import ALONE, World
 from robustcompress.errors import InputError
 from robustcompress.goal import Goal
 from robustcompress.latency import LatencyLimit
@@ -27,6 +28,7 @@ class BudgetedRun(Run):
         progress: Where progress is shown.
         on_record: Called with every record of the history as it is written.
         journal: Where the run is recorded, to be resumed from there; None for nowhere.
+        world: The processes that carry the run out together.
 
     Attributes:
         editor: The only way to change the network's shape.
@@ -44,8 +46,9 @@ class BudgetedRun(Run):
         progress: Progress | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
         journal: Journal | None = None,
+        world: World = ALONE,
     ) -> None:
-        super().__init__(goal.seed + 1, progress=progress, on_record=on_record, journal=journal)
+        super().__init__(goal.seed + 1, progress=progress, on_record=on_record, journal=journal, world=world)
         self.editor = editor
         self.goal = goal
         self.cost_model = CostModel(editor, example)

@@ -35,6 +35,18 @@ class OutOfTime(RobustCompressError):  # noqa: N818 - no failure: the run goes o
     """A run reached its deadline; its checkpoint is written, and the same call with it goes on from there."""
 
 
+class Interrupted(OutOfTime):
+    """A signal asked a run to stop (see `graceful`); where it keeps a checkpoint, the same call goes on from there.
+
+    Attributes:
+        signal: Which one.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class HubError(RobustCompressError):
     """A hub cannot be reached, or failed."""
 

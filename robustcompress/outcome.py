@@ -13,6 +13,7 @@ from torch import nn
 
 from robustcompress.budget import Budget, Cost, human, measure
 from robustcompress.data import DataSplits
+from robustcompress.distributed import current
 from robustcompress.errors import BudgetError, RobustCompressError
 from robustcompress.goal import Goal
 from robustcompress.resolve import Request
@@ -58,6 +59,7 @@ def report_on(
         seed=request.seed,
         max_images=request.test_images,
         resume_dir=resume_dir,
+        world=current(),
     )
     for warning in report.warnings:
         progress.say(f"warning: {warning}")
@@ -80,8 +82,6 @@ def describe_data(data: DataSplits) -> dict[str, Any]:
 
 def settings_of(goal: Goal, device: torch.device, history: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """What a result says of how it was trained, as plain JSON; `history` knows of a teacher."""
-    from robustcompress import __version__
-
     settings = {
         "objective": goal.objective.to_json(),
         "recipe": goal.recipe.to_json(),
@@ -89,7 +89,7 @@ def settings_of(goal: Goal, device: torch.device, history: Sequence[Mapping[str,
         "pretrained": goal.pretrained,
         "round_to": goal.round_to,
         "device": describe(device),
-        "versions": {"robustcompress": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
     if goal.finetune is not None:
         settings["finetune"] = goal.finetune.to_json()
@@ -98,6 +98,13 @@ def settings_of(goal: Goal, device: torch.device, history: Sequence[Mapping[str,
             settings["teacher"] = {key: value for key, value in record.items() if key not in ("phase", "event")}
     parsed: dict[str, Any] = json.loads(json.dumps(settings))
     return parsed
+
+
+def versions() -> dict[str, str]:
+    """What a result says of the software that made it."""
+    from robustcompress import __version__
+
+    return {"robustcompress": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def save_beside(result: CompressResult, out: Path, progress: Progress) -> Path:

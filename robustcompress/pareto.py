@@ -20,6 +20,7 @@ from robustcompress.errors import InputError, OutOfTime, Problems, ResultError, 
 from robustcompress.export.timing import Stopwatch
 from robustcompress.front import Front, Point, accuracies_of
 from robustcompress.front_plot import plot_front
+from robustcompress.lock import held
 from robustcompress.models import ModelSpec
 from robustcompress.plots import check_picture
 from robustcompress.resolve import Request, check_granularity, check_times, resolve
@@ -217,9 +218,10 @@ def carry_out_front(
     retry: bool = False,
 ) -> Front:
     """Do what `pareto()` does, for arguments that are resolved."""
-    return _Run(base, out, Progress(progress), time.monotonic() if started is None else started).all(
-        list(jobs), picture, retry
-    )
+    with held(out):
+        return _Run(base, out, Progress(progress), time.monotonic() if started is None else started).all(
+            list(jobs), picture, retry
+        )
 
 
 class _Run:

@@ -15,6 +15,7 @@ from torch import nn
 from robustcompress.budget import Budget
 from robustcompress.checkpoint import check_directory
 from robustcompress.data import TEACHER, DataSplits, load_data
+from robustcompress.distributed import current
 from robustcompress.errors import InputError, Problems
 from robustcompress.latency_table import LatencyTable, read_latency_table
 from robustcompress.min_robust import WORKPLACE
@@ -150,7 +151,7 @@ def resolve(
             problems.attempt(functools.partial(kind.check, adversary))
     specs = _attacks(problems, attacks)
     target = problems.attempt(lambda: resolve_device(device))
-    if out is not None:
+    if out is not None and current().first:  # who writes
         problems.attempt(lambda: check_target(Path(out)))
     demand = limits.demand if limits is not None else None
     _check_checkpoint(problems, checkpoint, checkpoint_every_s, deadline, out, also=WORKPLACE if demand else "")
@@ -218,7 +219,8 @@ def _check_checkpoint(
     if not isinstance(checkpoint, str | Path | None):
         problems.add(f"checkpoint={checkpoint!r}: name a directory")
     elif checkpoint is not None:
-        problems.attempt(lambda: check_directory(Path(checkpoint), also=also))
+        if current().first:
+            problems.attempt(lambda: check_directory(Path(checkpoint), also=also))
         if out is not None and Path(checkpoint).resolve() == Path(out).resolve():
             problems.add(f"checkpoint={checkpoint} is where the result goes (out); choose another directory")
     check_times(problems, every_s, deadline)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from robustcompress.budget import Budget, Cost, human
+from robustcompress.checkpoint.disk import reason, save_tensors, sync_directory, write_text
 from robustcompress.errors import InputError, ResultError
 from robustcompress.hub import fetch, is_address
 from robustcompress.min_robust import lines_of, trials_of
@@ -101,25 +102,30 @@ class CompressResult:
         """
         directory = Path(directory)
         check_target(directory, overwrite=overwrite)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        except OSError as error:
+            raise _unwritten(directory, error) from error
         try:
             temporary.chmod(0o755)
             self._write(temporary)
             _put_in_place(temporary, directory)
+            sync_directory(directory.parent)
+        except OSError as error:
+            raise _unwritten(directory, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return directory
 
     def _write(self, directory: Path) -> None:
-        from safetensors.torch import save_file
-
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        digest = save_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
         (directory / WEIGHTS).chmod(0o644)
-        record = self.to_json() | {"weights_sha256": _sha256(directory / WEIGHTS)}
-        (directory / RESULT).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        record = self.to_json() | {"weights_sha256": digest}
+        write_text(directory / RESULT, json.dumps(record, indent=1, allow_nan=False) + "\n")
         lines = (json.dumps(record) + "\n" for record in self.history)
-        (directory / HISTORY).write_text("".join(lines))
+        write_text(directory / HISTORY, "".join(lines))
+        sync_directory(directory)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights and the history, as plain JSON."""
@@ -204,6 +210,10 @@ class CompressResult:
         title = html.escape(f"{self.strategy['name']} on {self.data['name']}")
         report = self.report._repr_html_() if self.report is not None else ""
         return f"<h4>{title}</h4><table>{head}{body}</table>{report}"
+
+
+def _unwritten(directory: Path, error: OSError) -> InputError:
+    return InputError(f"{directory} could not be written ({reason(error)}): make room, or choose another directory")
 
 
 def _put_in_place(new: Path, directory: Path) -> None:

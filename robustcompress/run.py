@@ -10,6 +10,8 @@ import torch
 
 from robustcompress.checkpoint import Journal, State, Stateful
 from robustcompress.checkpoint.plain import from_plain, to_plain
+from robustcompress.distributed import ALONE, World
+from robustcompress.interrupt import listen, stop_if_asked
 from robustcompress.train import Progress
 
 T = TypeVar("T")
@@ -23,11 +25,13 @@ class Run(ABC):
         progress: Where progress is shown.
         on_record: Called with every record of the history as it is written.
         journal: Where the run is recorded, to be resumed from there; None for nowhere.
+        world: The processes that carry the run out together, each running the same script.
 
     Attributes:
         history: One record an epoch or an event.
         generator: The strategy's own randomness, on the CPU.
         progress: Where progress is shown.
+        world: The processes that carry the run out together.
     """
 
     def __init__(
@@ -37,7 +41,9 @@ class Run(ABC):
         progress: Progress | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
         journal: Journal | None = None,
+        world: World = ALONE,
     ) -> None:
+        self.world = world
         self.history: list[dict[str, Any]] = []
         self.generator = torch.Generator().manual_seed(seed)
         self.progress = progress or Progress(enabled=False)
@@ -59,7 +65,8 @@ class Run(ABC):
 
         All that a strategy computes from weights and uses beyond the next phase, or to choose what to do, goes through
         here: when a killed run is resumed, the script runs again on weights that mean nothing up to the phase that was
-        interrupted, and gets the decision of the first time; `compute` is not called then.
+        interrupted, and gets the decision of the first time; `compute` is not called then. Of several processes all
+        compute, and all get what the first one found.
 
         Args:
             name: What is decided, for messages.
@@ -68,9 +75,14 @@ class Run(ABC):
         Returns:
             What `compute` returned, as JSON keeps it: tuples are lists, tensors are on the CPU.
         """
+
+        def agreed() -> Any:
+            return self.world.broadcast(to_plain(name, compute()))
+
         if self._journal is not None:
-            return self._journal.decide(name, compute, self.generator)
-        result: T = from_plain(to_plain(name, compute()))
+            decided: T = self._journal.decide(name, agreed, self.generator)
+            return decided
+        result: T = from_plain(agreed())
         return result
 
     def keep(self, name: str, thing: Stateful) -> None:
@@ -108,8 +120,15 @@ class Run(ABC):
         with self.progress.phase(phase, times, done) as bar:
             for number in range(done, times):
                 bar.advance(act(number))
+                listen(self.world)
                 if self._journal is not None and state is not None:
                     self._journal.epoch_done(number + 1, self.history, state)
+                else:
+                    self._stop_if_asked(phase)
+
+    def _stop_if_asked(self, phase: str) -> None:
+        """For a run that is recorded nowhere; a journal looks itself, after it has written."""
+        stop_if_asked(f"stopped in phase {phase!r}; nothing is kept of this run, which had no checkpoint")
 
     def record(self, record: dict[str, Any]) -> None:
         """Add a record to the history."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import time
@@ -13,17 +14,32 @@ from typing import Any, Protocol
 
 import torch
 
-from robustcompress.checkpoint import fingerprint, remove
-from robustcompress.errors import InputError, OutOfTime, ResultError
+from robustcompress.checkpoint import AUTOATTACK, fingerprint, remove
+from robustcompress.errors import InputError, Interrupted, OutOfTime, ResultError
+from robustcompress.interrupt import stop_if_asked
 from robustcompress.resolve import Request
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.structure import StructuralEditor
 
+__all__ = [
+    "AUTOATTACK",
+    "CHECKPOINT",
+    "REQUEST",
+    "CarryOut",
+    "compress_in",
+    "digest_of",
+    "identity_of",
+    "read_json",
+    "reference_editor",
+    "stop_in_time",
+    "write_json",
+]
+
 CHECKPOINT = ".checkpoint"
 """Suffix of the directory in which one of the compressions is recorded while it lasts."""
 
-AUTOATTACK = "autoattack"
-"""Directory in which finished chunks of AutoAttack are kept."""
+REQUEST = "request"
+"""Key of a result's settings: what it was asked for, as a hash (see `digest_of`)."""
 
 
 class CarryOut(Protocol):
@@ -62,14 +78,15 @@ def compress_in(
         try:
             carry_out(asked, progress=progress, started=started)
         except OutOfTime as error:  # it names a checkpoint that is ours alone
-            said = str(error).partition("; the same call")[0]
-            raise OutOfTime(f"{name}: {said}; the same call goes on from there") from error
+            said = f"{name}: {str(error).partition('; the same call')[0]}; the same call goes on from there"
+            raise (Interrupted(said, error.signal) if isinstance(error, Interrupted) else OutOfTime(said)) from error
     remove(checkpoint)  # a kill between saving and removing left it
     return load(place, model=request.model)
 
 
 def stop_in_time(request: Request, started: float) -> None:
-    """Raise OutOfTime before more is begun once the deadline has passed."""
+    """Raise OutOfTime before more is begun once the deadline has passed, or a signal has asked to stop."""
+    stop_if_asked("stopped between two compressions; the same call goes on from there")
     if request.deadline is not None and time.monotonic() > started + request.deadline:
         raise OutOfTime("the deadline was reached between two compressions; the same call goes on from there")
 
@@ -100,6 +117,19 @@ def identity_of(request: Request) -> dict[str, Any]:
     }
     parsed: dict[str, Any] = json.loads(json.dumps(identity | request.companions))
     return parsed
+
+
+def digest_of(request: Request) -> str:
+    """Hash of all that a saved result depends on: another call of the same is recognised by it."""
+    asked = identity_of(request) | {
+        "strategy": request.strategy.identity(),
+        "budget": request.budget.to_json(),
+        "attacks": [spec.name for spec in request.attacks],
+        "test_images": request.test_images,
+    }
+    if request.latency_table is not None:
+        asked["latency_table"] = request.latency_table.sha256
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -12,8 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.budget import Cost, measure
 from robustcompress.budgeted import BudgetedRun
-from robustcompress.checkpoint import Journal, State
+from robustcompress.checkpoint import Journal, State, agree
 from robustcompress.data import Batches
+from robustcompress.distributed import Parts
 from robustcompress.errors import InputError
 from robustcompress.goal import Goal
 from robustcompress.robust.attacks import eval_mode, pgd
@@ -58,11 +59,14 @@ class Session(BudgetedRun):
         progress: Where progress is shown.
         on_record: Called with every record of the history as it is written.
         journal: Where the run is recorded, to be resumed from there; None for nowhere.
+        parts: Into how many every batch is cut, and which of them are this process's; as many as the recipe's
+            `accumulate`, all for this process, where None.
 
     Attributes:
         model: The network.
         editor: The only way to change its shape; optimizer and average follow every edit.
         goal: What the run is for.
+        parts: Into how many every batch is cut, and which of them are this process's.
         cost_model: Predicts the cost of any widths.
         latency: The limit on latency; None where the budget says nothing about it.
         tuning: The loss of `finetune`; None for the goal's objective. `teacher.appoint` gives it a teacher.
@@ -78,18 +82,17 @@ class Session(BudgetedRun):
         progress: Progress | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
         journal: Journal | None = None,
+        parts: Parts | None = None,
     ) -> None:
+        self.parts = parts or Parts(goal.recipe.accumulate)
         losses = list(filter(None, (goal.objective, goal.finetune)))
         for objective in losses:
             objective.check(goal.threat)
             if goal.recipe.awp or goal.recipe.sam:
                 objective.require_parts()
-            if goal.recipe.accumulate > 1 and objective.remembers:
-                raise InputError(
-                    f"objective {objective.name!r} remembers a whole batch from step to step: leave out "
-                    f"accumulate={goal.recipe.accumulate}"
-                )
-        super().__init__(editor, example, goal, progress=progress, on_record=on_record, journal=journal)
+        super().__init__(
+            editor, example, goal, progress=progress, on_record=on_record, journal=journal, world=self.parts.world
+        )
         self.model = model
         self.tuning = goal.finetune
         self._example = example
@@ -105,6 +108,11 @@ class Session(BudgetedRun):
             channels_last=False,  # until `_lay_out` says otherwise
             extra=goal.data.extra,
         )
+        if self.parts.total > self._batches.batch_size:
+            raise InputError(
+                f"a batch of {self._batches.batch_size} images cannot be cut into {self.parts.total} parts: give a "
+                "smaller accumulate, fewer processes, or more images a batch"
+            )
         self._memory_format = torch.contiguous_format
         self._optimizer: torch.optim.Optimizer | None = None
         self._ema: AveragedModel | None = None
@@ -119,6 +127,7 @@ class Session(BudgetedRun):
             device=self._device,
             batch_size=goal.recipe.batch_size,
             say=self.say,
+            world=self.world,
         )
         if self._guard is not None:
             self.keep("guard", self._guard)
@@ -250,6 +259,7 @@ class Session(BudgetedRun):
             done = self._journal.enter(phase, steps, self.history, state)
             if done == steps:
                 return
+        agree(self.world, phase, state or self._state(optimizer, selection))
         guard = self._guard if optimizer is self._optimizer else None  # scores are no weights: nothing to go back to
         if guard is not None:
             guard.enter(self.model, [ema] if ema is not None else [], optimizer, begun=done > 0, midway=midway)
@@ -271,10 +281,14 @@ class Session(BudgetedRun):
             self.record(record)
             if self._journal is not None and state is not None:
                 self._journal.epoch_done(record["steps"], self.history, state)
+            else:
+                self._stop_if_asked(phase)
 
         def on_step(done: int) -> None:
             if self._journal is not None and state is not None:
                 self._journal.step_done(done, self.history, state)
+            else:
+                self._stop_if_asked(phase)
 
         # Gates are hooks, opaque to a compiler.
         compiles = self.goal.recipe.compile and self.goal.objective.compiles and optimizer is self._optimizer
@@ -299,6 +313,7 @@ class Session(BudgetedRun):
             span=(min(before, 1.0), min(self._spent, 1.0)),
             midway=midway,
             on_step=on_step,
+            parts=self.parts,
         )
 
     def _selection(self, share: float) -> Selection:
@@ -380,4 +395,4 @@ class Session(BudgetedRun):
         batches = Batches(images, self.goal.recipe.batch_size, device=self._device)
         generator = torch.Generator(self._device).manual_seed(self.goal.seed)  # the same noise every time
         judged, view = (self.averaged, self.goal.objective) if network is None else (network, None)
-        return accuracies(judged, batches, self.goal.threat, generator=generator, objective=view)
+        return accuracies(judged, batches, self.goal.threat, generator=generator, objective=view, world=self.world)

@@ -51,11 +51,12 @@ FORMAT = 1
 
 
 @contextmanager
-def workplace(directory: Path | None) -> Iterator[Path]:
+def workplace(directory: Path | None, *, keep: bool = False) -> Iterator[Path]:
     """Where a search keeps what it has tried; emptied when the search has ended, and not when it was interrupted.
 
     Args:
         directory: One of the caller's, which a search that was killed is resumed from; None for a temporary one.
+        keep: Leave emptying it to the caller (see `clear`).
     """
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="robustcompress-") as temporary:
@@ -63,6 +64,12 @@ def workplace(directory: Path | None) -> Iterator[Path]:
         return
     directory.mkdir(exist_ok=True)
     yield directory
+    if not keep:
+        clear(directory)
+
+
+def clear(directory: Path) -> None:
+    """Remove what a search has kept in a directory, and the directory unless it holds anything else."""
     for path in directory.iterdir():
         if re.fullmatch(WORKPLACE, path.name) and path.is_dir():
             shutil.rmtree(path)

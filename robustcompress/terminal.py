@@ -41,6 +41,10 @@ class Output:
                 shown.print(part)
 
 
+NOTHING = Output(document={}, parts=())
+"""What the other processes of a command answer, where the first one speaks for all."""
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = ()) -> Any:
     """Lay out a table for the terminal.
 

@@ -16,6 +16,8 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
     {"errors"},
+    {"distributed"},
+    {"interrupt", "lock"},
     {"structure", "robust", "data", "models"},
     {"min_robust"},
     {"budget", "latency"},
@@ -36,6 +38,7 @@ LAYERS = [
     {"teacher_source"},
     {"resolve", "calibration"},
     {"outcome"},
+    {"identity"},
     {"series"},
     {"smallest"},
     {"api"},

@@ -16,11 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from robustcompress.checkpoint.files import Checkpoint, read, write
+from robustcompress.checkpoint.disk import NotWrittenError
+from robustcompress.checkpoint.files import Checkpoint, read, settle, write
 from robustcompress.checkpoint.identity import same_run
 from robustcompress.checkpoint.plain import from_plain, to_plain
 from robustcompress.checkpoint.state import State
+from robustcompress.distributed import ALONE, World
 from robustcompress.errors import CheckpointError, OutOfTime
+from robustcompress.interrupt import asked, stop_if_asked
 
 T = TypeVar("T")
 
@@ -30,13 +33,16 @@ class Journal:
 
     Args:
         directory: Holds the checkpoint, or will.
-        identity: What makes a run the same run, as plain JSON by name (see `compress`).
+        identity: What makes a run the same run, as plain JSON by name (see `compress`), given that of the run that is
+            recorded there already: what may be left open follows it.
         versions: Versions by name; a difference is said, and no error.
         every_s: Least seconds between two writes within a phase, within an epoch or at its end.
         deadline: When to stop, on the clock of `time.monotonic`; None for never.
         say: Tells the person who waits.
+        world: The processes of the run, each of which has a journal of it; the first alone reads and writes.
 
     Attributes:
+        identity: Of this run.
         replaying: Whether the script has not yet reached the point where the run was interrupted.
 
     Raises:
@@ -47,15 +53,17 @@ class Journal:
     def __init__(
         self,
         directory: Path,
-        identity: Mapping[str, Any],
+        identity: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         *,
         versions: Mapping[str, str],
         every_s: float = 60.0,
         deadline: float | None = None,
         say: Callable[[str], None] = lambda line: None,
+        world: World = ALONE,
     ) -> None:
         self.directory = directory
-        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.identity: dict[str, Any] = {}
+        self._identify, self._world = identity, world
         self._versions = dict(versions)
         self._every_s = every_s
         self._deadline = deadline
@@ -67,6 +75,7 @@ class Journal:
         self._here: dict[str, Any] = {}
         self._decisions: list[dict[str, Any]] = []
         self._replayed = 0  # decisions read back
+        self._failing, self._standing = "", "there is none yet"  # why nothing can be written, and what was before
         self._found: Checkpoint | None = self._open()
         self._history: list[dict[str, Any]] = self._found.record["history"] if self._found is not None else []
 
@@ -148,6 +157,7 @@ class Journal:
             raise CheckpointError(f"the checkpoint does not fit this run: {error}; {self._remedy}") from error
         self._decisions, self._found = found.record["decisions"], None
         done: int = logged["done"]
+        self._standing = f"the last one, of phase {logged['name']!r} after {done} steps, stands"
         self._say(f"resumed from {self.directory}: phase {logged['name']!r}, {done} of {logged['steps']} steps done")
         if found.small:
             self._say("the checkpoint is of the small form, which rounds: the run goes on approximately")
@@ -168,7 +178,7 @@ class Journal:
             state: Where the run's state lives.
 
         Raises:
-            OutOfTime: The deadline would be missed.
+            OutOfTime: The deadline would be missed, or a signal asked to stop.
         """
         now = time.monotonic()
         if self._mark is not None:
@@ -177,8 +187,9 @@ class Journal:
         steps = self._here["steps"]
         # At a phase's end nothing is known of what comes next, which may be nothing: `enter` looks at the clock there.
         late = done < steps and self._is_late()
-        if late or done == steps or self._is_due():
+        if late or done == steps or self._is_due() or asked():
             self._write(done, history, state)
+        self._stop_if_asked(done)
         if done == steps:
             self._phases.append(self._ended(history))
         elif late:
@@ -191,9 +202,13 @@ class Journal:
             done: Steps done in the phase.
             history: The run's history.
             state: Where the run's state lives.
+
+        Raises:
+            Interrupted: A signal asked to stop.
         """
-        if self._is_due() and (state.midway is None or state.midway.complete):
+        if (self._is_due() or asked()) and (state.midway is None or state.midway.complete):
             self._write(done, history, state, within=True)
+            self._stop_if_asked(done)
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._written >= self._every_s
@@ -202,9 +217,12 @@ class Journal:
         return self._here | {"ended": [len(history), len(self._decisions)]}
 
     def _write(self, done: int, history: list[dict[str, Any]], state: State, *, within: bool = False) -> None:
+        self._written = time.monotonic()
+        if not self._world.first:
+            return
         tensors, record = state.gather(within=within)
         run = {
-            "identity": self._identity,
+            "identity": self.identity,
             "versions": self._versions,
             "phases": self._phases,
             "phase": self._ended(history) | {"done": done},
@@ -212,7 +230,18 @@ class Journal:
             "history": history,
             "state": record,
         }
-        write(self.directory, run, tensors)
+        self._written = time.monotonic()  # also where it fails: the next interval tries again
+        try:
+            write(self.directory, run, tensors)
+        except NotWrittenError as error:
+            if not self._failing:
+                self._say(f"warning: {error}; {self._standing}, and training goes on; trying again every interval")
+            self._failing = str(error)
+            return
+        if self._failing:
+            self._say(f"checkpoints are written to {self.directory} again")
+        self._failing = ""
+        self._standing = f"the last one, of phase {self._here['name']!r} after {done} steps, stands"
         self._written = time.monotonic()
 
     def finish(self) -> None:
@@ -225,8 +254,9 @@ class Journal:
         return f"remove {self.directory} to begin anew"
 
     def _open(self) -> Checkpoint | None:
-        found = read(self.directory)
+        found = self._read()
         if found is None:
+            self.identity = json.loads(json.dumps(self._identify({})))
             return None
         try:
             record = found.record
@@ -240,27 +270,50 @@ class Journal:
             sound = False
         if not sound:
             raise CheckpointError(f"the checkpoint in {self.directory} is damaged; {self._remedy}")
-        same_run(f"checkpoint={self.directory}", identity, self._identity)
+        self.identity = json.loads(json.dumps(self._identify(identity)))
+        same_run(f"checkpoint={self.directory}", identity, self.identity)
         for name in sorted(versions.keys() | self._versions.keys()):
             if versions.get(name) != self._versions.get(name):
                 self._say(
                     f"warning: the checkpoint was written with {name} {versions.get(name)}, this is "
                     f"{self._versions.get(name)}: results may differ"
                 )
+        if found.note:
+            self._say(f"warning: {found.note}")
+            if self._world.first:
+                settle(self.directory)
         self._say(f"going on with the run in {self.directory}")
         return found
+
+    def _read(self) -> Checkpoint | None:
+        def tell() -> list[Any] | None:
+            found = read(self.directory)
+            return None if found is None else [found.record, found.tensors, found.small, found.note]
+
+        told = self._world.only_first(tell)
+        if told is None:
+            return None
+        return Checkpoint(record=told[0], tensors=told[1], small=told[2], note=told[3])
 
     def _is_late(self) -> bool:
         if self._deadline is None or self._last_epoch is None:
             return False
-        return time.monotonic() + self._last_epoch > self._deadline
+        return self._world.broadcast(time.monotonic() + self._last_epoch > self._deadline)
+
+    def _stop_if_asked(self, done: int) -> None:
+        stop_if_asked(self._stopped(self._here["name"], done, self._here["steps"]))
+
+    def _stopped(self, phase: str, done: int, steps: int) -> str:
+        """What is said of a stop, and where the run goes on."""
+        failed = f", but {self._failing}; {self._standing}" if self._failing else ""
+        return (
+            f"stopped in phase {phase!r} after {done} of {steps} steps{failed}; the same call with "
+            f"checkpoint={str(self.directory)!r} goes on from there"
+        )
 
     def _stop_in_time(self, phase: str, done: int, steps: int) -> None:
         if self._is_late():
-            raise OutOfTime(
-                f"the deadline leaves no time for another epoch: stopped in phase {phase!r} after {done} of {steps} "
-                f"steps; the same call with checkpoint={str(self.directory)!r} goes on from there"
-            )
+            raise OutOfTime(f"the deadline leaves no time for another epoch: {self._stopped(phase, done, steps)}")
 
     def _diverged(self, what: str) -> None:
         raise CheckpointError(

@@ -28,15 +28,27 @@ from robustcompress.commands.arguments import (
     recipe_from,
     teacher_from,
 )
+from robustcompress.commands.keeping import (
+    add_keeping_arguments,
+    checkpoint_of,
+    discard,
+    if_stopped,
+    is_finished,
+    is_result,
+)
+from robustcompress.distributed import World, current, start
 from robustcompress.errors import InputError, Problems
+from robustcompress.lock import held
 from robustcompress.min_robust import Axis, MinRobust, trials_of
 from robustcompress.models import build_model
-from robustcompress.resolve import resolve
-from robustcompress.result import check_target
+from robustcompress.resolve import Request, resolve
+from robustcompress.result import check_target, load
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.strategies import Strategy, make_strategy
-from robustcompress.terminal import Output
+from robustcompress.terminal import NOTHING, Output, say
 from robustcompress.train import resolve_device
+
+__all__ = ["DESCRIPTION", "EXAMPLES", "NAME", "SUMMARY", "add_arguments", "if_stopped", "run"]
 
 NAME = "compress"
 SUMMARY = "make a compact, robust model"
@@ -70,13 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", type=assignment, action="append", default=[], metavar="K=V", help="an option of the strategy"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="save the result here; must not exist")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="keep a checkpoint here every minute; the same command goes on from it after a kill",
-    )
+    add_keeping_arguments(parser)
     add_run_arguments(parser)
     budget = parser.add_argument_group("budget", "every limit given must hold; half the multiply-adds where none is")
     budget.add_argument("--macs", type=float, metavar="F", help="multiply-adds, as a fraction of the reference")
@@ -140,6 +146,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Output:
     """Check everything, compress, save."""
+    world = start()
+    with held(arguments.out, checkpoint_of(arguments), world=world):
+        return _compressed(arguments, world)
+
+
+def _compressed(arguments: argparse.Namespace, world: World) -> Output:
+    checkpoint, there = checkpoint_of(arguments), world.broadcast(is_result(arguments.out))
+    request = world.together(lambda: _request(arguments, checkpoint, there=there))
+    places: list[Path] = []
+    if not is_finished(request, arguments.out):
+        result = carry_out(request, progress=not arguments.quiet, on_saved=places.append)
+    elif not world.first:
+        return NOTHING
+    else:
+        result = load(arguments.out, model=request.model)
+        places.append(arguments.out)
+        say(f"{arguments.out} holds the finished result of this very command")
+        discard(checkpoint)
+    saved = "nothing was saved: pass --out DIR to keep the model"
+    if places:
+        saved = f"saved to {places[0]}; next: robustcompress export --onnx {places[0]}"
+    document = result.to_json() | {
+        "meets_budget": result.meets_budget,
+        "out": str(places[0]) if places else None,
+    }
+    if request.budget.demand is not None:
+        document["tried"] = [trial.to_json() for trial in trials_of(result.history)]
+    return Output(document=document, parts=(str(result), "", saved))
+
+
+def _request(arguments: argparse.Namespace, checkpoint: Path | None, *, there: bool) -> Request:
+    """What is asked for; all that cannot work is listed.
+
+    Args:
+        arguments: Of the command.
+        checkpoint: Where the run is recorded.
+        there: Whether a result lies in the place of `--out` already.
+    """
     problems = Problems("compress cannot start")
     strategy = problems.attempt(lambda: make_strategy(arguments.strategy, **dict(arguments.option)))
     threat = problems.attempt(lambda: ThreatModel(arguments.norm, arguments.eps))
@@ -151,7 +195,7 @@ def run(arguments: argparse.Namespace) -> Output:
     problems.attempt(lambda: resolve_device(arguments.device))
     for attack in arguments.attacks:
         problems.attempt(lambda attack=attack: attack_by_name(attack))  # type: ignore[misc]
-    if arguments.out is not None:
+    if arguments.out is not None and not there and current().first:
         problems.attempt(lambda: check_target(arguments.out))
     torch.manual_seed(arguments.seed)  # the reference's first weights belong to the seed
     built = problems.attempt(lambda: build_model(arguments.model, **dict(arguments.model_arg)))
@@ -175,25 +219,13 @@ def run(arguments: argparse.Namespace) -> Output:
         test_images=arguments.test_images,
         seed=arguments.seed,
         device=arguments.device,
-        out=arguments.out,
-        checkpoint=arguments.checkpoint,
+        out=None if there else arguments.out,
+        checkpoint=checkpoint,
         latency_table=arguments.latency_table,
         finetune=finetune,
         teacher=teacher,
     )
-    request = replace(request, spec=spec)  # a factory of the user's own is known here, though not from the model alone
-    places: list[Path] = []
-    result = carry_out(request, progress=not arguments.quiet, on_saved=places.append)
-    saved = "nothing was saved: pass --out DIR to keep the model"
-    if places:
-        saved = f"saved to {places[0]}; next: robustcompress export --onnx {places[0]}"
-    document = result.to_json() | {
-        "meets_budget": result.meets_budget,
-        "out": str(places[0]) if places else None,
-    }
-    if budget.demand is not None:
-        document["tried"] = [trial.to_json() for trial in trials_of(result.history)]
-    return Output(document=document, parts=(str(result), "", saved))
+    return replace(request, spec=spec)  # a factory of the user's own is known here, though not from the model alone
 
 
 def _budget(arguments: argparse.Namespace, strategy: Strategy | None) -> Budget:

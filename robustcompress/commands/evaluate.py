@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from dataclasses import asdict
@@ -20,7 +21,9 @@ from robustcompress.commands.arguments import (
     result_from,
 )
 from robustcompress.data import DataSplits
+from robustcompress.distributed import start
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.lock import held
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.robust import (
     Hierarchy,
@@ -104,13 +107,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_file.add_arguments(parser)
 
 
+def if_stopped(arguments: argparse.Namespace) -> str | None:
+    """What is lost when the command is stopped; None for a file, where it cannot be stopped midway."""
+    if evaluate_file.is_file(arguments.directory):
+        return None
+    kept = "autoattack" in (arguments.attacks or ATTACKS)
+    return "" if kept else "nothing is kept of it: these attacks are made anew"
+
+
 def run(arguments: argparse.Namespace) -> Output:
     """Evaluate one result, or two on the same images; or a file."""
     if evaluate_file.is_file(arguments.directory):
+        if start().size > 1:
+            raise InputError("a file is judged by one process: leave torchrun out")
         return evaluate_file.run(arguments)
     evaluate_file.refuse(arguments)
     if arguments.attacks is None:
         arguments.attacks = ATTACKS
+    with held(arguments.directory if arguments.save else None, world=start()):
+        return _judged(arguments)
+
+
+def _judged(arguments: argparse.Namespace) -> Output:
     result = result_from(arguments)
     other = None if arguments.compare is None else load(arguments.compare, model=arguments.model)
     threat, tree = _checked(arguments, result)
@@ -125,7 +143,7 @@ def run(arguments: argparse.Namespace) -> Output:
     report = _evaluate(arguments, result, arguments.directory, data, threat, tree)
     document: dict[str, Any] = {"result": str(arguments.directory), "report": report.to_json(), "saved": False}
     parts = [f"{arguments.directory}: {report}"]
-    if arguments.save:
+    if arguments.save and start().first:
         replace_report(arguments.directory, report)
         document["saved"] = True
         parts += ["", f"saved in {arguments.directory / RESULT}"]
@@ -192,8 +210,8 @@ def _evaluate(
     threat: ThreatModel,
     tree: Hierarchy | None,
 ) -> RobustReport:
-    autoattack = "autoattack" in arguments.attacks
-    with evaluation_bar(directory.name) as progress:
+    autoattack, world = "autoattack" in arguments.attacks, start()
+    with evaluation_bar(directory.name) if world.first else contextlib.nullcontext() as progress:
         return evaluate(
             result.model,
             data.test,
@@ -208,6 +226,7 @@ def _evaluate(
             progress=progress,
             resume_dir=_cache(directory) if autoattack else None,
             hierarchy=tree,
+            world=world,
         )
 
 

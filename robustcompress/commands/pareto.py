@@ -108,6 +108,11 @@ def _fractions(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between, such as 0.25,0.5") from None
 
 
+def if_stopped(arguments: argparse.Namespace) -> str:
+    """What is lost when the command is stopped: nothing."""
+    return ""
+
+
 def run(arguments: argparse.Namespace) -> Output:
     """Check everything, compress as often as asked, draw."""
     problems = Problems("pareto cannot start")

@@ -8,13 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from robustcompress.api import carry_out
 from robustcompress.certify import save_certificate
 from robustcompress.commands.certify import shown as shown_certificate
+from robustcompress.commands.keeping import (
+    add_keeping_arguments,
+    checkpoint_of,
+    discard,
+    if_stopped,
+    is_finished,
+    is_result,
+)
+from robustcompress.data import DataSplits
+from robustcompress.distributed import World, current, start
 from robustcompress.errors import InputError
+from robustcompress.lock import held
 from robustcompress.recipe import RunRecipe, merged, read_yaml
-from robustcompress.result import check_target
-from robustcompress.terminal import Output, evaluation_bar, table
+from robustcompress.resolve import Request
+from robustcompress.result import CompressResult, check_target, load
+from robustcompress.series import AUTOATTACK
+from robustcompress.terminal import NOTHING, Output, evaluation_bar, say, table
 from robustcompress.train import resolve_device
+
+__all__ = ["DESCRIPTION", "EXAMPLES", "NAME", "SUMMARY", "add_arguments", "if_stopped", "run"]
 
 NAME = "run"
 SUMMARY = "carry out a recipe: one YAML file that says everything about a run"
@@ -40,10 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a key of the recipe; dots lead inside, as in training.lr=0.05",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="save the result here; must not exist")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="keep a checkpoint here; the same command then goes on from it"
-    )
+    add_keeping_arguments(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--check", action="store_true", help="only check the recipe and its data, and show it in full")
@@ -51,43 +64,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Output:
     """Check, compress, judge, save."""
+    world = start()
+    recipe = world.together(lambda: _recipe(arguments))
+    with held(arguments.out, checkpoint_of(arguments), world=world):
+        return _carried_out(recipe, arguments, world)
+
+
+def _recipe(arguments: argparse.Namespace) -> RunRecipe:
     value = read_yaml(arguments.recipe)
     for path, setting in arguments.settings:
         value = merged(value, _nested(path, setting))
     try:
-        recipe = RunRecipe.from_mapping(value)
+        return RunRecipe.from_mapping(value)
     except InputError as error:
         raise InputError(f"{arguments.recipe}: {error}") from error
-    device = resolve_device(arguments.device)
-    if arguments.out is not None:
-        check_target(arguments.out)
-    data = recipe.load_data()
-    if arguments.check:
+
+
+def _carried_out(recipe: RunRecipe, arguments: argparse.Namespace, world: World) -> Output:
+    checkpoint, there = checkpoint_of(arguments), world.broadcast(is_result(arguments.out))
+    data, request = world.together(lambda: _request(recipe, arguments, checkpoint, there=there))
+    if request is None:
         return _shown(recipe)
-    result = recipe.run(
-        data,
-        device=device,
-        progress=not arguments.quiet,
-        out=arguments.out,
-        checkpoint=arguments.checkpoint,
-    )
-    if arguments.quiet:
-        report = recipe.judge(result, data, device=device)
-    else:
-        with evaluation_bar(recipe.strategy.name) as advance:
-            report = recipe.judge(result, data, device=device, progress=advance)
-    curve = recipe.security_curve(result, data, device=device)
-    said = {"run": _without_places(recipe.to_json()), **({"curve": curve} if curve else {})}
-    result = replace(result, report=report, settings={**result.settings, **said})
+    said = {"run": _without_places(recipe.to_json())}
+    if not is_finished(request, arguments.out, **said):
+        trained = carry_out(request, progress=not arguments.quiet, keep=True)
+        result = _judged(recipe, trained, data, arguments, checkpoint, said)
+    elif world.first:
+        result = load(arguments.out, model=request.model)
+        say(f"{arguments.out} holds the finished result of this very command")
+    if not world.first:
+        return NOTHING
+    curve = list(result.settings.get("curve", ()))
     saved = "nothing was saved: pass --out DIR to keep the model"
     if arguments.out is not None:
-        result.save(arguments.out, overwrite=True)  # now with the report; the network was saved before it was attacked
         saved = f"saved to {arguments.out}; next: robustcompress export --onnx {arguments.out}"
     # After the report is safe: a network that cannot be bounded is refused here.
     with contextlib.nullcontext() if arguments.quiet else evaluation_bar(recipe.strategy.name) as advance:
-        certificate = recipe.certify(result, data, device=device, progress=advance)
+        certificate = recipe.certify(result, data, device=request.device, progress=advance)
     if certificate is not None and arguments.out is not None:
         save_certificate(arguments.out, certificate)
+    discard(checkpoint)
     parts: list[Any] = [str(result), ""]
     if curve:
         rows = [[f"{point['eps']:.4g}", f"{100 * point['accuracy']:.1f}", f"{point['n']:.0f}"] for point in curve]
@@ -102,6 +118,59 @@ def run(arguments: argparse.Namespace) -> Output:
         "out": str(arguments.out) if arguments.out is not None else None,
     }
     return Output(document=document, parts=(*parts, saved))
+
+
+def _request(
+    recipe: RunRecipe, arguments: argparse.Namespace, checkpoint: Path | None, *, there: bool
+) -> tuple[DataSplits, Request | None]:
+    """The data of the recipe, and what it asks for; None where it is only to be checked.
+
+    Args:
+        recipe: What is declared.
+        arguments: Of the command.
+        checkpoint: Where the run is recorded.
+        there: Whether a result lies in the place of `--out` already.
+    """
+    device = resolve_device(arguments.device)
+    if arguments.out is not None and not there and current().first:
+        check_target(arguments.out)
+    data = recipe.load_data()
+    if arguments.check:
+        return data, None
+    # With a checkpoint the network is saved once it has been attacked: until then the checkpoint holds it.
+    first = None if there or checkpoint is not None else arguments.out
+    return data, recipe.request(data, device=device, out=first, checkpoint=checkpoint)
+
+
+def _judged(
+    recipe: RunRecipe,
+    result: CompressResult,
+    data: DataSplits,
+    arguments: argparse.Namespace,
+    checkpoint: Path | None,
+    said: dict[str, Any],
+) -> CompressResult:
+    """Attack the network as the recipe says, and save it with what came of that."""
+    device = resolve_device(arguments.device)
+    chunks = None if checkpoint is None else checkpoint / AUTOATTACK
+    world = current()
+    silent = arguments.quiet or not world.first
+    with contextlib.nullcontext() if silent else evaluation_bar(recipe.strategy.name) as advance:
+        report = recipe.judge(result, data, device=device, progress=advance, resume_dir=chunks, world=world)
+    if curve := recipe.security_curve(result, data, device=device, world=world):
+        said = said | {"curve": curve}
+    result = replace(result, report=report, settings={**result.settings, **said})
+    if arguments.out is not None:
+        world.only_first(lambda: _save(result, arguments.out, checkpoint))
+    return result
+
+
+def _save(result: CompressResult, out: Path, checkpoint: Path | None) -> None:
+    try:
+        result.save(out, overwrite=checkpoint is None)
+    except InputError as error:
+        kept = "" if checkpoint is None else f"; the checkpoint in {checkpoint} is kept: repeat the command then"
+        raise InputError(f"{error}{kept}") from error
 
 
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -241,7 +241,7 @@ class Batches:
 
 
 def hashed_seed(key: str) -> int:
-    """A seed for what has this name: neighbouring numbers must not share draws (seed 0, epoch 1 and seed 1, epoch 0)."""
+    """A seed for what has this name: neighbours must not share draws (seed 0, epoch 1 and seed 1, epoch 0)."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
 
 

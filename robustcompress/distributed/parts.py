@@ -30,6 +30,11 @@ class Parts:
                 f"or begin a new run with accumulate={self.world.size}"
             )
 
+    def __str__(self) -> str:
+        uneven = self.total % self.world.size
+        waiting = f": some wait for others, as {self.world.size} does not divide {self.total}" if uneven else ""
+        return f"{self.world.size} processes share the {self.total} parts of every batch{waiting}"
+
     @property
     def own(self) -> range:
         """The numbers of this process's parts."""

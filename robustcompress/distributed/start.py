@@ -15,7 +15,7 @@ from robustcompress.distributed.world import ALONE, World
 from robustcompress.errors import InputError
 
 TIMEOUT = timedelta(hours=24)
-"""One process may measure, save or export for long while the others wait. A process that dies is torchrun's to notice."""
+"""One process may measure, save or export for long while the others wait; that one has died is for torchrun to see."""
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -24,7 +24,7 @@ _control: tuple[Any, Any] = (None, None)  # the default group, and the one for t
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is one of several that torchrun, or anything that speaks as it does, has started."""
-    return all(name in environment for name in _LAUNCHED) and environment["WORLD_SIZE"] != "1"
+    return all(name in environment for name in _LAUNCHED)
 
 
 def current() -> World:
@@ -45,7 +45,7 @@ def start() -> World:
     Raises:
         InputError: There are more processes on this machine than GPUs, of which there are some.
     """
-    if not launched() or dist.is_initialized():
+    if not launched() or dist.is_initialized() or os.environ["WORLD_SIZE"] == "1":
         return current()
     if not dist.is_available():
         raise InputError("this torch is built without torch.distributed: start one process, without torchrun")

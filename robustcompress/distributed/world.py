@@ -86,9 +86,16 @@ class World:
         found: list[float] = self.sum_(torch.tensor([float(value) for value in values], dtype=torch.float64)).tolist()
         return found
 
+    def most(self, number: int) -> int:
+        """The largest of the whole numbers that the processes give."""
+        tensor = torch.tensor([number])
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
-        return (self.size > 1 and bool(self.sum_(torch.tensor([int(flag)])).item())) or flag
+        return bool(self.most(int(flag)))
 
     def share(self, items: int) -> range:
         """The numbers of the items that are this process's, of so many: dealt like cards."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from robustcompress.api import compress
+from robustcompress.api import carry_out
 from robustcompress.budget import Budget
 from robustcompress.certify import CertificateReport, certify
 from robustcompress.data import DataSplits, load_data
@@ -16,6 +17,7 @@ from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.models import ModelSpec
 from robustcompress.recipe.plain import read_yaml
 from robustcompress.recipe.reading import READERS, Evaluation
+from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
 from robustcompress.robust import RobustReport, ThreatModel, evaluate
 from robustcompress.robust.objectives import PGDAT, Objective
@@ -146,11 +148,25 @@ class RunRecipe:
             data: What `load_data` returned, to load it once for many runs.
             options: Further arguments of `compress()`: device, out, progress, ...
         """
+        started, progress = time.monotonic(), options.pop("progress", True)
+        return carry_out(self.request(data, **options), progress=progress, started=started)
+
+    def request(self, data: DataSplits | None = None, **options: Any) -> Request:
+        """What `run` carries out, checked.
+
+        Args:
+            data: As for `run`.
+            options: Further arguments of `compress()` but `progress`.
+
+        Raises:
+            InputError: Listing all that cannot work.
+        """
         data = data or self.load_data()
         spec = ModelSpec(self.model.name, {"num_classes": data.num_classes, **self.model.kwargs})
-        return compress(
-            spec,
-            self.strategy,
+        given: dict[str, Any] = {"device": "auto", "out": None, "test_images": 1000} | options
+        return resolve(
+            model=spec,
+            strategy=self.strategy,
             data=data,
             budget=self.budget,
             threat=self.threat,
@@ -162,7 +178,7 @@ class RunRecipe:
             round_to=self.round_to,
             attacks=(),
             seed=self.seed,
-            **options,
+            **given,
         )
 
     def judge(self, result: CompressResult, data: DataSplits, **options: Any) -> RobustReport:

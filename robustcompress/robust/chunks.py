@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.errors import InputError, ResultError
+from robustcompress.interrupt import listen, stop_if_asked
 from robustcompress.robust.autoattack import AutoAttackConfig, autoattack, suite_for, version
 from robustcompress.robust.judge import Judge, hash_of
 from robustcompress.robust.report import AttackResult, pack_flags
@@ -28,6 +30,7 @@ def autoattack_in_chunks(
     config: AutoAttackConfig,
     time_limit_s: float | None,
     resume_dir: Path | None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> AttackResult:
     """Judge the first images with AutoAttack, chunk after chunk.
 
@@ -38,6 +41,7 @@ def autoattack_in_chunks(
         config: What to change of the standard.
         time_limit_s: Start no chunk that would not end in time, going by the slowest so far; but run one at least.
         resume_dir: Where finished chunks are kept, one JSON file each, and found again; each process keeps its own.
+        warn: Told once where they cannot be kept; the attack goes on.
 
     Returns:
         Flags of as many images as the time allowed.
@@ -66,7 +70,7 @@ def autoattack_in_chunks(
     parts: list[Tensor] = []
     broken_by = dict.fromkeys(suite.attacks, 0)
     furthest = seconds = slowest = 0.0
-    severity = judge.no_mistakes()
+    severity, warned = judge.no_mistakes(), False
     # As many chunks at a time as there are processes.
     for first in range(0, len(clean), size * judge.world.size):
         at = first + size * judge.world.rank
@@ -80,11 +84,15 @@ def autoattack_in_chunks(
         elapsed = time.perf_counter() - began
         late = bool(slowest) and time_limit_s is not None and elapsed + slowest > time_limit_s
         stopped = bool(missing) and judge.world.broadcast(late)
+        listen(judge.world)
+        if missing and not stopped:
+            place = "" if resume_dir is None else f"; what it has found so far is kept in {resume_dir}"
+            stop_if_asked(f"stopped after {first} of {len(clean)} images of AutoAttack{place}")
         if kept is None and len(flags) and not stopped:
             kept = _attack_chunk(judge, flags, at, num_classes, config)
             if path is not None:
-                _write_atomically(path, kept.to_json())
-        for number, told in enumerate(judge.world.gather(kept and kept.to_json())):
+                warned = warned or _keep(path, kept, warn)
+        for number, told in enumerate(judge.world.gather(None if kept is None else kept.to_json())):
             if told is None:  # of this chunk, and all behind it, nothing is known
                 break
             chunk = AttackResult.from_json(told)
@@ -157,8 +165,15 @@ def _read_chunk(path: Path, n: int, attacks: tuple[str, ...]) -> AttackResult | 
     return chunk if chunk.n == n and set(chunk.broken_by) == set(attacks) else None
 
 
-def _write_atomically(path: Path, data: Mapping[str, Any]) -> None:
-    """Write so that a reader, also after a crash, sees the whole file or none."""
+def _keep(path: Path, chunk: AttackResult, warn: Callable[[str], None]) -> bool:
+    """Write so that a reader, also after a crash, sees the whole file or none; return whether it had to be given up."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(data), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(chunk.to_json()), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        warn(f"finished chunks of AutoAttack could not be kept in {path.parent} ({error.strerror})")
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        return True
+    return False

@@ -143,6 +143,7 @@ def evaluate(
                         config=autoattack_config or AutoAttackConfig(),
                         time_limit_s=time_limit_s,
                         resume_dir=None if resume_dir is None else Path(resume_dir),
+                        warn=warnings.append,
                     )
                 )
             else:

@@ -6,12 +6,13 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from robustcompress.distributed import ALONE, World
+from robustcompress.interrupt import listen, stop_if_asked
 from robustcompress.robust.attacks import AttackSpec
 from robustcompress.robust.hierarchy import Hierarchy, Severity
 from robustcompress.robust.report import AttackResult
@@ -43,7 +44,7 @@ Progress = Callable[[EvaluationProgress], None]
 
 
 class Judged(NamedTuple):
-    """What came of some images under an attack: flags, bool [n] on the CPU, the largest change, severity of mistakes."""
+    """What came of some images under an attack: flags, bool [n] on the CPU; largest change; severity of mistakes."""
 
     correct: Tensor
     furthest: float
@@ -108,6 +109,8 @@ class Judge:
         size = self.batch_size * (_POOL if spec.kind == "apgd-fast" else 1)
         starts, judged = range(0, len(clean), size), dict[int, Judged]()
         for number, at in enumerate(starts):
+            listen(self.world)
+            stop_if_asked(f"stopped after {at} of {len(clean)} images of {spec.name}")
             flags = clean[at : at + size]
             if number not in self.world.share(len(starts)):
                 spec.draw(int(flags.sum()), self.pixels.shape[1:], self.threat, generator=generator)
@@ -136,16 +139,15 @@ class Judge:
 
     def _collected(self, judged: Mapping[int, Judged]) -> Judged:
         """What all processes have judged, in the order of the batches."""
-        mine = {
-            str(number): [j.correct, j.furthest, j.severity and j.severity.to_json()] for number, j in judged.items()
-        }
-        found = {int(number): value for told in self.world.gather(mine) for number, value in told.items()}
-        ordered = [found[number] for number in sorted(found)]
+        mine: list[list[Any]] = [
+            [number, item.correct, item.furthest, [] if item.severity is None else item.severity.to_json()]
+            for number, item in judged.items()
+        ]
+        found = sorted((item for told in self.world.gather(mine) for item in told), key=lambda item: int(item[0]))
         severity = self.no_mistakes()
-        for _, _, counts in ordered:
-            severity = None if severity is None else severity + Severity.from_json(counts or [])
-        correct = torch.cat([flags for flags, _, _ in ordered])
-        return Judged(correct, max(furthest for _, furthest, _ in ordered), severity)
+        for *_, counts in found:
+            severity = None if severity is None else severity + Severity.from_json(counts)
+        return Judged(torch.cat([item[1] for item in found]), max(item[2] for item in found), severity)
 
     def furthest(self, x_adv: Tensor, x: Tensor) -> float:
         """Measure the largest perturbation, and refuse one that no rounding explains."""

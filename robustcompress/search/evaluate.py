@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.data import Batches
+from robustcompress.distributed import Parts
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objectives import FGSMRS
 from robustcompress.robust.probe import accuracies
@@ -113,10 +114,19 @@ class Evaluator:
         self._autocast = computes_in_bf16(goal.recipe.bf16, self._device)
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Evaluate; what comes out does not depend on how many are evaluated at a time.
+        """Evaluate; what comes out does not depend on how many are evaluated at a time, or by how many processes.
 
         (It does where the network itself draws random numbers in its forward, as dropout does.)
         """
+        world = self._session.world
+        own = world.share(len(jobs))
+        mine = dict(zip(own, self._evaluated([jobs[number] for number in own]), strict=True))
+        found: dict[int, Outcome] = {}
+        for told in world.gather({str(number): outcome.to_json() for number, outcome in mine.items()}):
+            found |= {int(number): Outcome(**outcome) for number, outcome in told.items()}
+        return [found[number] for number in range(len(jobs))]
+
+    def _evaluated(self, jobs: Sequence[Job]) -> list[Outcome]:
         if self._workers == 1 or len(jobs) < 2:
             return [self.evaluate(job) for job in jobs]
         with ThreadPoolExecutor(self._workers) as pool:
@@ -167,6 +177,7 @@ class Evaluator:
             schedule="one-cycle",
             generator=generator,
             autocast=self._autocast,
+            parts=Parts(self._session.parts.total),  # all of them here: candidates are what processes share
         )
 
     def cost(self, architecture: Architecture) -> tuple[float, float]:

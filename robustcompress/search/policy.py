@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robustcompress.checkpoint.files import save_tensors
+from robustcompress.checkpoint.disk import save_tensors
 from robustcompress.errors import Problems, ResultError, first_line, nearest
 from robustcompress.search.domain import BLOCKS, Coordinate, Domain, Task
 

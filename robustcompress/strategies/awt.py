@@ -132,7 +132,7 @@ class AWT(ScoreBased):
 
         def watch(gates: ScoreMasks, record: dict[str, Any]) -> None:
             del record["robust"]  # its images are clean ones
-            record |= objective.read()
+            record |= objective.read(session.world)
 
         # A ticket at the initialisation has all of its initial values: batch-norm affines rest too.
         with frozen(norm_parameters(session.model)):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustcompress.data import Batches
+from robustcompress.distributed import ALONE, World
 from robustcompress.robust.attacks import eval_mode, kept_buffers
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.tangent import draw_direction, relative_square, tangent_kernel, trained_parameters
@@ -99,9 +100,14 @@ class TangentDistance(Objective):
         self._sums[-1:] = [torch.stack([apart.detach(), kernel.detach()])]
         return ObjectiveStep(apart + self._weight * kernel, logits.detach(), x_adv, logits.detach())
 
-    def read(self) -> dict[str, float]:
-        """The mean relative distances since the last call (roots of the mean squares in the loss)."""
-        outputs, kernel = torch.stack(self._sums).mean(0).sqrt().tolist()
+    def read(self, world: World = ALONE) -> dict[str, float]:
+        """The mean relative distances since the last call (roots of the mean squares in the loss).
+
+        Args:
+            world: The processes that share the batches, all of which call this: the mean is over all of them.
+        """
+        outputs, kernel, count = world.totals([*torch.stack(self._sums).sum(0).tolist(), len(self._sums)])
+        outputs, kernel = (outputs / count) ** 0.5, (kernel / count) ** 0.5
         self._sums.clear()
         return {"output_distance": outputs, "kernel_distance": kernel}
 

@@ -225,7 +225,7 @@ class Weights(Units):
         kept = _Kept(maskable_weights(self._session.model))
         self._session.keep(name, kept)
         if not self._session.replaying:
-            kept.load_state_dict(compute())
+            kept.load_state_dict(self._session.world.broadcast(dict(compute())))
         return kept.tensors
 
     def forget(self, name: str) -> None:
@@ -241,7 +241,8 @@ class Weights(Units):
         if not session.replaying:
             choice = choose()
             counts = self.counted(choice)
-            sparsity.set_masks({name: largest_entries(s, counts[name]) for name, s in choice.scores.items()})
+            masks = {name: largest_entries(s, counts[name]) for name, s in choice.scores.items()}
+            sparsity.set_masks(session.world.broadcast(masks))
         kept = {name: int(mask.sum()) for name, mask in sparsity.masks.items()}
         density = sum(kept.values()) / sum(self._sizes.values())
         session.record({"phase": "prune", "event": "prune", "weights": kept, "density": density})

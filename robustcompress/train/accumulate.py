@@ -1,4 +1,4 @@
-"""One step of training in parts: the gradient of a large batch in the memory of a small one, by one process or several."""
+"""One step of training in parts: a large batch in the memory of a small one, or shared by several processes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _own_randomness(device: torch.device) -> Iterator[Callable[[int], None]]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
 
         def reseed(seed: int) -> None:
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             if device.type == "cuda":
                 torch.cuda.manual_seed(seed)
 

@@ -126,7 +126,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the parameters: hooks of a wrapper must not outlive the phase."""
         if self._wrapped is not None:
-            self._wrapped._remove_autograd_hooks()
+            self._wrapped._remove_autograd_hooks()  # type: ignore[no-untyped-call]
             self._wrapped = None
 
     def _wrap(self, loss: Tensor) -> DistributedDataParallel:
@@ -134,7 +134,9 @@ class Engine:
         reached = _leaves(loss)
         spare = self.world.any(any(id(p) not in reached for p in self._parameters))
         wrapped = DistributedDataParallel(
-            _Holder(self._parameters), broadcast_buffers=False, find_unused_parameters=spare
+            _Holder(self._parameters),
+            find_unused_parameters=spare,
+            init_sync=False,  # they are equal already, and the graph of this loss must not see them written to
         )
         _compress(wrapped, self._compression)
         return wrapped

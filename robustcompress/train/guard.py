@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.data import Batches, Images, Stored
+from robustcompress.distributed import ALONE, World
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.objectives import PGDAT
@@ -48,6 +49,7 @@ class Guard:
         device: Where the network is.
         batch_size: How many are attacked at once.
         say: Tells the person who waits.
+        world: The processes that train; all look, and the first one's figures count.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Guard:
         device: torch.device,
         batch_size: int,
         say: Callable[[str], None] = lambda line: None,
+        world: World = ALONE,
     ) -> None:
+        self._world = world
         self._objective, self._threat, self._say = objective, threat, say
         self._images = Batches(images, batch_size, device=device, channels_last=False)
         self._generator, self._seed = torch.Generator(device), seed
@@ -148,6 +152,7 @@ class Guard:
                     with torch.no_grad():
                         right = int((model(x_adv).argmax(1) == y).sum())
                     single, robust = (single + right, robust) if steps == 1 else (single, robust + right)
+        single, robust = self._world.broadcast([single, robust])
         count = len(self._images.images)
         return single / count, robust / count
 
@@ -279,6 +284,7 @@ def make_guard(
     device: torch.device,
     batch_size: int,
     say: Callable[[str], None],
+    world: World = ALONE,
 ) -> Guard | None:
     """A guard for an objective that needs one; None for others, and where `count` is 0.
 
@@ -291,9 +297,19 @@ def make_guard(
         device: Where the network is.
         batch_size: How many are attacked at once.
         say: Tells the person who waits.
+        world: The processes that train.
     """
     if objective.single_step is None or count == 0:
         return None
     wanted = min(count, max(64, len(images) // 32))
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:wanted]
-    return Guard(objective, threat, images.subset(chosen), seed=seed, device=device, batch_size=batch_size, say=say)
+    return Guard(
+        objective,
+        threat,
+        images.subset(chosen),
+        seed=seed,
+        device=device,
+        batch_size=batch_size,
+        say=say,
+        world=world,
+    )

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from robustcompress.data import Batches
 from robustcompress.distributed import Parts
 from robustcompress.errors import RobustCompressError
+from robustcompress.interrupt import listen
 from robustcompress.robust.attacks import eval_mode, kept_modes
 from robustcompress.robust.objectives import Objective, ObjectiveStep
 from robustcompress.robust.threat import ThreatModel
@@ -215,6 +216,7 @@ def train(
             meter.add(sums[:3], count, looked=done % CLEAN_EVERY == 0 or step.clean_logits is not None)
             if ascent is not None and parts.world.size > 1:
                 ascent.take_sums([then + more for then, more in zip(so_far, sums[3:], strict=True)])
+            listen(parts.world)
             done += 1
             bar.advance(meter.read() if device_type == "cpu" or done % CLEAN_EVERY == 0 else {})
             if done % len(batches) == 0 or done == steps:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from robustcompress.checkpoint import check_directory, files, read, remove, shrink, write
+from robustcompress.checkpoint import NotWrittenError, check_directory, files, read, remove, shrink, write
 from robustcompress.errors import CheckpointError, InputError
 
 
@@ -79,11 +82,15 @@ def test_the_one_before_survives_a_kill_while_the_next_is_written(
     write(tmp_path, {"n": 3}, {"x": torch.full((3,), 3.0)})
     found = read(tmp_path)
     assert found is not None and found.record == {"n": 3} and float(found.tensors["x"][0]) == 3
-    assert len(list(tmp_path.iterdir())) == 2, "nothing is left of the others"
+    kept = [files.BEFORE, files.INDEX, "state-1-0.safetensors", "state-3-0.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept, "nothing is left of the others"
 
 
 def change(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """As if the index had been written so."""
+    index = json.loads(path.read_text()) | changes
+    del index["sha256"]
+    path.write_text(files._sealed(index))
 
 
 def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
@@ -102,7 +109,7 @@ def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
         read(tmp_path / "c")
     index, _ = fresh()
     change(index, format=99)
-    with pytest.raises(CheckpointError, match="has format 99; this version reads up to 1: upgrade"):
+    with pytest.raises(CheckpointError, match="has format 99; this version reads up to 2: upgrade"):
         read(tmp_path / "c")
     damages: list[dict[str, Any]] = [
         {"tensors": {"x": 3}},
@@ -143,3 +150,126 @@ def test_places_that_cannot_hold_a_checkpoint_are_refused(tmp_path: Path) -> Non
         with pytest.raises(InputError, match=said):
             check_directory(tmp_path / place)
     check_directory(tmp_path / "new")
+
+
+# Two are kept.
+
+
+def two(directory: Path) -> tuple[Path, list[Path]]:
+    """Two checkpoints: the newest index, and its tensors."""
+    for number in (1, 2):
+        write(directory, {"n": number}, {"x": torch.full((30,), float(number))})
+    newest = json.loads((directory / files.INDEX).read_text())["files"]
+    return directory / files.INDEX, [directory / item["name"] for item in newest]
+
+
+def test_a_damaged_newest_one_is_noticed_and_the_one_before_is_used(tmp_path: Path) -> None:
+    for number, damage in enumerate(["cut", "flip", "gone", "index cut", "index flip", "index gone", "index empty"]):
+        index, states = two(tmp_path / str(number))
+        path = index if damage.startswith("index") else states[0]
+        data = bytearray(path.read_bytes())
+        if damage.endswith("gone"):
+            path.unlink()
+        else:
+            data[len(data) // 2] ^= 1
+            cut = {"cut": data[:-5], "flip": data, "empty": b""}
+            path.write_bytes(cut[damage.split()[-1]] if not damage.endswith("cut") else path.read_bytes()[:-5])
+        found = read(tmp_path / str(number))
+        assert found is not None and found.record == {"n": 1} and float(found.tensors["x"][0]) == 1, damage
+        assert found.note.startswith("the newest checkpoint cannot be used (") and "to begin anew" not in found.note
+        files.settle(tmp_path / str(number))
+        write(tmp_path / str(number), {"n": 3}, {"x": torch.zeros(1)})
+        (tmp_path / str(number) / files.INDEX).write_text("")
+        found = read(tmp_path / str(number))
+        assert found is not None and found.record == {"n": 1}, "the whole one was not pushed out by the damaged one"
+
+
+def test_both_damaged_is_an_error(tmp_path: Path) -> None:
+    two(tmp_path / "c")
+    for state in (tmp_path / "c").glob("state-*"):
+        state.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="to begin anew"):
+        read(tmp_path / "c")
+
+
+def test_every_byte_of_the_index_counts(tmp_path: Path) -> None:
+    index, _ = two(tmp_path / "c")
+    (tmp_path / "c" / files.BEFORE).unlink()
+    whole = index.read_bytes()
+    for at in range(0, len(whole), 7):
+        index.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CheckpointError):
+            read(tmp_path / "c")
+    index.write_bytes(whole)
+    assert read(tmp_path / "c") is not None
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
+    index, _ = two(tmp_path / "c")
+    old = json.loads(index.read_text()) | {"format": 1}
+    del old["sha256"]
+    index.write_text(json.dumps(old))
+    (tmp_path / "c" / files.BEFORE).unlink()
+    found = read(tmp_path / "c")
+    assert found is not None and found.record == {"n": 2} and not found.note
+
+
+# A disk that does not take it.
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_wherever_the_disk_gives_up_the_last_one_stands(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+    refuse_at = [0]
+
+    def counted(plain: Any) -> Any:
+        def call(*args: Any, **settings: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == refuse_at[0] or (code != errno.ENOSPC and calls[0] > refuse_at[0]):
+                raise OSError(code, "no")
+            return plain(*args, **settings)
+
+        return call
+
+    two(tmp_path / "c")
+    monkeypatch.setattr(files, "save_tensors", counted(files.save_tensors))
+    monkeypatch.setattr(files, "write_text", counted(files.write_text))
+    for at in (1, 2, 3):  # the tensors, the old index, the new one
+        calls[0], refuse_at[0] = 0, at
+        if code == errno.ENOSPC:  # once: without the oldest there is room
+            write(tmp_path / "c", {"n": 10 + at}, {"x": torch.zeros(3)})
+            found = read(tmp_path / "c")
+            assert found is not None and found.record == {"n": 10 + at}
+            refuse_at[0] = 0
+            write(tmp_path / "c", {"n": 20 + at}, {"x": torch.zeros(3)})
+        else:
+            with pytest.raises(NotWrittenError, match="no checkpoint could be written to"):
+                write(tmp_path / "c", {"n": 10 + at}, {"x": torch.zeros(3)})
+            found = read(tmp_path / "c")
+            assert found is not None and found.record == {"n": 2} and not found.note
+        assert not list((tmp_path / "c").glob("*.part"))
+
+
+def test_a_file_that_may_not_grow_so_far_leaves_the_last_one(tmp_path: Path) -> None:
+    """In a process of its own: the limit is the process's, and the real writer meets it at every size."""
+    script = f"""
+import resource, torch
+from robustcompress.checkpoint import NotWrittenError, read, write
+write({str(tmp_path / "c")!r}, {{"n": 1}}, {{"x": torch.ones(500)}})
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+refused = 0
+for size in (0, 1, 100, 1000, 2050, 2100, 2120, 2150, 2200, 2300):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        write({str(tmp_path / "c")!r}, {{"n": 2, "long": "x" * 2050}}, {{"x": torch.zeros(500)}})
+    except NotWrittenError as error:
+        assert "too large" in str(error).lower(), error
+        refused += 1
+        assert read({str(tmp_path / "c")!r}).record == {{"n": 1}}
+print(refused)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 9

@@ -1,0 +1,121 @@
+"""Commands that are stopped or killed: what they exit with, what they say, and that the same command goes on."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import robustcompress as rc
+from robustcompress.checkpoint import Journal
+from robustcompress.robust import chunks
+from tests.cli.conftest import SMALL, Run
+
+COMMAND = ["compress", "resnet8", *SMALL, "--epochs", "2", "--strategy", "magnitude", "--json", "--quiet"]
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Signal this process at a step of training."""
+    step_done = Journal.step_done
+
+    def signalled(self: Journal, done: int, *rest: Any) -> None:
+        if done == step:
+            signal.raise_signal(number)
+        step_done(self, done, *rest)
+
+    patch.setattr(Journal, "step_done", signalled)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_compress_stops_keeps_a_checkpoint_beside_out_and_goes_on(
+    number: signal.Signals, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "my out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, number)
+        stopped = run(*COMMAND, "--out", out)
+    assert stopped.code == 128 + number == stopped.document["exit_code"]
+    assert stopped.document["resume"] in stopped.err and "stopped in phase" in stopped.err
+    assert shlex.split(stopped.document["resume"])[1:] == [*map(str, COMMAND), "--out", str(out)]
+    assert (tmp_path / "my out.checkpoint").is_dir() and not out.exists()
+    done = run(*COMMAND, "--out", out)
+    assert done.code == 0 and [path.name for path in tmp_path.iterdir()] == ["my out"]
+    again = run(*COMMAND, "--out", out)
+    assert again.code == 0 and "holds the finished result of this very command" in again.err
+    assert again.document["report"] == done.document["report"]
+    other = run(*COMMAND, "--out", out, "--seed", "7")
+    assert other.code == 2 and "exists; choose another directory" in other.err
+
+
+def test_without_a_checkpoint_it_says_that_nothing_is_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robustcompress.session import Session
+
+    judge = Session._stop_if_asked
+
+    def signalled(self: Session, phase: str) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        judge(self, phase)
+
+    monkeypatch.setattr(Session, "_stop_if_asked", signalled)
+    for words in ([], ["--out", tmp_path / "out", "--checkpoint", "none"]):
+        stopped = run(*COMMAND, *words)
+        assert stopped.code == 143 and stopped.document["resume"] is None
+        assert "with --checkpoint DIR, or --out DIR, the same command would go on" in stopped.err
+    assert not list(tmp_path.iterdir())
+
+
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name": "resnet8", "stem_stride": 4, "width": 0.5},
+                "strategy": "magnitude",
+                "data": {"source": "digits", "train_limit": 200, "test_limit": 20},
+                "epochs": 0.5,
+                "objective": {"name": "pgd-at", "steps": 1},
+                "training": {"batch_size": 64},
+                "evaluate": {"attacks": ["clean", "autoattack"], "autoattack_images": 4},
+            }
+        )
+    )
+    return path
+
+
+def test_run_is_stopped_in_autoattack_and_repeats_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacked: list[int] = []
+
+    def quick(judge: Any, flags: Any, at: int, *rest: Any) -> rc.robust.AttackResult:
+        attacked.append(at)
+        signal.raise_signal(signal.SIGINT)
+        return rc.robust.AttackResult(
+            name="autoattack", correct=flags, seconds=1.0, suite="standard", broken_by=dict.fromkeys(SUITE, 0)
+        )
+
+    monkeypatch.setattr(chunks, "_attack_chunk", quick)
+    monkeypatch.setattr(chunks, "min", lambda *sizes: 2, raising=False)  # two chunks of two
+    trained: list[str] = []
+    enter = Journal.enter
+    monkeypatch.setattr(Journal, "enter", lambda self, *rest: (trained.append(rest[0]), enter(self, *rest))[1])
+    command, out = ["run", recipe(tmp_path), "--out", tmp_path / "out", "--quiet", "--json"], tmp_path / "out"
+    stopped = run(*command)
+    assert stopped.code == 130 and "stopped after 2 of 4 images of AutoAttack" in stopped.err
+    assert not out.exists() and attacked == [0]
+    monkeypatch.setattr("robustcompress.train.loop._note", None)  # training again would fail
+    resumed = run(*command)
+    assert resumed.code == 0, resumed.err
+    assert attacked == [0, 2], "the first chunk was kept"
+    assert rc.load(out).report is not None and not (tmp_path / "out.checkpoint").exists()
+    again = run(*command)
+    assert again.code == 0 and again.document["report"] == resumed.document["report"] and attacked == [0, 2]
+
+
+SUITE = ("apgd-ce", "apgd-t", "fab-t", "square")
