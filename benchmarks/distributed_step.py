@@ -272,7 +272,7 @@ def on_paper(paper: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "step_s": compute + added,
                 "efficiency": compute / (compute + added),
                 "images_per_s": gpus * images / (compute + added),
-                "epoch_hours": 1_281_167 / (gpus * images / (compute + added)) / 3600,
+                "epoch_minutes": 1_281_167 / (gpus * images / (compute + added)) / 60,
                 "memory": memory(paper["parameters"], paper["buffers"], images, pixels=224 * 224, moments=2),
             }
         )
@@ -316,7 +316,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         "of it exchange s",
         "efficiency %",
         "images/s",
-        "hours an epoch",
+        "minutes an epoch",
         "memory GB",
     )
     paper_rows = [
@@ -325,7 +325,7 @@ def markdown(value: Mapping[str, Any]) -> str:
             *(f"{row[key]:.3f}" for key in ("step_s", "communication_s")),
             f"{100 * row['efficiency']:.1f}",
             f"{row['images_per_s']:.0f}",
-            f"{row['epoch_hours']:.2f}",
+            f"{row['epoch_minutes']:.1f}",
             f"{row['memory']['together'] / 1e9:.2f}",
         )
         for row in results["on_paper"]
