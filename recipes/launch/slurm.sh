@@ -2,7 +2,8 @@
 # One recipe on several machines with eight GPUs, under Slurm:
 #
 #     sbatch recipes/launch/slurm.sh
-#     RECIPE=recipes/cifar10-resnet18.yaml OUT=runs/cifar10 sbatch --nodes=1 recipes/launch/slurm.sh
+#     RECIPE=recipes/cifar10-resnet18.yaml OUT=runs/cifar10 GPUS=4 \
+#         sbatch --nodes=1 --gpus-per-node=4 recipes/launch/slurm.sh
 #
 # Two minutes before the time limit the run is told to stop: it writes its checkpoint, and the job queues again and goes
 # on from there. So it does after preemption (PreemptMode=REQUEUE; with PreemptParameters=send_user_signal, or a
@@ -21,7 +22,7 @@
 
 set -euo pipefail
 
-: "${RECIPE:=recipes/imagenet-resnet50.yaml}" "${OUT:=runs/imagenet-resnet50}"
+: "${RECIPE:=recipes/imagenet-resnet50.yaml}" "${OUT:=runs/imagenet-resnet50}" "${GPUS:=8}"
 
 # What torchrun gives the processes to write their checkpoint in, before it kills them.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90
@@ -35,7 +36,7 @@ trap 'stopped=yes; trap "" TERM; [[ -z $step ]] || kill -TERM "$step"' TERM
 
 srun --kill-on-bad-exit=0 torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
-    --nproc-per-node=8 \
+    --nproc-per-node="$GPUS" \
     --max-restarts=3 \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$first:29500" \
