@@ -115,7 +115,8 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         (programs / name).chmod(0o755)
     (tmp_path / "code").write_text("0")
     slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
-    return {**os.environ, **slurm, "PATH": f"{programs}:{os.environ['PATH']}"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("RECIPE", "OUT", "GPUS")}
+    return {**environment, **slurm, "PATH": f"{programs}:{os.environ['PATH']}"}
 
 
 def test_the_slurm_script_starts_what_we_have(cluster: dict[str, str], tmp_path: Path) -> None:

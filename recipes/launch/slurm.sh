@@ -41,7 +41,7 @@ srun --kill-on-bad-exit=0 torchrun \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$first:29500" \
     --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-    -m robustcompress run "$RECIPE" --out "$OUT" --checkpoint "$OUT.checkpoint" --quiet &
+    -m robustcompress run "$RECIPE" --out "$OUT" --checkpoint "$OUT.checkpoint" &
 step=$!
 
 # A trap ends `wait` early; what counts is how the step itself ends.
