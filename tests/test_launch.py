@@ -157,3 +157,44 @@ def test_the_slurm_script_passes_one_warning_on_and_queues_again(cluster: dict[s
             job.kill()
     log = (tmp_path / "log").read_text().splitlines()
     assert log.count("TERM") == 1 and log[-1] == "scontrol requeue 7"
+
+
+TINY = """\
+model: {name: resnet8, stem_stride: 4}
+data: {source: digits, train_limit: 300, test_limit: 40}
+strategy: magnitude
+objective: {name: pgd-at, steps: 5}
+epochs: 12
+training: {batch_size: 64, optimizer: lamb, lr: 0.02, warmup: 0.1, val_images: 0}
+evaluate: {attacks: [clean]}
+"""
+
+
+@pytest.mark.slow
+def test_a_job_that_is_preempted_ends_with_the_same_bits(cluster: dict[str, str], tmp_path: Path) -> None:
+    """The script, torchrun and two real processes: warned while they train, queued again, and done."""
+    from safetensors.torch import load_file
+
+    programs = tmp_path / "bin"
+    (programs / "torchrun").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    (programs / "scontrol").write_text(
+        '#!/usr/bin/env bash\necho "scontrol $*" >> log\n[[ $1 != show ]] || echo localhost\n'
+    )
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    cluster |= {"SLURM_JOB_NUM_NODES": "1", "GPUS": "2", "RECIPE": "tiny.yaml", "PYTHONPATH": str(ROOT)}
+    cluster |= {"CUDA_VISIBLE_DEVICES": "", "OUT": "whole"}
+    subprocess.run(["bash", SLURM], cwd=tmp_path, env=cluster, check=True, timeout=300)
+    cluster["OUT"] = "stopped"
+    checkpoint = tmp_path / "stopped.checkpoint" / "checkpoint.json"
+    with subprocess.Popen(["bash", SLURM], cwd=tmp_path, env=cluster) as job:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists():  # the end of the first phase: the second one is to be stopped in the middle
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=120) != 0
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "scontrol requeue 7" and checkpoint.exists()
+    subprocess.run(["bash", SLURM], cwd=tmp_path, env=cluster, check=True, timeout=300)
+    whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys() and all((whole[key] == stopped[key]).all() for key in whole)
