@@ -110,9 +110,7 @@ def _killed(place: Path, names: list[str], seed: int) -> tuple[Outcome, int]:
     spec = {"place": str(place), "names": names, "seed": seed, "parts": 2, "checkpoint": True, "kill": True}
     started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     started += ["--max-restarts", str(2 * len(names)), *_worker(spec)[1:]]
-    subprocess.run(
-        started, cwd=ROOT, env=_environment(), check=True, timeout=3 * PATIENCE_S, stderr=subprocess.DEVNULL
-    )
+    subprocess.run(started, cwd=ROOT, env=_environment(), check=True, timeout=3 * PATIENCE_S, stderr=subprocess.DEVNULL)
     return _read(place, names), len(list(place.glob("*.killed")))
 
 

@@ -14,7 +14,7 @@ from robustcompress.errors import Problems
 from robustcompress.goal import Goal
 from robustcompress.outcome import settings_of
 from robustcompress.resolve import Request
-from robustcompress.train import augmentation
+from robustcompress.train import HOW, augmentation
 
 
 def identity_of(request: Request, goal: Goal, reference: nn.Module) -> dict[str, Any]:
@@ -33,10 +33,7 @@ def identity_of(request: Request, goal: Goal, reference: nn.Module) -> dict[str,
     identity |= request.companions
     if request.latency_table is not None:
         identity["latency_table"] = request.latency_table.sha256
-    recipe = {key: value for key, value in settings["recipe"].items() if key != "compile"}  # how, not what
-    if recipe["gradient_compression"] == "none":  # as in records from before there was a choice
-        del recipe["gradient_compression"]
-    return identity | {"recipe": recipe}
+    return identity | {"recipe": {key: value for key, value in settings["recipe"].items() if key not in HOW}}
 
 
 def with_parts(identity: Mapping[str, Any], parts: Parts) -> dict[str, Any]:

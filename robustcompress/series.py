@@ -20,6 +20,7 @@ from robustcompress.interrupt import stop_if_asked
 from robustcompress.resolve import Request
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.structure import StructuralEditor
+from robustcompress.train import HOW
 
 __all__ = [
     "AUTOATTACK",
@@ -103,7 +104,7 @@ def reference_editor(request: Request) -> tuple[StructuralEditor, torch.Tensor]:
 
 def identity_of(request: Request) -> dict[str, Any]:
     """What every compression of a series depends on: strategy and budget are each one's own."""
-    recipe = {key: value for key, value in request.recipe.to_json().items() if key != "compile"}  # how, not what
+    recipe = {key: value for key, value in request.recipe.to_json().items() if key not in HOW}
     identity = {
         **fingerprint(request.model),
         "data": request.data.sha256,

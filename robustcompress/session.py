@@ -15,7 +15,6 @@ from robustcompress.budgeted import BudgetedRun
 from robustcompress.checkpoint import Journal, State, agree
 from robustcompress.data import Batches
 from robustcompress.distributed import Parts
-from robustcompress.errors import InputError
 from robustcompress.goal import Goal
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective
@@ -24,6 +23,7 @@ from robustcompress.structure import StructuralEditor
 from robustcompress.train import (
     STATISTICS_BATCHES,
     Ascent,
+    Care,
     CompiledNetwork,
     Midway,
     Progress,
@@ -108,16 +108,14 @@ class Session(BudgetedRun):
             channels_last=False,  # until `_lay_out` says otherwise
             extra=goal.data.extra,
         )
-        if self.parts.total > self._batches.batch_size:
-            raise InputError(
-                f"a batch of {self._batches.batch_size} images cannot be cut into {self.parts.total} parts: give a "
-                "smaller accumulate, fewer processes, or more images a batch"
-            )
+        self.parts.check(self._batches.batch_size)
         self._memory_format = torch.contiguous_format
         self._optimizer: torch.optim.Optimizer | None = None
         self._ema: AveragedModel | None = None
         self._spent = 0.0  # share of the run's epochs that phases have had so far
         self._autocast = computes_in_bf16(goal.recipe.bf16, self._device)
+        self._care = Care(goal.recipe, parts=self.parts.total, say=self.say, record=self.record)
+        self.keep("care", self._care)
         self._guard = make_guard(
             goal.objective,
             goal.threat,
@@ -314,6 +312,7 @@ class Session(BudgetedRun):
             midway=midway,
             on_step=on_step,
             parts=self.parts,
+            care=self._care,
         )
 
     def _selection(self, share: float) -> Selection:

@@ -24,6 +24,7 @@ from robustcompress.checkpoint.state import State
 from robustcompress.distributed import ALONE, World
 from robustcompress.errors import CheckpointError, OutOfTime
 from robustcompress.interrupt import asked, stop_if_asked
+from robustcompress.train import TrainingError
 
 T = TypeVar("T")
 
@@ -217,6 +218,11 @@ class Journal:
         return self._here | {"ended": [len(history), len(self._decisions)]}
 
     def _write(self, done: int, history: list[dict[str, Any]], state: State, *, within: bool = False) -> None:
+        if not state.is_finite():
+            raise TrainingError(
+                f"weights are not finite in phase {self._here['name']!r} after {done} steps; lower the learning rate, "
+                f"or set clip_norm=1.0; of the checkpoints in {self.directory}, {self._standing}"
+            )
         self._written = time.monotonic()
         if not self._world.first:
             return

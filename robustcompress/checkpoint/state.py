@@ -90,6 +90,11 @@ class State:
             record["midway"] = {key: v for key, v in found.items() if not isinstance(v, torch.Tensor)}
         return tensors, record
 
+    def is_finite(self) -> bool:
+        """Whether weights, averages and running statistics hold nothing infinite, and no NaN."""
+        named = [tensor for module in self.modules.values() for tensor in _named(module).values()]
+        return all(bool(tensor.isfinite().all()) for tensor in named)
+
     def restore(self, tensors: Tensors, record: Mapping[str, Any]) -> bool:
         """Put a state back.
 
@@ -112,6 +117,8 @@ class State:
             _load_optimizer(name, optimizer, stored, self._known())
         for name, thing in self.kept.items():
             if name not in record["kept"]:
+                if getattr(thing, "optional", False):
+                    continue
                 raise CheckpointError(f"it knows nothing of {name!r}, which this run keeps")
             thing.load_state_dict({**_part(tensors, f"kept/{name}"), **record["kept"][name]})
         if self.selection is not None:

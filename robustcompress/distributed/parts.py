@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 from robustcompress.distributed.world import ALONE, World
 from robustcompress.errors import InputError
@@ -18,10 +18,12 @@ class Parts:
     Attributes:
         total: How many there are.
         world: Among whose processes they are dealt: each has consecutive ones, and one at least.
+        pieces: Into how many pieces each of them is cut in turn, where a part is too large for the memory.
     """
 
     total: int = 1
     world: World = ALONE
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         if self.world.size > self.total:
@@ -36,20 +38,44 @@ class Parts:
         return f"{self.world.size} processes share the {self.total} parts of every batch{waiting}"
 
     @property
+    def whole(self) -> bool:
+        """Whether a batch is not cut at all."""
+        return self.total * self.pieces == 1
+
+    @property
     def own(self) -> range:
         """The numbers of this process's parts."""
         bounds = _bounds(self.total, self.world.size)
         return range(bounds[self.world.rank], bounds[self.world.rank + 1])
 
-    def sizes(self, count: int) -> list[int]:
-        """How many images each of this process's parts has of a batch of `count`."""
-        bounds = _bounds(count, self.total)
-        return [bounds[part + 1] - bounds[part] for part in self.own]
+    def cut(self, count: int) -> list[tuple[int, int]]:
+        """The number and the size of each piece of this process's parts, of a batch of `count`; empty ones left out."""
+        found = []
+        for part in self.own:
+            edges = _bounds(self._bounds(count)[part + 1] - self._bounds(count)[part], self.pieces)
+            sizes = (end - begin for begin, end in pairwise(edges))
+            found += [(part * self.pieces + piece, size) for piece, size in enumerate(sizes) if size]
+        return found
 
     def rows(self, count: int) -> slice:
-        """Where the images of this process's parts lie in a batch of `count`."""
-        bounds = _bounds(count, self.total)
+        """Where the images of this process's parts lie in a batch of `count`; cutting finer moves none of them."""
+        bounds = self._bounds(count)
         return slice(bounds[self.own.start], bounds[self.own.stop])
+
+    def finer(self, total: int) -> Parts:
+        """The same, each part cut in pieces, so that there are `total` of them or a few more."""
+        return replace(self, pieces=max(1, -(-total // self.total)))
+
+    def check(self, count: int) -> None:
+        """Raise InputError where a batch of `count` images has not one for each part."""
+        if self.total > count:
+            raise InputError(
+                f"a batch of {count} images cannot be cut into {self.total} parts: give a smaller accumulate, fewer "
+                "processes, or more images a batch"
+            )
+
+    def _bounds(self, count: int) -> list[int]:
+        return _bounds(count, self.total)
 
 
 def plan(accumulate: int, world: World, *, recorded: int | None = None) -> Parts:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
+import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from robustcompress.distributed.world import ALONE, World
+from robustcompress.distributed.world import ALONE, DistributedError, World
 from robustcompress.errors import InputError
 
 TIMEOUT = timedelta(hours=24)
 """One process may measure, save or export for long while the others wait; that one has died is for torchrun to see."""
+
+JOINED_BY = timedelta(minutes=30)
+"""When all processes have to be there."""
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -57,9 +64,38 @@ def start() -> World:
                 "CUDA_VISIBLE_DEVICES= for the CPU"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+    served, rank, size = next(iter(rendezvous("env://", timeout=JOINED_BY)))
+    store = PrefixStore(_incarnation(served, rank, size), served)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     atexit.register(stop)
     return current()
+
+
+def _incarnation(store: Any, rank: int, size: int) -> str:
+    """A name that these very processes share, and none that torchrun has started before them.
+
+    The store outlives processes: torchrun's agent serves the same one to those that it starts again, in which the
+    addresses of the dead still stand. Whoever is quick reads one of them, and waits for a process that is no more.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        name: str = store.get(f"answer/{mine}").decode()
+        store.set(f"heard/{name}/{rank}", "")
+        return name
+    answered: set[str] = set()
+    others, limit = range(1, size), time.monotonic() + JOINED_BY.total_seconds()
+    while not all(store.check([f"heard/{mine}/{other}"]) for other in others):
+        for other in others:  # what stands there may be of a dead one, and be replaced any moment
+            token = store.get(f"hello/{other}").decode() if store.check([f"hello/{other}"]) else ""
+            if token and token not in answered:
+                store.set(f"answer/{token}", mine)
+                answered.add(token)
+        if time.monotonic() > limit:
+            raise DistributedError(f"not all of {size} processes came within {JOINED_BY}")
+        time.sleep(0.02)
+    return mine
 
 
 def stop() -> None:

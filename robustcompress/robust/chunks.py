@@ -19,7 +19,11 @@ from robustcompress.errors import InputError, ResultError
 from robustcompress.interrupt import listen, stop_if_asked
 from robustcompress.robust.autoattack import AutoAttackConfig, autoattack, suite_for, version
 from robustcompress.robust.judge import Judge, hash_of
+from robustcompress.robust.memory import memory_of_all
 from robustcompress.robust.report import AttackResult, pack_flags
+
+CHUNK = 64
+"""Images that are attacked together where nobody says otherwise."""
 
 
 def autoattack_in_chunks(
@@ -50,7 +54,7 @@ def autoattack_in_chunks(
         InputError: `resume_dir` cannot be made, or is not a directory.
     """
     began = time.perf_counter()
-    size = min(config.chunk_size or (64 if time_limit_s is None else 16), judge.batch_size)
+    size = min(config.chunk_size or (CHUNK if time_limit_s is None else 16), judge.batch_size)
     suite = suite_for(num_classes, config)
     settings = {
         "suite": asdict(suite),
@@ -88,10 +92,11 @@ def autoattack_in_chunks(
         if missing and not stopped:
             place = "" if resume_dir is None else f"; what it has found so far is kept in {resume_dir}"
             stop_if_asked(f"stopped after {first} of {len(clean)} images of AutoAttack{place}")
-        if kept is None and len(flags) and not stopped:
-            kept = _attack_chunk(judge, flags, at, num_classes, config)
-            if path is not None:
-                warned = warned or _keep(path, kept, warn)
+        with memory_of_all(judge.world):
+            if kept is None and len(flags) and not stopped:
+                kept = _attack_chunk(judge, flags, at, num_classes, config)
+                if path is not None:
+                    warned = warned or _keep(path, kept, warn)
         for number, told in enumerate(judge.world.gather(None if kept is None else kept.to_json())):
             if told is None:  # of this chunk, and all behind it, nothing is known
                 break

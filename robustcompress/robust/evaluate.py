@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +18,11 @@ from robustcompress.errors import InputError, Problems
 from robustcompress.robust import sanity
 from robustcompress.robust.attacks import AttackSpec, attack_by_name, eval_mode
 from robustcompress.robust.autoattack import AutoAttackConfig, check_autoattack
-from robustcompress.robust.chunks import autoattack_in_chunks
+from robustcompress.robust.chunks import CHUNK, autoattack_in_chunks
 from robustcompress.robust.hierarchy import Hierarchy, hierarchy_from
 from robustcompress.robust.judge import Judge, Progress, as_float, hash_of
-from robustcompress.robust.report import RobustReport
+from robustcompress.robust.memory import is_out_of_memory, release
+from robustcompress.robust.report import AttackResult, RobustReport
 from robustcompress.robust.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -131,23 +133,26 @@ def evaluate(
             world=world,
         )
         warnings = ["the model was in training mode: it was evaluated in eval mode"] if was_training else []
-        warnings += sanity.flag_model(model, *judge.batch(slice(0, _PROBED)))
-        results = [judge.clean()]
-        for spec in specs[1:]:
-            if spec.kind == "autoattack":
-                results.append(
-                    autoattack_in_chunks(
-                        judge,
-                        results[0].correct[:autoattack_images],
-                        num_classes=num_classes,
-                        config=autoattack_config or AutoAttackConfig(),
-                        time_limit_s=time_limit_s,
-                        resume_dir=None if resume_dir is None else Path(resume_dir),
-                        warn=warnings.append,
-                    )
-                )
-            else:
-                results.append(judge.attack(spec, results[0].correct))
+        warnings += _flags(judge)
+
+        def judged(judge: Judge, spec: AttackSpec) -> AttackResult:
+            if spec.kind == "clean":
+                return judge.clean()
+            if spec.kind != "autoattack":
+                return judge.attack(spec, results[0].correct)
+            return autoattack_in_chunks(
+                judge,
+                results[0].correct[:autoattack_images],
+                num_classes=num_classes,
+                config=autoattack_config or AutoAttackConfig(),
+                time_limit_s=time_limit_s,
+                resume_dir=None if resume_dir is None else Path(resume_dir),
+                warn=warnings.append,
+            )
+
+        results: list[AttackResult] = []
+        for spec in specs:
+            results.append(_in_memory(judge, spec, judged, warnings))
         warnings += sanity.flag_order(results, specs)
     return RobustReport(
         threat=threat,
@@ -159,6 +164,35 @@ def evaluate(
         warnings=tuple(warnings),
         hierarchy=tree,
     )
+
+
+def _flags(judge: Judge) -> list[str]:
+    """What to doubt about the model, as the first images tell: as many as memory has room for."""
+    size = _PROBED
+    while True:
+        try:
+            return sanity.flag_model(judge.model, *judge.batch(slice(0, size)))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+        size //= 2
+        release()
+
+
+def _in_memory(
+    judge: Judge, spec: AttackSpec, judged: Callable[[Judge, AttackSpec], AttackResult], warnings: list[str]
+) -> AttackResult:
+    """Judge one attack; where memory runs out, once more from the beginning in batches of half as many images."""
+    while True:
+        try:
+            return judged(judge, spec)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or judge.batch_size == 1:
+                raise
+        smaller = min(judge.batch_size, CHUNK) if spec.kind == "autoattack" else judge.batch_size
+        judge = replace(judge, batch_size=max(1, smaller // 2))
+        release()
+        warnings.append(f"memory ran out: {spec.name} was judged in batches of {judge.batch_size} images")
 
 
 def chosen_images(total: int, max_images: int | None) -> Tensor:

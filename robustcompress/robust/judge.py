@@ -15,6 +15,7 @@ from robustcompress.distributed import ALONE, World
 from robustcompress.interrupt import listen, stop_if_asked
 from robustcompress.robust.attacks import AttackSpec
 from robustcompress.robust.hierarchy import Hierarchy, Severity
+from robustcompress.robust.memory import memory_of_all
 from robustcompress.robust.report import AttackResult
 from robustcompress.robust.threat import ThreatModel
 
@@ -93,10 +94,11 @@ class Judge:
         began = time.perf_counter()
         starts = range(0, len(self.labels), self.batch_size)
         judged: dict[int, Judged] = {}
-        for number in self.world.share(len(starts)):
-            right, found = self.look(*self.batch(slice(starts[number], starts[number] + self.batch_size)))
-            judged[number] = Judged(right, 0.0, None if self.hierarchy is None else found)
-            self.report("clean", _flags(judged), len(self.labels), began)
+        with memory_of_all(self.world):
+            for number in self.world.share(len(starts)):
+                right, found = self.look(*self.batch(slice(starts[number], starts[number] + self.batch_size)))
+                judged[number] = Judged(right, 0.0, None if self.hierarchy is None else found)
+                self.report("clean", _flags(judged), len(self.labels), began)
         correct, _, severity = self._collected(judged)
         return AttackResult(name="clean", correct=correct, seconds=time.perf_counter() - began, severity=severity)
 
@@ -108,15 +110,18 @@ class Judge:
         # An attack that drops what it has broken refills its batches from a larger pool.
         size = self.batch_size * (_POOL if spec.kind == "apgd-fast" else 1)
         starts, judged = range(0, len(clean), size), dict[int, Judged]()
-        for number, at in enumerate(starts):
+        # A batch for each process at a time: before they take the next, they hear of each other.
+        for first in range(0, len(starts), self.world.size):
             listen(self.world)
-            stop_if_asked(f"stopped after {at} of {len(clean)} images of {spec.name}")
-            flags = clean[at : at + size]
-            if number not in self.world.share(len(starts)):
-                spec.draw(int(flags.sum()), self.pixels.shape[1:], self.threat, generator=generator)
-                continue
-            judged[number] = self._attacked(spec, flags, at, generator)
-            self.report(spec.name, _flags(judged), len(clean), began)
+            stop_if_asked(f"stopped after {starts[first]} of {len(clean)} images of {spec.name}")
+            with memory_of_all(self.world):
+                for rank, at in enumerate(starts[first : first + self.world.size]):
+                    flags = clean[at : at + size]
+                    if rank != self.world.rank:
+                        spec.draw(int(flags.sum()), self.pixels.shape[1:], self.threat, generator=generator)
+                        continue
+                    judged[first + rank] = self._attacked(spec, flags, at, generator)
+                    self.report(spec.name, _flags(judged), len(clean), began)
         correct, furthest, severity = self._collected(judged)
         seconds = time.perf_counter() - began
         return AttackResult(

@@ -96,8 +96,9 @@ class Objective(ABC):
         return None
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
-        """Take what `memory` told, in place of having seen the epoch's steps so far."""
-        raise InputError(f"objective {self.name!r} tells what it remembers and cannot be told: define remember() too")
+        """Take what `memory` told, in place of having seen the epoch's steps so far; nothing to forget all."""
+        if memory:
+            raise InputError(f"objective {self.name!r} tells what it remembers: define remember() too")
 
     def attack(
         self,

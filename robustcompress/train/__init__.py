@@ -2,6 +2,7 @@
 
 from robustcompress.train.ascent import Ascent, SharpnessAscent, recipe_ascent, sharpness_ascent, weight_ascent
 from robustcompress.train.auxiliary import with_auxiliary
+from robustcompress.train.care import Care, TrainingError
 from robustcompress.train.compiled import CompiledNetwork
 from robustcompress.train.device import (
     computes_in_bf16,
@@ -14,10 +15,10 @@ from robustcompress.train.ema import average_epoch, averaged, equally_averaged, 
 from robustcompress.train.frozen import frozen, frozen_but
 from robustcompress.train.guard import Guard, make_guard
 from robustcompress.train.large_batch import Lamb, Lars
-from robustcompress.train.loop import TrainingError, make_optimizer, phase_steps, train
+from robustcompress.train.loop import make_optimizer, phase_steps, train
 from robustcompress.train.midway import Midway
 from robustcompress.train.progress import Progress
-from robustcompress.train.recipe import Recipe, augmentation
+from robustcompress.train.recipe import HOW, Recipe, augmentation
 from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor, warm_up_factor
 from robustcompress.train.score_ascent import ScoreAscent, calibrate
 from robustcompress.train.selection import Selection
@@ -25,9 +26,11 @@ from robustcompress.train.statistics import BATCHES as STATISTICS_BATCHES
 from robustcompress.train.statistics import estimate_statistics
 
 __all__ = [
+    "HOW",
     "SCHEDULES",
     "STATISTICS_BATCHES",
     "Ascent",
+    "Care",
     "CompiledNetwork",
     "Guard",
     "Lamb",

@@ -77,22 +77,22 @@ def step_in_parts(
             backward=lambda loss: engine.backward(loss, last=last),
         )
 
-    if parts.total == 1:
+    if parts.whole:
         return whole(x, y, objectives[0], generator, 1.0, True)
     count = len(y) if count is None else count
-    sizes = parts.sizes(count)
-    filled = [number for number, size in enumerate(sizes) if size]
+    cut = parts.cut(count)
+    sizes = [size for _, size in cut]
     images, labels = torch.split(x, sizes), torch.split(y, sizes)
     seed, noise = generator.initial_seed(), torch.Generator(generator.device)
     loss: Tensor | None = None
     steps: list[ObjectiveStep] = []
     with engine.buffers_averaged() as note, _own_randomness(x.device) as reseed:
-        for number in filled:
-            part, share = parts.own[number], sizes[number] / count
+        for number, (part, size) in enumerate(cut):
+            share = size / count
             noise.manual_seed(hashed_seed(f"{seed}/attack/{key}/{part}"))
             reseed(hashed_seed(f"{seed}/network/{key}/{part}"))
             objective = objectives[number % len(objectives)]
-            step = whole(images[number], labels[number], objective, noise, share, number == filled[-1])
+            step = whole(images[number], labels[number], objective, noise, share, number == len(cut) - 1)
             note(share)
             loss = step.loss.detach() * share if loss is None else loss + step.loss.detach() * share
             steps.append(step)

@@ -84,7 +84,7 @@ class Ascent:
                     parameter.copy_(bits)
             torch.clear_autocast_cache()
         self._before = self._before + value.detach()
-        self._count += 1
+        self._count = self._count + 1  # not in place: the sum over processes may be a tensor that others hold
 
     def directions(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
         """Where each parameter goes, at radius one: up its own gradient, as far as it is long."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from robustcompress.distributed import World
+from robustcompress.distributed import DistributedError, World
+from robustcompress.errors import first_line
+from robustcompress.robust.memory import is_out_of_memory
 
 Compression = Literal["none", "fp16", "bf16", "powersgd"]
 """How gradients travel between processes."""
@@ -19,6 +21,10 @@ COMPRESSIONS = get_args(Compression)
 
 POWERSGD_RANK, POWERSGD_BEGINS = 2, 10
 """Of PowerSGD: the rank of what is sent, and how many steps of a phase send whole gradients first."""
+
+
+class PeerMemoryError(MemoryError):
+    """Memory ran out in another process, and all make the step again."""
 
 
 class _Holder(nn.Module):
@@ -63,6 +69,35 @@ class Engine:
         self._floating = [b for b in buffers if b.is_floating_point() and b.numel()]
         self._counters = [b for b in buffers if not b.is_floating_point()]
         self._wrapped: DistributedDataParallel | None = None
+        self._asked = False
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Make a step such that all processes can make it again where memory runs out in one of them.
+
+        They look once, before the last backward pass, which exchanges gradients: a process that has failed by then is
+        heard, and the others fail with it. One that fails behind that has to be started again.
+
+        Raises:
+            PeerMemoryError: In those that have not failed themselves.
+        """
+        self._asked = False
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if self.world.size > 1 and is_out_of_memory(error) and not isinstance(error, PeerMemoryError):
+                if self._asked:
+                    raise DistributedError(
+                        f"memory ran out in process {self.world.rank} while gradients were exchanged "
+                        f"({first_line(error)}): give a larger accumulate"
+                    ) from error
+                self._ask(failed=True)
+            raise
+
+    def _ask(self, *, failed: bool) -> bool:
+        """Whether any process has failed in this attempt."""
+        self._asked = True
+        return self.world.any(failed)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of a loss to `.grad`; behind the last of a step it is that of all processes.
@@ -75,6 +110,8 @@ class Engine:
             torch.autograd.backward(loss)
             return
         scaled = loss * self.world.size  # the wrapper takes the mean over processes: what is wanted is the sum
+        if last and self._ask(failed=False):
+            raise PeerMemoryError("memory ran out in another process")
         if self._wrapped is None and not last:
             torch.autograd.backward(scaled)
             return
@@ -115,6 +152,10 @@ class Engine:
             sums = [piece.view(s.shape).to(s.dtype) for piece, s in zip(pieces, sums, strict=True)]
         if done:
             _copy([*floating, *counters], [*sums, *after])
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The loss of the whole batch, from each process's share of it."""
+        return loss if self.world.size == 1 else self.world.sum_(loss.detach().double())
 
     def totals(self, values: Sequence[Tensor | float], device: torch.device) -> list[Tensor | float]:
         """Sums of numbers over all processes, exchanged at once; of one process the numbers as they are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +16,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.data import Batches
 from robustcompress.distributed import Parts
-from robustcompress.errors import RobustCompressError
 from robustcompress.interrupt import listen
 from robustcompress.robust.attacks import eval_mode, kept_modes
 from robustcompress.robust.objectives import Objective, ObjectiveStep
 from robustcompress.robust.threat import ThreatModel
 from robustcompress.train.accumulate import step_in_parts
 from robustcompress.train.ascent import Ascent
+from robustcompress.train.care import LOOK_EVERY, Care, TrainingError
 from robustcompress.train.engine import Engine
 from robustcompress.train.large_batch import Lamb, Lars
 from robustcompress.train.midway import Midway
@@ -32,10 +33,6 @@ from robustcompress.train.schedules import Schedule, lr_factor, warm_up_factor
 
 CLEAN_EVERY = 10
 """Clean training accuracy is looked at every so many steps: a full look would cost one more forward pass a step."""
-
-
-class TrainingError(RobustCompressError):
-    """The loss is no longer finite."""
 
 
 def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
@@ -125,6 +122,7 @@ def train(
     midway: Midway | None = None,
     on_step: Callable[[int], None] | None = None,
     parts: Parts | None = None,
+    care: Care | None = None,
 ) -> list[dict[str, Any]]:
     """Train for a number of epochs, which may be a fraction.
 
@@ -154,6 +152,7 @@ def train(
         on_step: Called with the number of steps done after each that ends no epoch.
         parts: Into how many every batch is cut, and which are this process's: then all of its world call this, and each
             has the same weights and records in the end. By default as many as `recipe.accumulate`, all for this one.
+        care: What is done about steps that go wrong, in this phase and others; by default what the recipe says.
 
     Returns:
         One record an epoch: phase, epoch, steps, lr, loss, robust and clean training accuracy, images/s, and what
@@ -161,7 +160,7 @@ def train(
 
     Raises:
         InputError: There is an ascent, and the objective has no parts to use it with.
-        TrainingError: The loss became infinite or NaN.
+        TrainingError: Loss or gradient became infinite or NaN, or memory ran out for good.
     """
     progress = progress or Progress(enabled=False)
     steps = phase_steps(epochs, batches)
@@ -173,6 +172,7 @@ def train(
     device_type = batches.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
     midway, parts = midway or Midway(), parts or Parts(recipe.accumulate)
+    care = care or Care(recipe, parts=parts.total, say=progress.say)
     moving = [p for group in optimizer.param_groups for p in group["params"]]
     engine = Engine(model, moving, world=parts.world, compression=recipe.gradient_compression)
     meter, done = _Meter(), start
@@ -183,52 +183,71 @@ def train(
     with kept_modes(model), contextlib.closing(engine), progress.phase(phase, steps, start) as bar:
         model.train()
         for objectives, x, y, key, count in _stream(batches, objective, start, steps, midway, parts):
-            so_far = [] if ascent is None else ascent.sums()
+            so_far = _sums(ascent)
             passed = span[0] + (span[1] - span[0]) * (done + 1) / steps
             factor = min(lr_factor(schedule, done / steps), warm_up_factor(recipe.warmup, passed))
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor * group.get("lr_scale", 1.0)
+                group["lr"] = lr * (factor * group.get("lr_scale", 1.0)) * care.factor
             optimizer.zero_grad(set_to_none=True)
+            make = functools.partial(
+                step_in_parts,
+                model=model,
+                x=x,
+                y=y,
+                objectives=[current.at(span[0] + (span[1] - span[0]) * done / steps) for current in objectives],
+                threat=threat,
+                generator=generator,
+                precision=precision,
+                ascent=ascent if done >= ascends_from else None,
+                engine=engine,
+                count=count,
+                key=key,
+            )
             with rematerialised(model) if recipe.checkpointing else contextlib.nullcontext():
-                step = step_in_parts(
-                    parts,
+                step, undo = care.step(
+                    lambda pieces, make=make: make(parts.finer(pieces)),  # type: ignore[misc]
                     model,
-                    x,
-                    y,
-                    [current.at(span[0] + (span[1] - span[0]) * done / steps) for current in objectives],
-                    threat,
-                    generator=generator,
-                    precision=precision,
-                    ascent=ascent if done >= ascends_from else None,
+                    optimizer,
+                    generator,
+                    ascent,
                     engine=engine,
-                    count=count,
-                    key=key,
+                    size=count,
+                    whole=objective.remembers,
+                    where={"phase": phase, "steps": done},
                 )
-            if recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(moving, recipe.clip_norm)
-            optimizer.step()
-            if ema is not None:
-                ema.update_parameters(model)
-            with precision:
-                found = _look(model, step, x, y, look=done % CLEAN_EVERY == 0, count=count)
-            climbed = [] if ascent is None else [now - then for now, then in zip(ascent.sums(), so_far, strict=True)]
-            sums = engine.totals([*found, *climbed], x.device)
-            meter.add(sums[:3], count, looked=done % CLEAN_EVERY == 0 or step.clean_logits is not None)
-            if ascent is not None and parts.world.size > 1:
-                ascent.take_sums([then + more for then, more in zip(so_far, sums[3:], strict=True)])
+            norm = None if recipe.clip_norm is None else nn.utils.clip_grad_norm_(moving, recipe.clip_norm)
+            told = f"phase {phase!r}, step {done + 1} of {steps}, lr={lr:g}"
+            try:
+                good = care.accepts(engine.total(step.loss), moving, norm, told)
+            except TrainingError:
+                undo()
+                raise
+            if good:
+                optimizer.step()
+                if ema is not None:
+                    ema.update_parameters(model)
+                with precision:
+                    found = _look(model, step, x, y, look=done % CLEAN_EVERY == 0, count=count)
+                climbed = [now - then for now, then in zip(_sums(ascent), so_far, strict=True)]
+                sums = engine.totals([*found, *climbed], x.device)
+                meter.add(sums[:3], count, looked=done % CLEAN_EVERY == 0 or step.clean_logits is not None)
+                if ascent is not None and parts.world.size > 1:
+                    ascent.take_sums([then + more for then, more in zip(so_far, sums[3:], strict=True)])
+            else:
+                undo()
+                for current in objectives:
+                    current.remember({})
             listen(parts.world)
             done += 1
+            if done % LOOK_EVERY == 0 or done % len(batches) == 0 or done == steps:
+                care.look(told)
             bar.advance(meter.read() if device_type == "cpu" or done % CLEAN_EVERY == 0 else {})
             if done % len(batches) == 0 or done == steps:
                 record: dict[str, Any] = {"phase": phase, "epoch": math.ceil(done / len(batches)), "steps": done}
                 record |= {"lr": optimizer.param_groups[0]["lr"], **meter.read()}
                 if ascent is not None:
                     record |= ascent.read()
-                if not math.isfinite(record["loss"]):
-                    raise TrainingError(
-                        f"the loss of phase {phase!r} is {record['loss']} after {done} steps; "
-                        f"lower the learning rate (lr={lr:g}) or set clip_norm=1.0"
-                    )
+                record |= care.read()
                 if on_epoch is not None:
                     on_epoch(record)
                 history.append(record)
@@ -288,6 +307,10 @@ class _Memory:
         for part, objective in enumerate(self._objectives):
             prefix = f"{part}."
             objective.remember({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+
+def _sums(ascent: Ascent | None) -> list[torch.Tensor | float]:
+    return [] if ascent is None else ascent.sums()
 
 
 @torch.no_grad()

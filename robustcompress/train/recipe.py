@@ -13,6 +13,10 @@ from robustcompress.train.large_batch import TRUST
 
 Optimizer = Literal["sgd", "adamw", "lars", "lamb"]
 Averaging = Literal["ema", "swa"]
+NonFinite = Literal["stop", "skip"]
+
+HOW = ("compile", "nonfinite", "gradient_compression")
+"""Settings that say how a run is carried out, and not what is run: a checkpoint does not bind them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,9 @@ class Recipe:
         gradient_compression: How gradients travel between processes: "none"; "fp16" or "bf16", rounded to half the
             bytes; "powersgd", by low-rank factors (Vogels et al., NeurIPS 2019), with a memory of what was left out
             that begins anew with every phase. One process sends none, and nothing changes there.
+        nonfinite: What to do where a step's loss or gradient is infinite or NaN: "stop", with a checkpoint of the last
+            good state; or "skip" the step, and go on at a lower learning rate for a while (see `Care`). A run that
+            stopped goes on from its checkpoint with "skip".
     """
 
     optimizer: Optimizer = "sgd"
@@ -87,6 +94,7 @@ class Recipe:
     accumulate: int = 1
     checkpointing: bool = False
     gradient_compression: Compression = "none"
+    nonfinite: NonFinite = "stop"
 
     def __post_init__(self) -> None:
         problems = Problems("the training recipe makes no sense")
@@ -95,6 +103,7 @@ class Recipe:
             ("averaging", get_args(Averaging)),
             ("augment", ("auto", *get_args(Augment))),
             ("gradient_compression", COMPRESSIONS),
+            ("nonfinite", get_args(NonFinite)),
         ):
             if getattr(self, name) not in choices:
                 chosen = getattr(self, name)

@@ -113,7 +113,7 @@ def test_gradients_are_clipped_over_all_parameters_together() -> None:
 def test_a_loss_that_is_not_finite_stops_with_the_remedy(training: bool, bad: float) -> None:
     model = build("chain").train(training)
     objective, calls = counted(bad)
-    with pytest.raises(TrainingError, match=r"phase 'search' is (nan|inf).*lr=0\.125.*clip_norm=1\.0"):
+    with pytest.raises(TrainingError, match=r"phase 'search', step .*lr=0\.125: the loss is (nan|inf).*clip_norm=1\.0"):
         fit(model, objective=objective, lr=0.125, epochs=5.0, phase="search")
     assert len(calls) <= 3, "no further epoch is wasted"
     assert model.training is training

@@ -111,6 +111,7 @@ class FreeEpoch(Objective):
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """See `Objective.remember`."""
+        self._delta = self._attacked = None
         if memory:
             self._delta = memory["delta"]
             self._attacked = torch.zeros_like(memory["gradient"], requires_grad=True)  # its gradient is what counts

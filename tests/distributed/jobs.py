@@ -1,0 +1,168 @@
+"""What processes are asked to do in these tests: functions that another process can import."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import robustcompress as rc
+from robustcompress.checkpoint import agree
+from robustcompress.distributed import DistributedError, World
+from robustcompress.robust import AutoAttackConfig, evaluate
+from robustcompress.robust.objectives import PGDAT, FreeAT
+from robustcompress.strategies import make_strategy
+from tests.strategies.nets import QUICK_RECIPE, build, make_session, small_data, state
+
+FEWER: dict[str, dict[str, Any]] = {"rcnas": {"evaluations": 4, "finalists": 2, "recovery_steps": 1}}
+LITTLE = AutoAttackConfig(chunk_size=3, apgd_iterations=2, fab_iterations=2, square_queries=4)
+TIMES = ("images_per_s",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A compression."""
+
+    strategy: str
+    net: str = "residual"
+    epochs: float = 2.0
+    free: bool = False
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def compressed(case: Case, *, parts: int = 1) -> dict[str, Any]:
+    """What one process, or each of several, ends with."""
+    recipe = dataclasses.replace(QUICK_RECIPE, accumulate=parts, **case.recipe)
+    result = rc.compress(
+        build(case.net),
+        make_strategy(case.strategy, **FEWER.get(case.strategy, {})),
+        data=small_data(),
+        epochs=case.epochs,
+        objective=FreeAT(replays=2) if case.free else PGDAT(steps=1),
+        recipe=recipe,
+        attacks=("clean", "pgd-2"),
+        test_images=40,
+        progress=False,
+        **case.kept,
+    )
+    assert result.report is not None
+    history = [{k: v for k, v in record.items() if k not in TIMES} for record in result.history]
+    return {
+        "weights": {name: tensor.numpy() for name, tensor in state(result.model).items()},
+        "edits": [edit.to_json() for edit in result.edits],
+        "history": json.loads(json.dumps(history)),
+        "answers": [attack.correct.tolist() for attack in result.report.attacks],
+    }
+
+
+def compress_all(world: World, cases: list[Case], parts: int = 1) -> list[dict[str, Any]]:
+    """Each of the cases."""
+    return [compressed(case, parts=parts) for case in cases]
+
+
+def judged(world: World, resume_dir: str | None = None) -> list[dict[str, Any]]:
+    """A report of an untrained network, without the times."""
+    attacks = ("clean", "fgsm", "pgd-2x2", "apgd-fast-9", "autoattack")
+    report = evaluate(
+        build().eval(),
+        small_data().test,
+        rc.ThreatModel("linf", 0.02),
+        attacks=attacks,
+        batch_size=4,
+        autoattack_images=20,
+        autoattack_config=LITTLE,
+        hierarchy="digits",
+        resume_dir=resume_dir,
+        world=world,
+    )
+    return [{k: v for k, v in attack.to_json().items() if k != "seconds"} for attack in report.attacks]
+
+
+def agreement(world: World) -> dict[str, Any]:
+    """The ways in which processes tell each other things."""
+    value = {"a": [1, 2.5, None, "text"], "t": torch.arange(6.0).view(2, 3) + world.rank, "i": torch.tensor(world.rank)}
+    told = world.broadcast(value)
+    mine = {"rank": world.rank, "t": torch.full((world.rank, 2), world.rank, dtype=torch.bfloat16)}
+    everyone = world.gather(mine)
+    found: dict[str, Any] = {
+        "told": [told["a"], told["t"].tolist(), int(told["i"])],
+        "everyone": [[item["rank"], list(item["t"].shape), item["t"].float().sum().item()] for item in everyone],
+        "totals": world.totals([1, world.rank]),
+        "most": world.most(10 * world.rank),
+        "any": [world.any(world.rank == 1), world.any(False)],
+        "first": world.only_first(lambda: {"from": world.rank}),
+        "share": list(world.share(5)),
+    }
+
+    def fails(rank: int) -> int:
+        if world.rank == rank:
+            raise rc.BudgetError("too much")
+        return rank
+
+    for name, act in (
+        ("only_first", lambda: world.only_first(lambda: fails(0))),
+        ("together", lambda: world.together(lambda: fails(1))),
+    ):
+        try:
+            act()
+        except rc.BudgetError as error:
+            found[name] = str(error)
+    return found
+
+
+def astray(world: World) -> dict[str, str]:
+    """What is said when processes have not done the same; and what is mended."""
+    found: dict[str, str] = {}
+
+    def look(name: str, session: Any) -> None:
+        try:
+            agree(world, "p", session._everything())
+            found[name] = ""
+        except DistributedError as error:
+            found[name] = str(error)
+
+    look("same", make_session(build()))
+    edited = make_session(build())
+    edited.editor.prune("conv1", range(8 + world.rank))
+    look("edits", edited)
+    moved = make_session(build())
+    with torch.no_grad():
+        moved.model.conv1.weight.mul_(1 + world.rank)
+    look("weights", moved)
+    rounded = make_session(build())
+    with torch.no_grad():
+        rounded.model.conv1.weight.mul_(1 + 1e-6 * world.rank)
+    look("rounding", rounded)
+    found["mended"] = str(float(rounded.model.conv1.weight.sum()))
+    drawn = make_session(build())
+    torch.rand(world.rank, generator=drawn.generator)
+    look("generators", drawn)
+    return found
+
+
+def stopped_after_an_epoch(world: World, cases: list[Case], parts: int) -> None:
+    """Begin each case, and stop at the end of the first epoch; its checkpoint stays."""
+    for case in cases:
+        late = dataclasses.replace(case, kept={**case.kept, "deadline": 0})
+        try:
+            compressed(late, parts=parts)
+        except rc.OutOfTime:
+            continue
+        raise AssertionError(f"{case.strategy} did not stop")
+
+
+def quick_checks(world: World, cases: list[Case], directory: str) -> dict[str, Any]:
+    """All that the quick tests look at: starting processes takes longer than any of it."""
+    return {
+        "agreement": agreement(world),
+        "astray": astray(world),
+        "judged": judged(world),
+        "judged again": [judged(world, directory), judged(world, directory)],
+        "files": len(list(Path(directory).glob("*.json"))),
+        "compressed": compress_all(world, cases),
+    }

@@ -1,0 +1,91 @@
+"""Two processes compute what one computes; here the quick part, all of it in one start of two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from robustcompress.distributed import ALONE
+from tests.distributed.jobs import Case, compressed, judged, quick_checks
+from tests.distributed.spawned import together
+from tests.strategies.nets import build
+
+CASES = {
+    "grown": Case("grape"),
+    "pruned, dropout, AWP, clipping": Case("magnitude", "imported", recipe={"awp": 0.005, "clip_norm": 1.0}),
+    "learnt masks under an ascent": Case("s2ap", epochs=1.0),
+    "searched": Case("rcnas", epochs=1.0),
+    "attention, SWA, SAM": Case("uniform", "transformer", recipe={"averaging": "swa", "sam": 0.05}),
+    "auxiliary heads, Free-AT": Case("none", "auxiliary", free=True),
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("chunks")
+    return together(2, quick_checks, list(CASES.values()), str(directory))
+
+
+def assert_equal(mine: dict[str, Any], whole: dict[str, Any]) -> None:
+    assert mine["edits"] == whole["edits"]
+    assert mine["weights"].keys() == whole["weights"].keys()
+    for name, values in whole["weights"].items():
+        assert np.array_equal(mine["weights"][name], values), name
+    assert mine["answers"] == whole["answers"]
+    assert len(mine["history"]) == len(whole["history"])
+    for ours, theirs in zip(mine["history"], whole["history"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            # Means of a record are sums over processes, in double precision.
+            expected = pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value
+            assert ours[key] == expected, key
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_a_batch_in_two_parts_gives_the_same_bits_by_one_process_and_by_two(
+    pair: list[dict[str, Any]], what: str
+) -> None:
+    number, whole = list(CASES).index(what), compressed(CASES[what], parts=2)
+    for mine in pair:
+        assert_equal(mine["compressed"][number], whole)
+
+
+def test_evaluation_dealt_over_processes_is_that_of_one(pair: list[dict[str, Any]]) -> None:
+    whole = judged(ALONE)
+    assert [len(attack["correct"]) for attack in whole] == [40, 40, 40, 40, 20]
+    assert whole[0]["accuracy"] > 0 and whole[0]["mistakes"]
+    for mine in pair:
+        assert mine["judged"] == whole
+        assert mine["judged again"] == [whole, whole] and mine["files"] == 7, "20 images in chunks of 3, each kept once"
+
+
+def test_processes_tell_each_other(pair: list[dict[str, Any]]) -> None:
+    for rank, mine in enumerate(pair):
+        found = mine["agreement"]
+        assert found["told"] == [[1, 2.5, None, "text"], [[0, 1, 2], [3, 4, 5]], 0]
+        assert found["everyone"] == [[0, [0, 2], 0.0], [1, [1, 2], 2.0]]
+        assert found["totals"] == [2.0, 1.0] and found["most"] == 10 and found["any"] == [True, False]
+        assert found["first"] == {"from": 0}
+        assert found["share"] == [[0, 2, 4], [1, 3]][rank]
+        assert found["only_first"] == ("process 0: too much" if rank else "too much")
+        assert found["together"] == "process 1: too much"
+
+
+def test_processes_that_went_different_ways_are_told_so(pair: list[dict[str, Any]]) -> None:
+    before = float(build().get_parameter("conv1.weight").sum())
+    for mine in pair:
+        found = mine["astray"]
+        assert found["same"] == found["rounding"] == ""
+        assert float(found["mended"]) == before, "the first process's"
+        assert "before phase 'p' process 1 has other edits of the network than process 0" in found["edits"]
+        assert "values of model/conv1.weight" in found["weights"]
+        assert "random generators" in found["generators"]
+        assert "session.decide()" in found["generators"]
+
+
+def test_the_directory_of_chunks_is_made(pair: list[dict[str, Any]], tmp_path: Path) -> None:
+    whole = judged(ALONE, str(tmp_path / "new"))
+    assert whole == pair[0]["judged"]
