@@ -48,6 +48,7 @@ from benchmarks.common import (
 )
 from robustcompress import Images, Recipe, ThreatModel, build_model, measure
 from robustcompress.data import Batches
+from robustcompress.distributed import Parts
 from robustcompress.robust import PGDAT
 from robustcompress.train import averaged, make_optimizer, train
 from robustcompress.train.loop import CLEAN_EVERY
