@@ -228,7 +228,10 @@ def _carried_out(
         if on_saved is not None:
             on_saved(saved)
     if journal is not None and world.first and not keep:
-        remove(journal.directory)
+        try:
+            remove(journal.directory)
+        except OSError as error:  # the result is safe; a disk that became read-only is no reason to end in an error
+            shown.say(f"{journal.directory} could not be removed ({error.strerror}): remove it by hand")
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from robustcompress.distributed import current
 from robustcompress.errors import InputError, first_line
 
 
@@ -12,7 +13,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """Turn "auto" into cuda where there is one, else cpu; anything else into a torch device.
 
     Raises:
-        InputError: The name means nothing to torch, or there is no such device here.
+        InputError: The name means nothing to torch, there is no such device here, or it is another process's.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,6 +24,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device={str(device)!r} cannot be used ({first_line(error)}); try 'auto'") from error
+    world = current()
+    if world.size > 1 and resolved.type == "cuda" and resolved.index not in (None, world.local_rank):
+        raise InputError(f"device={str(device)!r}: each process takes the GPU of its local rank; try 'auto'")
     return resolved
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import robustcompress as rc
 from robustcompress.checkpoint import agree
-from robustcompress.distributed import DistributedError, World
+from robustcompress.distributed import DistributedError, Parts, World
 from robustcompress.robust import AutoAttackConfig, evaluate
-from robustcompress.robust.objectives import PGDAT, FreeAT
+from robustcompress.robust.objectives import PGDAT, FreeAT, ObjectiveStep
 from robustcompress.strategies import make_strategy
 from tests.strategies.nets import QUICK_RECIPE, build, make_session, small_data, state
 
@@ -118,6 +120,7 @@ def agreement(world: World) -> dict[str, Any]:
 def astray(world: World) -> dict[str, str]:
     """What is said when processes have not done the same; and what is mended."""
     found: dict[str, str] = {}
+    torch.manual_seed(0)
 
     def look(name: str, session: Any) -> None:
         try:
@@ -156,6 +159,37 @@ def stopped_after_an_epoch(world: World, cases: list[Case], parts: int) -> None:
         raise AssertionError(f"{case.strategy} did not stop")
 
 
+class Troubled(PGDAT):
+    """Meets what is asked for at one step, in one part."""
+
+    def loss_on(self, model: nn.Module, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> ObjectiveStep:
+        """As the other's, but for that step."""
+        step = super().loss_on(model, x, x_adv, y)
+        trouble = TROUBLES.pop(0) if TROUBLES else ""
+        if trouble == "memory":
+            raise MemoryError("DefaultCPUAllocator: not enough memory")
+        return dataclasses.replace(step, loss=step.loss * math.nan) if trouble == "nan" else step
+
+
+TROUBLES: list[str] = []
+"""What this process meets, pass by pass."""
+
+
+def troubled(world: World, parts: int, troubles: list[str], **recipe: Any) -> dict[str, Any]:
+    """A short training in which this process meets some trouble."""
+    TROUBLES[:] = troubles
+    torch.manual_seed(0)
+    session = make_session(
+        build(),
+        objective=Troubled(steps=1),
+        recipe=dataclasses.replace(QUICK_RECIPE, **recipe),
+        parts=Parts(parts, world),
+    )
+    session.train("p", share=2.0)
+    history = [{k: v for k, v in record.items() if k not in TIMES} for record in session.history]
+    return {"weights": {n: t.numpy() for n, t in state(session.averaged).items()}, "history": history}
+
+
 def quick_checks(world: World, cases: list[Case], directory: str) -> dict[str, Any]:
     """All that the quick tests look at: starting processes takes longer than any of it."""
     return {
@@ -164,5 +198,7 @@ def quick_checks(world: World, cases: list[Case], directory: str) -> dict[str, A
         "judged": judged(world),
         "judged again": [judged(world, directory), judged(world, directory)],
         "files": len(list(Path(directory).glob("*.json"))),
+        "memory": troubled(world, 2, ["", "", "memory"] if world.rank else []),
+        "not finite": troubled(world, 2, ["", "nan"] if world.rank else [], nonfinite="skip"),
         "compressed": compress_all(world, cases),
     }

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from robustcompress import Budget, DataSplits, Recipe, StructuralEditor, ThreatModel, load_data, measure
+from robustcompress.distributed import Parts
 from robustcompress.models.vit import Block
 from robustcompress.robust.objectives import PGDAT, Objective
 from robustcompress.session import Goal, Session
@@ -173,6 +174,7 @@ def make_session(
     pretrained: bool = False,
     round_to: int = 1,
     threat: ThreatModel = LINF,
+    parts: Parts | None = None,
 ) -> Session:
     """What `compress()` hands to a strategy, around the model itself (no copy)."""
     data = data or small_data()
@@ -189,7 +191,7 @@ def make_session(
         pretrained=pretrained,
         round_to=round_to,
     )
-    return Session(model, StructuralEditor(model, example, seed=seed), example, goal)
+    return Session(model, StructuralEditor(model, example, seed=seed), example, goal, parts=parts)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

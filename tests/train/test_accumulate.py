@@ -11,9 +11,9 @@ from torch import nn
 
 from robustcompress import Recipe, ThreatModel, build_model
 from robustcompress.data import Batches, Images
-from robustcompress.distributed import ALONE, Parts
+from robustcompress.distributed import ALONE, Parts, World
 from robustcompress.errors import InputError
-from robustcompress.robust import PGDAT, TRADES, Natural, Objective
+from robustcompress.robust import PGDAT, TRADES, FreeAT, Natural, Objective, ObjectiveStep
 from robustcompress.train import Ascent, make_optimizer, train
 from robustcompress.train.accumulate import step_in_parts
 from robustcompress.train.engine import Engine
@@ -28,19 +28,32 @@ def without_statistics() -> nn.Module:
     ).double()
 
 
-def step(model: nn.Module, objective: Objective, parts: int, n: int = 22, ascent: Ascent | None = None):
+def make_batch(n: int = 22) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     x = torch.rand(n, 3, 8, 8, generator=generator, dtype=torch.float64)
-    y = torch.randint(5, (n,), generator=generator)
+    return x, torch.randint(5, (n,), generator=generator)
+
+
+def step(
+    model: nn.Module,
+    objective: Objective,
+    parts: int | Parts,
+    n: int = 22,
+    ascent: Ascent | None = None,
+    batch: tuple[torch.Tensor, torch.Tensor] | None = None,
+    count: int | None = None,
+) -> ObjectiveStep:
+    x, y = make_batch(n) if batch is None else batch
     model.train()
     model.zero_grad(set_to_none=True)
     drawn = torch.Generator().manual_seed(1)
     return step_in_parts(
-        *(Parts(parts), model, x, y, [objective], THREAT),
+        *(Parts(parts) if isinstance(parts, int) else parts, model, x, y, [objective], THREAT),
         generator=drawn,
         precision=contextlib.nullcontext(),
         ascent=ascent,
         engine=Engine(model, list(model.parameters()), world=ALONE),
+        count=count,
     )
 
 
@@ -49,16 +62,58 @@ def step(model: nn.Module, objective: Objective, parts: int, n: int = 22, ascent
 def test_the_gradient_is_that_of_the_whole_batch(objective: Objective, parts: int) -> None:
     # 22 images do not divide by 3: the larger parts have to weigh more.
     whole, cut = without_statistics(), without_statistics()
-    expected, found = step(whole, objective, 1), step(cut, objective, parts)
-    if objective.name != "trades":  # which draws normal numbers, in blocks
-        for ours, theirs in zip(cut.parameters(), whole.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-10)
-        torch.testing.assert_close(found.loss, expected.loss.detach(), rtol=1e-9, atol=0)
-        torch.testing.assert_close(found.logits, expected.logits)
-        torch.testing.assert_close(found.x_adv, expected.x_adv)
-    assert found.logits.shape == expected.logits.shape and found.x_adv.shape == expected.x_adv.shape
+    found = step(cut, objective, parts)
+    x, y = make_batch()
+    expected = objective.loss_on(whole.train(), x, found.x_adv, y)  # of the same adversarial images
+    expected.loss.backward()
+    for ours, theirs in zip(cut.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(found.loss, expected.loss.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.logits, expected.logits)
     assert (found.clean_logits is None) == (expected.clean_logits is None)
     assert not found.loss.requires_grad
+
+
+@pytest.mark.parametrize("objective", [PGDAT(steps=2), TRADES(steps=2)], ids=lambda o: o.name)
+def test_a_part_finds_the_same_whoever_computes_it(objective: Objective) -> None:
+    """Process by process, without the sum that they would make of it."""
+    expected = step(without_statistics(), objective, 6)
+    found = []
+    for rank in range(4):
+        parts = Parts(6, World(rank, 4))
+        x, y = (values[parts.rows(22)] for values in make_batch())
+        found.append(step(without_statistics(), objective, parts, batch=(x, y), count=22))
+    assert torch.equal(torch.cat([one.x_adv for one in found]), expected.x_adv)
+    assert torch.equal(torch.cat([one.logits for one in found]), expected.logits)
+    torch.testing.assert_close(sum(one.loss for one in found), expected.loss)
+
+
+def test_running_statistics_are_the_mean_of_the_parts_which_all_begin_alike() -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)).double()
+
+    cut, alone = network(), [network(), network()]
+    step(cut, Natural(), 2, n=9)
+    x, _ = make_batch(9)
+    for part, one in zip((slice(0, 5), slice(5, 9)), alone, strict=True):
+        one.train()(x[part])
+    for name in ("running_mean", "running_var"):
+        values = [one.get_submodule("1").get_buffer(name) for one in alone]
+        mean = (5 * values[0] + 4 * values[1]) / 9
+        torch.testing.assert_close(cut.get_submodule("1").get_buffer(name), mean)
+    assert int(cut.get_submodule("1").get_buffer("num_batches_tracked")) == 1
+
+
+def test_parts_leave_torchs_own_generator_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 5)).double()
+    torch.set_rng_state(before)
+    first = step(model, Natural(), 3).logits
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert torch.equal(step(model, Natural(), 3).logits, first), "dropout is drawn from the step's own seed"
 
 
 def test_the_whole_batch_is_never_seen_at_once() -> None:
@@ -79,7 +134,7 @@ def test_an_ascent_is_made_by_each_part_and_leaves_the_weights() -> None:
     assert told["loss_after"] > told["loss_before"]
 
 
-def fit(recipe: Recipe, size: int = 8) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
+def fit(recipe: Recipe, objective: Objective, size: int = 8) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
     generator = torch.Generator().manual_seed(5)
     images = Images(
         torch.randint(256, (24, 3, size, size), dtype=torch.uint8, generator=generator), torch.arange(24) % 5
@@ -91,7 +146,7 @@ def fit(recipe: Recipe, size: int = 8) -> tuple[dict[str, torch.Tensor], list[di
     history = train(
         model,
         Batches(images, 12, generator=torch.Generator().manual_seed(0)),
-        PGDAT(steps=2),
+        objective,
         THREAT,
         recipe,
         epochs=2,
@@ -103,8 +158,10 @@ def fit(recipe: Recipe, size: int = 8) -> tuple[dict[str, torch.Tensor], list[di
     return model.state_dict(), history
 
 
-def test_training_in_parts_goes_where_training_at_once_goes() -> None:
-    (ours, history), (theirs, expected) = fit(Recipe(batch_size=12, accumulate=4)), fit(Recipe(batch_size=12))
+@pytest.mark.parametrize("objective", [Natural(), FreeAT(replays=2)], ids=lambda o: o.name)
+def test_training_in_parts_goes_where_training_at_once_goes(objective: Objective) -> None:
+    (ours, history) = fit(Recipe(batch_size=12, accumulate=4), objective)
+    (theirs, expected) = fit(Recipe(batch_size=12), objective)
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5)
     assert [row["steps"] for row in history] == [row["steps"] for row in expected] == [2, 4]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +197,3 @@ def test_a_run_stopped_after_every_epoch_ends_as_one_that_was_not(tmp_path: Path
     assert stops >= 3 and same(state(resumed.model), state(whole.model))
     other = rc.compress(build("imported"), "uniform", **settings | {"objective": FGSMRS()})
     assert not same(state(other.model), state(whole.model))
-
-
-def test_parts_of_a_batch_are_refused() -> None:
-    recipe = dataclasses.replace(QUICK_RECIPE, accumulate=2)
-    with pytest.raises(InputError, match=r"'free-at' remembers a whole batch.*accumulate=2"):
-        make_session(build("chain"), objective=FreeAT(), recipe=recipe)
