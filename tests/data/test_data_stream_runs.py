@@ -8,16 +8,20 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import robustcompress as rc
 from robustcompress.data import DataSplits, Images, Stored, load_data
+from robustcompress.distributed import ALONE
 from robustcompress.errors import InputError
 from robustcompress.recipe import RunRecipe
 from robustcompress.robust import PGDAT
 from tests.cli.conftest import Run
 from tests.cli.conftest import run as run  # the fixture
+from tests.data.jobs import train_from_disk
+from tests.distributed.spawned import together
 from tests.strategies.nets import QUICK_RECIPE, SIZE, build, same, small_data, state
 from tests.strategies.test_resume import assert_equal, until_finished
 
@@ -73,6 +77,21 @@ def test_a_run_goes_on_from_its_checkpoint(pair: tuple[DataSplits, DataSplits], 
     again = load_data(folder, stream=True, workers=3)
     resumed, _ = until_finished(lambda: go(again, **kept), rc.OutOfTime)
     assert_equal(resumed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [{}, {"augment": "resized-crop", "optimizer": "lamb", "lr": 0.01, "warmup": 0.2}])
+def test_each_of_two_processes_decodes_its_own_images_and_both_train_as_one(
+    folder: Path, recipe: dict[str, Any]
+) -> None:
+    whole = train_from_disk(ALONE, str(folder), recipe)
+    both = together(2, train_from_disk, str(folder), recipe)
+    for found in both:
+        for name, values in whole["weights"].items():
+            assert np.array_equal(found["weights"][name], values), name
+    if not recipe:
+        mine, theirs = (set(found["seen"]) for found in both)
+        assert mine and not mine & theirs and mine | theirs == set(whole["seen"])
 
 
 def test_from_the_shell_and_in_recipes(run: Run, folder: Path, tmp_path: Path) -> None:
