@@ -81,7 +81,7 @@ def load_data(
             images, and so has 1 / (1 - ratio) times as many steps.
         pseudo_label: Who labels them in place of the file: "teacher" (of the run), or the directory of a result.
         stream: Leave the training images of a directory on the disk and decode them while training: True, False, or
-            "auto", which does so where all images decoded would take more than a sixteenth of the machine's memory.
+            "auto", which does so where those in use would take more than a sixteenth of the machine's memory.
             Validation and test images are in memory all the same, at most 5,000 of each where nothing else is said.
         workers: Threads that decode while training; as many as there are processors, at most 8, where None. What they
             decode does not depend on it.
@@ -114,7 +114,7 @@ def load_data(
             problems.add(f"train_limit={train_limit}: {len(opened.classes)} classes need at least {least}, two each")
     problems.raise_if_any()
     assert opened is not None  # _open says why it gives nothing
-    streamed = streams(opened, stream, workers)
+    streamed = streams(opened, stream, workers, train_limit=train_limit)
     splits = _divide(streamed or opened, train_limit, test_limit, val_fraction, seed, stored=streamed is not None)
     return _with_extra(splits, extra, extra_ratio, pseudo_label)
 

@@ -151,7 +151,7 @@ class Stored:
         first = self._images.name(chosen[0])
         size = sizes.get(first, (self.shape[2], self.shape[1]))
         others = {name: other for name, other in sizes.items() if other != size} if self._image_size is None else {}
-        complain("the images cannot be used", unreadable, first, size, others)
+        complain("cannot load the data", unreadable, first, size, others)
 
     def stream(self, batches: Iterable[tuple[Tensor, Tensor | None]], *, pinned: bool = False) -> Iterator[Tensor]:
         """Decode batch after batch in threads, some ahead of the one that is in use.

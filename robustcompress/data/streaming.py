@@ -35,8 +35,14 @@ def check_stream(problems: Problems, stream: object, workers: object) -> None:
         problems.add(f"workers={workers!r}: threads that decode images, from 1 to 256, or None")
 
 
-def streams(source: Source, stream: Stream, workers: int | None) -> Source | None:
+def streams(source: Source, stream: Stream, workers: int | None, *, train_limit: int | None = None) -> Source | None:
     """The same source, whose training images have been looked at where they lie; None where they go into memory.
+
+    Args:
+        source: What was opened.
+        stream: Whether they stay on the disk.
+        workers: Threads that then decode them.
+        train_limit: How many of them are used at most.
 
     Raises:
         InputError: They cannot stay on the disk, or are damaged.
@@ -48,7 +54,7 @@ def streams(source: Source, stream: Stream, workers: int | None) -> Source | Non
                 f"stream=True: {source.name} is in memory already; directories of images and of tar shards are streamed"
             )
         return None
-    if stream is False or (stream == "auto" and not _too_many(stored)):
+    if stream is False or (stream == "auto" and not _too_many(stored, train_limit)):
         return None
     stored = stored.with_workers(workers)
     stored.check()
@@ -84,9 +90,10 @@ def check_held_out(train: Pool, training: int, val: Pool, validation: int, test:
     return "; ".join(said)
 
 
-def _too_many(images: Stored) -> bool:
+def _too_many(images: Stored, limit: int | None) -> bool:
+    count = len(images) if limit is None else min(limit, len(images))
     try:
-        return _needed(images, len(images)) > SHARE * whole_memory()
+        return _needed(images, count) > SHARE * whole_memory()
     except DamagedImageError:  # of unknown size; decoding them all tells what is wrong with each
         return False
 

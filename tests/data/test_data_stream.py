@@ -135,6 +135,7 @@ def test_who_is_asked_to_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(streaming, "whole_memory", lambda: 16 * 60 * 3 * SIZE * SIZE - 1)
     assert isinstance(load_data(folder, image_size=SIZE).train, Stored)
     assert isinstance(load_data(folder, image_size=SIZE, stream=False).train, Images)
+    assert isinstance(load_data(folder, image_size=SIZE, train_limit=59).train, Images), "fewer are used"
     with pytest.raises(InputError, match="stream=True: digits is in memory already"):
         load_data("digits", stream=True)
     with pytest.raises(InputError, match=r"stream='sometimes'.*\n.*workers=0"):
