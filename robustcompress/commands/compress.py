@@ -59,7 +59,8 @@ MODEL is a built-in model (`robustcompress list models`), a torchvision classifi
 timm's (timm:resnet26; `robustcompress list timm`), or package.module:factory, a function of yours that returns an
 nn.Module; it maps images in [0, 1] to logits.
 
-Several processes share the work where torchrun starts them: torchrun --nproc-per-node 2 -m robustcompress compress ..."""
+Several processes share the work where torchrun starts them:
+  torchrun --nproc-per-node 2 -m robustcompress compress MODEL ..."""
 EXAMPLES = """\
 examples:
   robustcompress compress resnet8 --model-arg stem_stride=2 --epochs 5 --out runs/digits

@@ -227,7 +227,7 @@ def train(
                 if ema is not None:
                     ema.update_parameters(model)
                 with precision:
-                    found = _look(model, step, x, y, look=done % CLEAN_EVERY == 0, count=count)
+                    found = _note(model, step, x, y, look=done % CLEAN_EVERY == 0, count=count)
                 climbed = [now - then for now, then in zip(_sums(ascent), so_far, strict=True)]
                 sums = engine.totals([*found, *climbed], x.device)
                 meter.add(sums[:3], count, looked=done % CLEAN_EVERY == 0 or step.clean_logits is not None)
@@ -314,7 +314,7 @@ def _sums(ascent: Ascent | None) -> list[torch.Tensor | float]:
 
 
 @torch.no_grad()
-def _look(
+def _note(
     model: nn.Module, step: ObjectiveStep, x: torch.Tensor, y: torch.Tensor, *, look: bool, count: int
 ) -> list[torch.Tensor | float]:
     """This process's sums of a step: of losses, of images that were right attacked, of those that were right clean."""
