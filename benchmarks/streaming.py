@@ -251,6 +251,7 @@ def plot(value: Mapping[str, Any], path: Path) -> Path:
         left.plot([int(row["way"].split()[-1]) for row in own], [row["images_per_s"] for row in own], "o-", label=kind)
     left.set(xlabel="threads or processes", ylabel="images/s", title="decoding of random crops at 224x224")
     left.set_ylim(bottom=0)
+    left.set_xticks(sorted({int(row["way"].split()[-1]) for row in rows}))
     left.legend(fontsize=8)
     memory = value["results"]["memory"]
     right.bar(list(memory), [size / 1e6 for size in memory.values()])
