@@ -20,6 +20,7 @@ from benchmarks import (
     compare_plots,
     compare_report,
     deployment,
+    distributed_step,
     evaluation_speed,
     factorised,
     latency,
@@ -30,6 +31,7 @@ from benchmarks import (
     search_step,
     search_surrogate,
     search_tuning,
+    streaming,
     strong_attack,
     structure,
     trace_memory,
@@ -47,6 +49,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     training_step.MODULE: training_step.markdown,
     training_scaling.MODULE: training_scaling.markdown,
     training_memory.MODULE: training_memory.markdown,
+    distributed_step.MODULE: distributed_step.markdown,
+    streaming.MODULE: streaming.markdown,
     strong_attack.MODULE: strong_attack.markdown,
     evaluation_speed.MODULE: evaluation_speed.markdown,
     search_step.MODULE: search_step.markdown,
@@ -60,7 +64,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     regularisers.MODULE: regularisers.markdown,
     factorised.MODULE: factorised.markdown,
 }
-SPEED = (training_scaling, training_memory, strong_attack, evaluation_speed)
+SPEED = (training_scaling, training_memory, distributed_step, streaming, strong_attack, evaluation_speed)
 GRIDS = ROOT / "benchmarks" / "grids"
 PLOT = "comparison.png"
 QUICKSTART = "quickstart"

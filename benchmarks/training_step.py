@@ -48,6 +48,7 @@ from benchmarks.common import (
 )
 from robustcompress import Images, Recipe, ThreatModel, build_model, measure
 from robustcompress.data import Batches
+from robustcompress.distributed import Parts
 from robustcompress.robust import PGDAT
 from robustcompress.train import averaged, make_optimizer, train
 from robustcompress.train.loop import CLEAN_EVERY
@@ -152,10 +153,10 @@ class TakingTurns(Batches):
         self.rivals, self.clock = rivals, CLOCKS[clock]
         self.own, self.times = [], {name: [] for name in rivals}
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate(self, epoch: int, *, start: int = 0, parts: Parts | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches; the loop's own time runs from one request for a batch to the next."""
         self.since = self.clock()
-        for batch in super().__iter__():
+        for batch in super().iterate(epoch, start=start, parts=parts):
             yield batch
             self.own.append(self.clock() - self.since)
             names = list(self.rivals)

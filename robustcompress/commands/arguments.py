@@ -267,6 +267,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, default: str) -> None
     group.add_argument("--image-size", type=int, metavar="N", help="scale the images to N x N pixels")
     group.add_argument("--train-limit", type=int, metavar="N", help="use N training images, stratified")
     group.add_argument("--test-limit", type=int, metavar="N", help="use N test images, stratified")
+    group.add_argument(
+        "--stream",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="leave training images on the disk and decode them while training; auto: those that would take more than "
+        "a sixteenth of the memory (default: %(default)s)",
+    )
+    group.add_argument("--data-workers", type=int, metavar="N", help="threads that decode them (default: up to 8)")
 
 
 def add_extra_arguments(parser: argparse.ArgumentParser) -> None:
@@ -298,6 +306,8 @@ def data_from(arguments: argparse.Namespace, *, name: str | None, seed: int = 0)
         train_limit=arguments.train_limit,
         test_limit=arguments.test_limit,
         seed=seed,
+        stream={"yes": True, "no": False}.get(arguments.stream, "auto"),
+        workers=arguments.data_workers,
         extra=getattr(arguments, "extra", None),  # of commands that train
         extra_ratio=getattr(arguments, "extra_ratio", None),
         pseudo_label=getattr(arguments, "pseudo_label", None),

@@ -1,4 +1,4 @@
-"""Batches from images in memory, augmented together and on the device."""
+"""Batches from images in memory or on the disk, augmented together and on the device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustcompress.data.crops import draw_crops, resized_crops
 from robustcompress.data.extra import Extra
 from robustcompress.data.images import Images
+from robustcompress.data.stored import Stored
 from robustcompress.distributed import Parts
 from robustcompress.errors import Problems, nearest
 
-Augment = Literal["none", "crop", "crop-flip"]
+Augment = Literal["none", "crop", "crop-flip", "resized-crop"]
 
 
 def crop_flip(pixels: Tensor, rows: Tensor, columns: Tensor, flip: Tensor, *, padding: int) -> Tensor:
@@ -40,24 +42,28 @@ def crop_flip(pixels: Tensor, rows: Tensor, columns: Tensor, flip: Tensor, *, pa
     x = torch.where(flip[:, None], width - 1 - x, x) + columns[:, None]
     y = torch.arange(height, device=pixels.device) + rows[:, None]
     index = y[:, :, None] * (width + 2 * padding) + x[:, None, :]
-    index = index.view(count, 1, -1).expand(-1, channels, -1)
-    return padded.view(count, channels, -1).gather(2, index).view(count, channels, height, width)
+    index = index.view(count, 1, height * width).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, index).view(count, channels, height, width)
 
 
 class Batches:
     """Iterates over float batches of `images`.
 
-    Order, shifts and flips of a pass are a pure function of the generator's *initial* seed and the epoch;
-    they are drawn on the CPU for the whole pass, so that they are the same on every device and for every
-    starting batch. Each `for` loop is one epoch and counts `epoch` on, also when it is left early; a resumed
+    Order, shifts and flips of a pass are a pure function of the generator's *initial* seed and the epoch; they are
+    drawn on the CPU for the whole pass, so that they are the same on every device and for every starting batch. (The
+    crops of "resized-crop" are drawn batch by batch, from seed, epoch and place.) Images on the disk are decoded by
+    threads while the batches before are in use; where the augmentation is the same, batches are bit for bit those of
+    the same images in memory. Each `for` loop is one epoch and counts `epoch` on, also when it is left early; a resumed
     run sets `epoch`, or calls `iterate`.
 
     Args:
-        images: The images; moved to `device` once.
+        images: The images; those in memory are moved to `device` once.
         batch_size: Images in a batch; the last may hold fewer.
         device: Where the batches are wanted.
         augment: "crop" shifts by up to H/8 pixels over zeros (4 at 32x32); "crop-flip" also mirrors half of
-            the images.
+            the images; "resized-crop" cuts out a part of random size and shape, scales it to the whole and mirrors
+            half of them (see `crop_box`): of images on the disk a part of what is in the file, else of what is in
+            memory.
         generator: Gives the seed. None keeps the order of `images`.
         shuffle: False keeps the order of `images` and draws only the augmentation.
         drop_last: Leave out a last batch that is not full.
@@ -74,7 +80,7 @@ class Batches:
 
     def __init__(
         self,
-        images: Images,
+        images: Images | Stored,
         batch_size: int,
         *,
         device: torch.device | str = "cpu",
@@ -104,6 +110,8 @@ class Batches:
         problems.raise_if_any()
         self._extra, self._own, self._theirs = extra, own, theirs
         self.images = images.to(device)
+        self.device = images.pixels.device if isinstance(images, Images) else torch.device(device)
+        self._labels = self.images.labels.to(self.device)
         self.batch_size = batch_size
         self.augment = augment
         self.seed = None if generator is None else generator.initial_seed()
@@ -130,33 +138,71 @@ class Batches:
         Args:
             epoch: Its number, from 0 on.
             start: The number of the first batch.
-            parts: Make only the images of this process's parts of each batch; None for all.
+            parts: Decode and make only the images of this process's parts of each batch; None for all.
 
         Yields:
             `(x, y)`: float32 `[B, 3, H, W]` in [0, 1] and int64 `[B]`, on the device.
         """
-        pixels, labels = self.images.pixels, self.images.labels
-        order, *moves = (t.to(pixels.device) for t in self._draw(f"{self.seed}/{epoch}", len(self.images)))
-        others = self._others(epoch)
-        for index in range(start, len(self)):
-            begin, end = index * self._own, min((index + 1) * self._own, len(self.images))
-            wanted = slice(0, self.size(index)) if parts is None else parts.rows(self.size(index))
-            part = slice(begin + wanted.start, min(begin + wanted.stop, end))
-            chosen = order[part]
-            batch, y = pixels[chosen], labels[chosen]
-            shifts = [move[part] for move in moves]
+        order, *moves = self._draw(f"{self.seed}/{epoch}", len(self.images))
+        known, moves = order.to(self.device), [move.to(self.device) for move in moves]
+        others, resident = self._others(epoch), isinstance(self.images, Images)
+        cropping = self.augment == "resized-crop" and (resident or others is not None)
+        for index, batch in zip(range(start, len(self)), self._read(order, epoch, start, parts), strict=False):
+            own, theirs = self._cut(index, parts)
+            y, shifts = self._labels[known[own]], [move[own] for move in moves]
+            drawn = self._crops(epoch, index, parts) if cropping else None
+            if drawn is not None and resident:
+                batch = resized_crops(batch, drawn[: len(batch)])
             if others is not None:
-                own = end - begin
-                more, more_y, more_shifts = others(index, max(0, wanted.start - own), max(0, wanted.stop - own))
+                more, more_y, more_shifts = others(index, theirs)
+                if drawn is not None:
+                    more = resized_crops(more, drawn[len(batch) :])
                 batch, y = torch.cat([batch, more]), torch.cat([y, more_y])
                 shifts = [torch.cat(pair) for pair in zip(shifts, more_shifts, strict=True)]
-            if self.augment != "none":
+            if self.augment in ("crop", "crop-flip"):
                 batch = crop_flip(batch, shifts[0], shifts[1], shifts[2], padding=self._padding)
             yield batch.to(torch.float32, memory_format=self.memory_format).div_(255), y
 
-    def _others(self, epoch: int) -> Callable[[int, int, int], tuple[Tensor, Tensor, list[Tensor]]] | None:
-        """What gives the extra images of a batch, from one to another: pixels, labels and moves, on the device."""
-        extra, device = self._extra, self.images.pixels.device
+    def _read(self, order: Tensor, epoch: int, start: int, parts: Parts | None) -> Iterator[Tensor]:
+        """The pixels of the own images of batch after batch, uint8 `[B, 3, H, W]`, on the device.
+
+        Those in memory are as they are there; the others are cropped already, where crops are wanted.
+        """
+        places = range(start, len(self))
+        if isinstance(self.images, Images):
+            known = order.to(self.device)
+            yield from (self.images.pixels[known[self._cut(index, parts)[0]]] for index in places)
+            return
+        cropping = self.augment == "resized-crop"
+        wanted = (
+            (order[self._cut(index, parts)[0]], self._crops(epoch, index, parts) if cropping else None)
+            for index in places
+        )
+        for pixels in self.images.stream(wanted, pinned=self.device.type == "cuda"):
+            yield pixels.to(self.device, non_blocking=True).contiguous()
+
+    def _cut(self, index: int, parts: Parts | None) -> tuple[slice, slice]:
+        """Which places of the pass, and which of the extra images of batch `index`, are in these parts of it."""
+        begin = index * self._own
+        own = min(self._own, len(self.images) - begin)
+        rows = self._rows(index, parts)
+        return (
+            slice(begin + min(rows.start, own), begin + min(rows.stop, own)),
+            slice(max(rows.start, own) - own, max(rows.stop, own) - own),
+        )
+
+    def _rows(self, index: int, parts: Parts | None) -> slice:
+        """Which images of batch `index` are in these parts."""
+        return slice(0, self.size(index)) if parts is None else parts.rows(self.size(index))
+
+    def _crops(self, epoch: int, index: int, parts: Parts | None) -> Tensor:
+        """What says the crops of these parts of batch `index`."""
+        drawn = draw_crops(self.size(index), _seeded(f"{self.seed}/{epoch}/crops/{index}"))
+        return drawn[self._rows(index, parts)]
+
+    def _others(self, epoch: int) -> Callable[[int, slice], tuple[Tensor, Tensor, list[Tensor]]] | None:
+        """What gives the extra images of a batch: pixels, labels and moves, on the device."""
+        extra, device = self._extra, self.device
         if extra is None:
             return None
         labels, count = extra.labels, len(self) * self._theirs
@@ -168,8 +214,8 @@ class Batches:
         )
         moves = self._draw(f"{self.seed}/{epoch}/extra", count)[1:]
 
-        def give(index: int, begin: int, end: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-            part = slice(index * self._theirs + begin, index * self._theirs + end)
+        def give(index: int, mine: slice) -> tuple[Tensor, Tensor, list[Tensor]]:
+            part = slice(index * self._theirs + mine.start, index * self._theirs + mine.stop)
             chosen = order[part]
             return extra.take(chosen).to(device), labels[chosen].to(device), [move[part].to(device) for move in moves]
 
@@ -182,7 +228,7 @@ class Batches:
 
     @property
     def _padding(self) -> int:
-        return max(1, self.images.pixels.shape[2] // 8)
+        return max(1, self.images.shape[1] // 8)
 
     def _draw(self, key: str, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Order, upper edges, left edges and flips of a pass, all `[count]`."""

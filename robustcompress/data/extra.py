@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustcompress.data.images import Images
+from robustcompress.data.memory import spare_memory
 from robustcompress.errors import InputError, Problems, first_line
 
 TEACHER = "teacher"
@@ -191,7 +191,7 @@ def _images(
             return None
         if info.compress_type == zipfile.ZIP_STORED:
             return np.memmap(path, np.uint8, "r", offset=_offset(path, info) + start, shape=shape)
-        if needed > (room := _memory()):
+        if needed > (room := spare_memory()):
             problems.add(
                 f"its images unpack to {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB may be taken: write it with "
                 "numpy.savez, not savez_compressed, and it stays on the disk"
@@ -253,11 +253,3 @@ def _offset(path: Path, info: zipfile.ZipInfo) -> int:
         file.seek(info.header_offset)
         header = file.read(_LOCAL_HEADER)
     return info.header_offset + _LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-
-
-def _memory() -> int:
-    """Bytes that may be taken: half of what is free."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (ValueError, OSError, AttributeError):  # not on every system
-        return 4 << 30

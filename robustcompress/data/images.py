@@ -1,4 +1,4 @@
-"""Images resident in memory: one set of them, and the three splits of a data set."""
+"""Images resident in memory; and the three splits of a data set, whose training images may lie elsewhere."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from robustcompress.errors import InputError, Problems
 
 if TYPE_CHECKING:
     from robustcompress.data.extra import Extra
+    from robustcompress.data.stored import Stored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +59,18 @@ class Images:
         return Images(self.pixels[:n], self.labels[:n])
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(3, height, width)` of each image."""
+        _, channels, height, width = self.pixels.shape
+        return channels, height, width
+
+    def feed(self, digest: hashlib._Hash) -> None:
+        """Have a digest take in number, shape, pixels and labels."""
+        digest.update(str(list(self.pixels.shape)).encode())
+        for tensor in (self.pixels, self.labels):
+            digest.update(tensor.cpu().numpy().data)
+
+    @property
     def classes_present(self) -> tuple[int, ...]:
         """The distinct labels, ascending."""
         return tuple(torch.unique(self.labels).tolist())
@@ -82,7 +95,7 @@ class DataSplits:
     Attributes:
         name: The name or directory it was asked for by, or what it was made of.
         classes: Class names; label i is `classes[i]`.
-        train: What weights are fitted to.
+        train: What weights are fitted to; in memory, or on the disk where there are too many of them.
         val: Held out of the training images, for any selection.
         test: For the final figures alone.
         notes: Lines that the user should read once, such as which data were taken in place of none.
@@ -91,14 +104,14 @@ class DataSplits:
 
     name: str
     classes: tuple[str, ...]
-    train: Images
+    train: Images | Stored
     val: Images
     test: Images
     notes: tuple[str, ...] = ()
     extra: Extra | None = None
 
     def __post_init__(self) -> None:
-        sides = {name: tuple(getattr(self, name).pixels.shape[2:]) for name in ("train", "val", "test")}
+        sides = {name: getattr(self, name).shape[1:] for name in ("train", "val", "test")}
         if len(set(sides.values())) > 1:
             said = ", ".join(f"{name} {width}x{height}" for name, (height, width) in sides.items())
             smallest = min(min(side) for side in sides.values())
@@ -112,15 +125,21 @@ class DataSplits:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(3, height, width)` of every image."""
-        _, channels, height, width = self.train.pixels.shape
-        return channels, height, width
+        return self.train.shape
 
     @property
     def sha256(self) -> str:
-        """Hex digest over the pixels and labels of the three splits: equal data, equal digest; extra images apart."""
+        """Hex digest over the pixels and labels of the three splits: equal data, equal digest; extra images apart.
+
+        Of images on the disk names, sizes and labels stand for the pixels.
+        """
         digest = hashlib.sha256()
-        for name, images in (("train", self.train), ("val", self.val), ("test", self.test)):
-            digest.update(f"{name}{list(images.pixels.shape)}".encode())
-            for tensor in (images.pixels, images.labels):
-                digest.update(tensor.cpu().numpy().data)
+        splits: tuple[tuple[str, Images | Stored], ...] = (
+            ("train", self.train),
+            ("val", self.val),
+            ("test", self.test),
+        )
+        for name, images in splits:
+            digest.update(name.encode())
+            images.feed(digest)
         return digest.hexdigest()

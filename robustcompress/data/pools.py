@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustcompress.data.images import Images
 from robustcompress.data.splits import deal
+from robustcompress.data.stored import Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,15 +21,22 @@ class Pool:
     Attributes:
         labels: int64 `[N]`.
         read: Maps int64 indices `[M]` to uint8 pixels `[M, 3, H, W]`.
+        stored: The same images where they lie, if that is on the disk.
     """
 
     labels: Tensor
     read: Callable[[Tensor], Tensor]
+    stored: Stored | None = None
 
     def take(self, indices: Tensor) -> Images:
         """Read the images at `indices`, in an order that mixes the classes where they come class by class."""
         indices = indices[deal(self.labels[indices])]
         return Images(self.read(indices), self.labels[indices])
+
+    def leave(self, indices: Tensor) -> Stored:
+        """The images at `indices` in the same order as `take` has them, left on the disk, where they must be."""
+        assert self.stored is not None
+        return self.stored.part(indices[deal(self.labels[indices])])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +58,11 @@ class Source:
     val: Pool | None = None
     test: Pool | None = None
     notes: tuple[str, ...] = ()
+
+
+def stored_pool(images: Stored) -> Pool:
+    """Make a pool of images on the disk."""
+    return Pool(labels=images.labels, read=lambda indices: images.subset(indices).pixels, stored=images)
 
 
 def pixel_pool(pixels: Tensor, labels: Tensor, *, image_size: int | None = None) -> Pool:

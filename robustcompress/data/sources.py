@@ -1,4 +1,4 @@
-"""`load_data`: from whatever names or holds images to training, validation and test splits in memory."""
+"""`load_data`: from whatever names or holds images to training, validation and test splits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from robustcompress.data.extra import read_extra, refuse_known
 from robustcompress.data.folder import folder_source
 from robustcompress.data.images import DataSplits, Images
 from robustcompress.data.pools import Pool, Source, resized
+from robustcompress.data.shards import has_shards, shard_source
 from robustcompress.data.splits import stratified, without
+from robustcompress.data.stored import Stored
+from robustcompress.data.streaming import HELD_OUT, Stream, check_held_out, check_stream, streams
 from robustcompress.data.vision import VISION_NAMES, vision_source
 from robustcompress.errors import InputError, Problems, nearest
 
@@ -43,8 +46,10 @@ def load_data(
     extra: str | Path | None = None,
     extra_ratio: float | None = None,
     pseudo_label: str | Path | None = None,
+    stream: Stream = "auto",
+    workers: int | None = None,
 ) -> DataSplits:
-    """Load images into memory as bytes and divide them.
+    """Load images into memory as bytes and divide them; training images that are too many for it stay on the disk.
 
     Args:
         source: One of
@@ -53,6 +58,7 @@ def load_data(
             - "cifar10", "cifar100", "svhn", "mnist", "fashion_mnist": through torchvision;
             - a directory with `train/` and `test/` (or `val/`), each with a folder per class, or a folder per
               class directly;
+            - a directory of tar shards, as WebDataset lays them out (see `shard_source`);
             - `(images, labels)`: uint8 or float in [0, 1], `[N, 1 or 3, H, W]`, and integers `[N]` (floats are
               rounded to n/255);
             - a torch Dataset of (tensor or PIL image, int), or a DataLoader; read once, so a random transform
@@ -74,6 +80,11 @@ def load_data(
         extra_ratio: Their share of each training batch, 0.7 where None. An epoch stays one pass over the data set's own
             images, and so has 1 / (1 - ratio) times as many steps.
         pseudo_label: Who labels them in place of the file: "teacher" (of the run), or the directory of a result.
+        stream: Leave the training images of a directory on the disk and decode them while training: True, False, or
+            "auto", which does so where those in use would take more than a sixteenth of the machine's memory.
+            Validation and test images are in memory all the same, at most 5,000 of each where nothing else is said.
+        workers: Threads that decode while training; as many as there are processors, at most 8, where None. What they
+            decode does not depend on it.
 
     Returns:
         Three disjoint, stratified splits. Images that come class by class are reordered so that the first n
@@ -84,6 +95,7 @@ def load_data(
     """
     problems = Problems("cannot load the data")
     _check_options(problems, image_size, train_limit, test_limit, val_fraction)
+    check_stream(problems, stream, workers)
     if extra is None and (extra_ratio is not None or pseudo_label is not None):
         problems.add("extra_ratio and pseudo_label are about extra images: name their file (extra=)")
     if isinstance(source, DataSplits):
@@ -102,7 +114,9 @@ def load_data(
             problems.add(f"train_limit={train_limit}: {len(opened.classes)} classes need at least {least}, two each")
     problems.raise_if_any()
     assert opened is not None  # _open says why it gives nothing
-    return _with_extra(_divide(opened, train_limit, test_limit, val_fraction, seed), extra, extra_ratio, pseudo_label)
+    streamed = streams(opened, stream, workers, train_limit=train_limit)
+    splits = _divide(streamed or opened, train_limit, test_limit, val_fraction, seed, stored=streamed is not None)
+    return _with_extra(splits, extra, extra_ratio, pseudo_label)
 
 
 def _with_extra(
@@ -134,8 +148,10 @@ def _open(
         return vision_source(source, problems, root=root, download=download, image_size=image_size)
     path = Path(source).expanduser()
     if path.is_dir():
-        return folder_source(path, problems, image_size=image_size)
-    if path.exists():
+        return (shard_source if has_shards(path) else folder_source)(path, problems, image_size=image_size)
+    if path.suffix == ".tar" and path.exists():
+        problems.add(f"{str(source)!r} is one shard: pass its directory, {str(path.parent)!r}")
+    elif path.exists():
         problems.add(f"{str(source)!r} is a file: unpack it, and pass the directory with a folder per class")
     elif isinstance(source, Path) or len(path.parts) > 1:
         problems.add(f"directory {str(source)!r} does not exist")
@@ -145,8 +161,15 @@ def _open(
 
 
 def _divide(
-    source: Source, train_limit: int | None, test_limit: int | None, val_fraction: float, seed: int
+    source: Source,
+    train_limit: int | None,
+    test_limit: int | None,
+    val_fraction: float,
+    seed: int,
+    *,
+    stored: bool,
 ) -> DataSplits:
+    """Who gets which images; with `stored` those for training are left on the disk, and the others are few."""
     train = torch.arange(len(source.train.labels))
     test_pool, test = source.test, _all(source.test)
     if test_pool is None:
@@ -154,22 +177,27 @@ def _divide(
         test = stratified(source.train.labels, count, seed=_TEST_SEED, leave=1)
         train = without(len(train), test)
     train = _limit(source.train.labels, train, train_limit, seed, at_least=2)
-    test = _limit(test_pool.labels, test, test_limit, seed)
+    test = _limit(test_pool.labels, test, test_limit or (HELD_OUT if stored else None), seed)
     val_pool, val = source.val, _all(source.val)
     held = max(1, round(len(train) * val_fraction))
+    if stored:
+        held = min(held, HELD_OUT)
     if val_pool is None:
         labels = source.train.labels[train]
         chosen = stratified(labels, held, seed=seed, leave=1)
         val_pool, val, train = source.train, train[chosen], train[without(len(train), chosen)]
-    elif train_limit is not None:
+    elif train_limit is not None or stored:
         val = _limit(val_pool.labels, val, held, seed)
+    notes = source.notes
+    if stored:
+        notes = (*notes, check_held_out(source.train, len(train), val_pool, len(val), test_pool, len(test)))
     return DataSplits(
         name=source.name,
         classes=source.classes,
-        train=source.train.take(train),
+        train=source.train.leave(train) if stored else source.train.take(train),
         val=val_pool.take(val),
         test=test_pool.take(test),
-        notes=source.notes,
+        notes=notes,
     )
 
 
@@ -186,9 +214,13 @@ def _limit(labels: Tensor, indices: Tensor, limit: int | None, seed: int, *, at_
 def _limited(
     splits: DataSplits, image_size: int | None, train_limit: int | None, test_limit: int | None, seed: int
 ) -> DataSplits:
+    def fewer(images: Images | Stored, limit: int | None, at_least: int) -> Tensor | None:
+        if limit is None or limit >= len(images):
+            return None
+        return _limit(images.labels.cpu(), torch.arange(len(images)), limit, seed, at_least=at_least)
+
     def change(images: Images, limit: int | None, at_least: int) -> Images:
-        if limit is not None and limit < len(images):
-            chosen = _limit(images.labels.cpu(), torch.arange(len(images)), limit, seed, at_least=at_least)
+        if (chosen := fewer(images, limit, at_least)) is not None:
             images = images.subset(chosen)
         if image_size is not None:
             images = Images(resized(images.pixels, image_size), images.labels)
@@ -198,9 +230,17 @@ def _limited(
         return splits
     if splits.extra is not None and image_size is not None:
         raise InputError(f"image_size={image_size!r} does not resize the extra images: load both anew")
+    train: Images | Stored
+    if isinstance(splits.train, Images):
+        train = change(splits.train, train_limit, 2)
+    elif image_size is not None:
+        raise InputError(f"image_size={image_size!r} does not resize images that are on the disk: load the data anew")
+    else:
+        chosen = fewer(splits.train, train_limit, 2)
+        train = splits.train if chosen is None else splits.train.part(chosen)
     return replace(
         splits,
-        train=change(splits.train, train_limit, 2),
+        train=train,
         val=change(splits.val, None, 0),
         test=change(splits.test, test_limit, 0),
     )

@@ -28,6 +28,8 @@ DATA_KEYS = (
     "extra",
     "extra_ratio",
     "pseudo_label",
+    "stream",
+    "workers",
 )
 
 

@@ -14,11 +14,12 @@ from robustcompress.train.device import (
 from robustcompress.train.ema import average_epoch, averaged, equally_averaged, make_average
 from robustcompress.train.frozen import frozen, frozen_but
 from robustcompress.train.guard import Guard, make_guard
+from robustcompress.train.large_batch import Lamb, Lars
 from robustcompress.train.loop import make_optimizer, phase_steps, train
 from robustcompress.train.midway import Midway
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import HOW, Recipe, augmentation
-from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor
+from robustcompress.train.schedules import SCHEDULES, Schedule, lr_factor, warm_up_factor
 from robustcompress.train.score_ascent import ScoreAscent, calibrate
 from robustcompress.train.selection import Selection
 from robustcompress.train.statistics import BATCHES as STATISTICS_BATCHES
@@ -32,6 +33,8 @@ __all__ = [
     "Care",
     "CompiledNetwork",
     "Guard",
+    "Lamb",
+    "Lars",
     "Midway",
     "Progress",
     "Recipe",
@@ -61,6 +64,7 @@ __all__ = [
     "set_memory_format",
     "sharpness_ascent",
     "train",
+    "warm_up_factor",
     "weight_ascent",
     "with_auxiliary",
 ]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from robustcompress.data import Batches, Images
+from robustcompress.data import Batches, Images, Stored
 from robustcompress.distributed import ALONE, World
 from robustcompress.robust.attacks import eval_mode, pgd
 from robustcompress.robust.objective import Objective, ObjectiveStep
@@ -277,7 +277,7 @@ class Snapshot:
 def make_guard(
     objective: Objective,
     threat: ThreatModel,
-    images: Images,
+    images: Images | Stored,
     *,
     count: int,
     seed: int,

@@ -24,18 +24,19 @@ from robustcompress.train.accumulate import step_in_parts
 from robustcompress.train.ascent import Ascent
 from robustcompress.train.care import LOOK_EVERY, Care, TrainingError
 from robustcompress.train.engine import Engine
+from robustcompress.train.large_batch import Lamb, Lars
 from robustcompress.train.midway import Midway
 from robustcompress.train.progress import Progress
 from robustcompress.train.recipe import Recipe
 from robustcompress.train.remat import rematerialised
-from robustcompress.train.schedules import Schedule, lr_factor
+from robustcompress.train.schedules import Schedule, lr_factor, warm_up_factor
 
 CLEAN_EVERY = 10
 """Clean training accuracy is looked at every so many steps: a full look would cost one more forward pass a step."""
 
 
 def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer; vectors (batch norms, biases) are not decayed."""
+    """Build the recipe's optimizer; vectors (batch norms, biases) are neither decayed nor scaled by their norm."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -44,6 +45,12 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: fl
     # One kernel for all tensors in place of several a tensor. On the CPU the plain one stays: it is what results there
     # were made with, bit for bit.
     fused = True if all(p.is_cuda and p.is_floating_point() for p in parameters) else None
+    if recipe.optimizer in ("lars", "lamb"):
+        for group in groups:
+            group["adapt"] = group["params"][0].dim() > 1
+        if recipe.optimizer == "lars":
+            return Lars(groups, lr=lr, momentum=recipe.momentum, trust=recipe.trust)
+        return Lamb(groups, lr=lr, betas=(recipe.momentum, 0.999))
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(recipe.momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
@@ -125,7 +132,7 @@ def train(
         objective: What a step minimises; asked at the beginning of each epoch what that is (`Objective.begin`). Where
             it replays batches, an epoch has as many steps, and fewer images.
         threat: What the adversary may do.
-        recipe: Clipping, and what saves memory; the rest is already in `optimizer`, `batches` and `ema`.
+        recipe: Warm-up, clipping, and what saves memory; the rest is already in `optimizer`, `batches` and `ema`.
         epochs: How long; rounded to whole steps, at least one.
         optimizer: Holds the parameters that move. A parameter group's own "lr_scale" multiplies its learning rate.
         lr: Peak learning rate of this phase.
@@ -139,7 +146,8 @@ def train(
         ascent: Compute gradients one ascent above the parameters, from its beginning on; loss and accuracies of the
             records are then those found there.
         start: Steps that are done already: a resumed phase. Within an epoch `batches` counts that epoch already.
-        span: Shares of the run's epochs at which this phase begins and ends, for objectives that change on the way.
+        span: Shares of the run's epochs at which this phase begins and ends, for objectives that change on the way and
+            for the recipe's warm-up.
         midway: Holds what this loop remembers within an epoch; where `start` is within one, has it from a checkpoint.
         on_step: Called with the number of steps done after each that ends no epoch.
         parts: Into how many every batch is cut, and which are this process's: then all of its world call this, and each
@@ -161,7 +169,7 @@ def train(
         objective.require_parts()
         ascends_from = round(ascent.begins * steps)
     history: list[dict[str, Any]] = []
-    device_type = batches.images.pixels.device.type
+    device_type = batches.device.type
     precision = torch.autocast(device_type, torch.bfloat16) if autocast else contextlib.nullcontext()
     midway, parts = midway or Midway(), parts or Parts(recipe.accumulate)
     care = care or Care(recipe, parts=parts.total, say=progress.say)
@@ -176,9 +184,10 @@ def train(
         model.train()
         for objectives, x, y, key, count in _stream(batches, objective, start, steps, midway, parts):
             so_far = _sums(ascent)
+            passed = span[0] + (span[1] - span[0]) * (done + 1) / steps
+            factor = min(lr_factor(schedule, done / steps), warm_up_factor(recipe.warmup, passed))
             for group in optimizer.param_groups:
-                factor = lr_factor(schedule, done / steps) * group.get("lr_scale", 1.0)
-                group["lr"] = lr * factor * care.factor
+                group["lr"] = lr * (factor * group.get("lr_scale", 1.0)) * care.factor
             optimizer.zero_grad(set_to_none=True)
             make = functools.partial(
                 step_in_parts,

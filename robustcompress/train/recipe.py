@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 from robustcompress.data import Augment
 from robustcompress.errors import Problems, nearest
 from robustcompress.train.engine import COMPRESSIONS, Compression
+from robustcompress.train.large_batch import TRUST
 
-Optimizer = Literal["sgd", "adamw"]
+Optimizer = Literal["sgd", "adamw", "lars", "lamb"]
 Averaging = Literal["ema", "swa"]
 NonFinite = Literal["stop", "skip"]
 
@@ -23,10 +24,15 @@ class Recipe:
     """Training settings. The defaults are the field's for 32x32 images (Rice et al. 2020; Pang et al. 2021).
 
     Attributes:
-        optimizer: "sgd" (Nesterov momentum) or "adamw".
+        optimizer: "sgd" (Nesterov momentum) or "adamw"; for large batches "lars" (`Lars`; each step moves a matrix by
+            about `lr` times `trust` of its norm) or "lamb" (`Lamb`; by about `lr` of it).
         lr: Peak learning rate.
-        momentum: SGD momentum, or AdamW's first beta.
-        weight_decay: Applied to weights of more than one dimension only, not to batch norms and biases.
+        momentum: SGD's and LARS's momentum, or the first beta of AdamW and LAMB.
+        weight_decay: Applied to weights of more than one dimension only, not to batch norms and biases; nor are these
+            scaled by "lars" and "lamb".
+        trust: The coefficient of "lars" (eta).
+        warmup: Share of the run's epochs over which the learning rate rises linearly to the phases' schedules: until
+            then it is the smaller of both. "one-cycle" has a rise of its own, over 15 % of its phase.
         batch_size: Images a step, those of all processes together.
         clip_norm: Gradients are scaled down to this Euclidean norm; None leaves them.
         ema: Largest decay of the averaged weights, which are what every strategy returns; 0 switches averaging off.
@@ -69,6 +75,8 @@ class Recipe:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    trust: float = TRUST
+    warmup: float = 0.0
     batch_size: int = 128
     clip_norm: float | None = None
     ema: float = 0.999
@@ -101,9 +109,11 @@ class Recipe:
                 chosen = getattr(self, name)
                 problems.add(f"{name}={chosen!r} does not exist{nearest(str(chosen), choices)}")
         for name, whole, low, high in (
-            ("lr", False, 1e-9, 10),
+            ("lr", False, 1e-9, 50),
             ("momentum", False, 0, 0.9999),
             ("weight_decay", False, 0, 1),
+            ("trust", False, 1e-9, 1),
+            ("warmup", False, 0, 1),
             ("batch_size", True, 1, 1_000_000),
             ("accumulate", True, 1, 1_000_000),
             ("ema", False, 0, 0.999999),

@@ -12,6 +12,16 @@ WARM_UP = 0.15
 """Share of a phase over which "one-cycle" rises to the peak; "warm-up" takes half of its phase."""
 
 
+def warm_up_factor(warmup: float, passed: float) -> float:
+    """Return the largest factor on the peak learning rate while a run warms up: it rises linearly, step by step.
+
+    Args:
+        warmup: Share of the run's epochs that the warm-up takes; 0 for none.
+        passed: Share of the run's epochs at the end of the step, above 0.
+    """
+    return 1.0 if warmup == 0 else min(1.0, passed / warmup)
+
+
 def lr_factor(schedule: Schedule, progress: float) -> float:
     """Return the factor on the peak learning rate.
 

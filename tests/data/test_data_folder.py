@@ -47,11 +47,13 @@ def test_split_folders(folder: Path) -> None:
 
 
 def test_only_what_is_chosen_is_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from robustcompress.data import folder as module
+    from robustcompress.data import stored as module
 
     decoded: list[int] = []
     whole = module.decode
-    monkeypatch.setattr(module, "decode", lambda paths, **kw: (decoded.append(len(paths)), whole(paths, **kw))[1])
+    monkeypatch.setattr(
+        module, "decode", lambda files, which, **kw: (decoded.append(len(which)), whole(files, which, **kw))[1]
+    )
     data = load_data(folder, train_limit=20, test_limit=6)
     assert sum(decoded) == 26
     assert torch.bincount(data.test.labels).tolist() == [2, 2, 2]

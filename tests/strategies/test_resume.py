@@ -173,10 +173,11 @@ def test_parts_go_on_training_from_a_checkpoint(tmp_path: Path) -> None:
     "recipe",
     [
         rc.Recipe(batch_size=32, val_images=20, optimizer="adamw", lr=0.01, clip_norm=1.0),
+        rc.Recipe(batch_size=32, val_images=20, optimizer="lamb", lr=0.01, warmup=0.3),
         rc.Recipe(batch_size=32, val_images=0, ema=0.0),
         rc.Recipe(batch_size=32, val_images=20, momentum=0.0),
     ],
-    ids=["adamw", "without-average-and-selection", "without-momentum"],
+    ids=["adamw", "lamb", "without-average-and-selection", "without-momentum"],
 )
 def test_every_kind_of_optimizer_goes_on(recipe: rc.Recipe, tmp_path: Path) -> None:
     strategy = rc.Grape(events=2, order="random", init="clone")

@@ -15,6 +15,7 @@ from robustcompress.structure import NEW, Axis, Edit, StructuralEditor
 from robustcompress.structure.gates import top_channels
 from robustcompress.structure.masks import TopK
 from robustcompress.structure.verify import leave_out, silence_readers
+from robustcompress.train import Lamb, Lars
 from tests.structure.networks import EXAMPLE, images, networks, transformers
 
 generated = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -204,6 +205,8 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, weight_decay=1e-3),
     "adam": lambda p: torch.optim.Adam(p, 0.01),
     "adamw": lambda p: torch.optim.AdamW(p, 0.01, amsgrad=True),
+    "lars": lambda p: Lars(p, 1.0, weight_decay=1e-3),
+    "lamb": lambda p: Lamb(p, 0.01, weight_decay=1e-3),
 }
 
 
