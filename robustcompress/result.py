@@ -7,7 +7,7 @@ import html
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustcompress.bounded import build_bounded, most_numbers
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.errors import InputError, ResultError
 from robustcompress.hub import fetch, is_address
@@ -23,6 +24,7 @@ from robustcompress.models import ModelSpec
 from robustcompress.records import checked_cost, checked_data, checked_strategy
 from robustcompress.robust import RobustReport, ThreatModel
 from robustcompress.structure import AnyEdit, StructuralEditor, edit_from_json
+from robustcompress.untrusted import load_state, parse_json, read_json, read_tensors, read_text
 
 FORMAT = 3
 """The newest that is read. What is written has the oldest that can hold its edits, and its demand for accuracy."""
@@ -279,13 +281,18 @@ def load(
         }
     except (*DAMAGE, ResultError) as error:
         raise ResultError(f"{directory / RESULT} is damaged or was changed by hand: {error}") from error
-    fresh = _reference(directory, spec, model)
+    tensors = _tensors(directory)
+    shape, most = parts["data"]["image_shape"], most_numbers(sum(tensor.numel() for tensor in tensors.values()))
+    fresh = _reference(directory, spec, model, shape, most)
     try:
         with torch.random.fork_rng(devices=[]):
-            StructuralEditor.replay(fresh, torch.zeros(2, *parts["data"]["image_shape"]), edits)
+            StructuralEditor.replay(fresh, torch.zeros(2, *shape), edits, most=most)
     except DAMAGE as error:
         raise ResultError(f"the edits in {directory / RESULT} do not fit the reference model: {error}") from error
-    _load_weights(directory, fresh)
+    try:
+        load_state(fresh, tensors)
+    except ValueError as error:
+        raise ResultError(f"{directory / WEIGHTS} does not fit the structure in {RESULT}: {error}") from error
     return CompressResult(model=fresh.eval(), history=tuple(history), **parts)
 
 
@@ -294,10 +301,10 @@ def _read(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ResultError(f"{directory} holds no result: there is no {RESULT}; was it written by `compress --out`?")
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
         raise ResultError(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+    if not isinstance(record, dict) or type(record.get("format")) is not int:
         raise ResultError(f"{path} is not a robustcompress result")
     if record["format"] > FORMAT:
         raise ResultError(f"{path} has format {record['format']}; this version reads up to {FORMAT}: upgrade")
@@ -310,7 +317,11 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def _reference(
-    directory: Path, spec: ModelSpec | None, model: nn.Module | Callable[[], nn.Module] | ModelSpec | str | None
+    directory: Path,
+    spec: ModelSpec | None,
+    model: nn.Module | Callable[[], nn.Module] | ModelSpec | str | None,
+    image_shape: Sequence[int],
+    most: int,
 ) -> nn.Module:
     if isinstance(model, str):
         model = ModelSpec(model, spec.kwargs if spec is not None and spec.name == model else {})
@@ -333,22 +344,16 @@ def _reference(
                 f"pass load(..., model={spec.name!r})"
             )
         try:
-            return spec.build().cpu()
-        except DAMAGE as error:
+            return build_bounded(spec, image_shape, most).cpu()
+        except (*DAMAGE, ResultError) as error:
             raise ResultError(f"the reference model in {directory / RESULT} cannot be built: {error}") from error
 
 
-def _load_weights(directory: Path, model: nn.Module) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     try:
-        model.load_state_dict(load_file(directory / WEIGHTS), strict=True)
-    except (RuntimeError, SafetensorError, OSError) as error:
-        reason = str(error).splitlines()
-        raise ResultError(
-            f"{directory / WEIGHTS} does not fit the structure in {RESULT}: {' '.join(reason[:2])[:300]}"
-        ) from error
+        return read_tensors(directory / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{directory / WEIGHTS} is damaged: {error}") from error
 
 
 def _history(directory: Path) -> list[dict[str, Any]]:
@@ -356,8 +361,8 @@ def _history(directory: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
+        records = [parse_json(line, nan=True) for line in read_text(path).splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
         raise ResultError(f"{path} is damaged: {error}; without that file the result still loads") from error
     if not all(isinstance(record, dict) for record in records):
         raise ResultError(f"{path} is damaged: a line is no JSON object; without that file the result still loads")

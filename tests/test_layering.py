@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "robustcompress"
 SOURCES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
-    {"errors"},
+    {"errors", "untrusted"},
     {"structure", "robust", "data", "models"},
     {"min_robust"},
     {"budget", "latency"},
@@ -27,6 +27,7 @@ LAYERS = [
     {"shapes"},
     {"search"},
     {"diagnostics"},
+    {"bounded"},
     {"strategies", "result", "records"},
     {"export", "plots", "stability", "widths", "front", "cuts", "sensitivity"},
     {"artefact", "certify"},

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from robustcompress.errors import InputError, Problems, nearest
-from robustcompress.structure.checks import channels, check_resize
+from robustcompress.structure.checks import channels, check_resize, check_size
 from robustcompress.structure.depth import BypassProof
 from robustcompress.structure.gates import Gates
 from robustcompress.structure.groups import NEW, AnyEdit, Bypass, ChannelGroup, Edit, Insert
@@ -310,8 +310,10 @@ class StructuralEditor:
         return twin
 
     @classmethod
-    def replay(cls, model: nn.Module, example: torch.Tensor, edits: Iterable[AnyEdit]) -> StructuralEditor:
-        """Carry a list of edits out on a fresh reference model, in place.
+    def replay(
+        cls, model: nn.Module, example: torch.Tensor, edits: Iterable[AnyEdit], *, most: int | None = None
+    ) -> StructuralEditor:
+        """Carry a list of edits out on a fresh reference model, in place; `most` bounds how many numbers it may hold.
 
         New channels get arbitrary values: load the saved weights afterwards, with `strict=True`.
 
@@ -319,11 +321,11 @@ class StructuralEditor:
             The editor, ready for more edits.
 
         Raises:
-            InputError: If an edit does not fit this model.
+            InputError: If an edit does not fit this model, or makes it larger than `most`.
         """
-        editor = cls(model, example)
-        waiting: list[Wanted] = []  # what was inserted in a row is traced once
+        editor, waiting = cls(model, example), list[Wanted]()  # what was inserted in a row is traced once
         for edit in edits:
+            check_size(model, editor.layout, editor._widths, edit, most)
             if isinstance(edit, Insert):
                 waiting.append((edit.module, edit.kind, edit.width))
                 continue

@@ -1,0 +1,108 @@
+"""Networks that a file asks for: whether they fit into memory is known before they are built."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from robustcompress.errors import ResultError
+from robustcompress.models import ModelSpec
+from robustcompress.untrusted import room
+
+PLENTY = 1 << 28
+"""Numbers that a network may hold without a word: 1 GB of weights."""
+
+SHRUNK = 100
+"""A reference that is larger than `PLENTY` has at most so many times the numbers of the network that is left."""
+
+MOST_TENSORS = 100_000
+
+
+def most_numbers(kept: int) -> int:
+    """How many numbers a network may hold on the way to one of which `kept` were saved."""
+    return min(max(PLENTY, SHRUNK * kept), room() // 4)
+
+
+def build_bounded(spec: ModelSpec, image_shape: Sequence[int], most: int) -> nn.Module:
+    """Build the network that a file names, if it fits.
+
+    It is built without memory first (on the meta device), and shown two images there. What cannot be built so, because
+    it computes with its tensors, is only counted while it is built.
+
+    Args:
+        spec: As the file says it; imports no code.
+        image_shape: (C, H, W), as the file says it.
+        most: Numbers that it may hold.
+
+    Raises:
+        ResultError: It holds more, or to look at such images takes more memory than there is.
+    """
+    with contextlib.suppress(_Unknown), _meta(), _counted(most):
+        twin = spec.build()
+        with torch.no_grad(), _Counting(room()):
+            twin.eval()(torch.empty(2, *image_shape))
+    with _counted(most):
+        return spec.build()
+
+
+class _Unknown(Exception):
+    """It cannot be done without memory; whatever is wrong shows when it is done with."""
+
+
+@contextmanager
+def _meta() -> Iterator[None]:
+    try:
+        with torch.device("meta"):
+            yield
+    except ResultError:
+        raise
+    except Exception as error:
+        raise _Unknown from error
+
+
+@contextmanager
+def _counted(most: int) -> Iterator[None]:
+    """Stop the building of a network that holds too many numbers, before they are given values.
+
+    Layers register a parameter before they fill it, and memory that was not written to is not taken yet.
+    """
+    numbers = tensors = 0
+
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal numbers, tensors
+        del module
+        if parameter is None:
+            return
+        numbers, tensors = numbers + parameter.numel(), tensors + 1
+        if numbers > most or tensors > MOST_TENSORS:
+            raise ResultError(f"it has more than {most} numbers, or {MOST_TENSORS} tensors, and what is left has few")
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Counting(TorchDispatchMode):
+    """Adds up what operations give, all of which tracing keeps."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._left = most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not getattr(func, "is_view", False):
+            self._left -= sum(t.numel() * t.element_size() for t in tree_leaves(found) if isinstance(t, Tensor))
+        if self._left < 0:
+            raise ResultError("to look at two images of its size takes more memory than is free")
+        return found
