@@ -45,7 +45,7 @@ def build_bounded(spec: ModelSpec, image_shape: Sequence[int], most: int) -> nn.
     Raises:
         ResultError: It holds more, or to look at such images takes more memory than there is.
     """
-    with contextlib.suppress(_Unknown), _meta(), _counted(most):
+    with contextlib.suppress(_UnknownError), _meta(), _counted(most):
         twin = spec.build()
         with torch.no_grad(), _Counting(room()):
             twin.eval()(torch.empty(2, *image_shape))
@@ -53,7 +53,7 @@ def build_bounded(spec: ModelSpec, image_shape: Sequence[int], most: int) -> nn.
         return spec.build()
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """It cannot be done without memory; whatever is wrong shows when it is done with."""
 
 
@@ -65,7 +65,7 @@ def _meta() -> Iterator[None]:
     except ResultError:
         raise
     except Exception as error:
-        raise _Unknown from error
+        raise _UnknownError from error
 
 
 @contextmanager
@@ -92,11 +92,11 @@ def _counted(most: int) -> Iterator[None]:
         handle.remove()
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up what operations give, all of which tracing keeps."""
 
     def __init__(self, most: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._left = most
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -290,7 +290,7 @@ def load(
     except DAMAGE as error:
         raise ResultError(f"the edits in {directory / RESULT} do not fit the reference model: {error}") from error
     try:
-        load_state(fresh, tensors)
+        load_state(fresh, tensors, exact=True)
     except ValueError as error:
         raise ResultError(f"{directory / WEIGHTS} does not fit the structure in {RESULT}: {error}") from error
     return CompressResult(model=fresh.eval(), history=tuple(history), **parts)

@@ -67,20 +67,11 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number")
 
 
-def check_plain(value: Any, *, most: int | None = None) -> None:
-    """Raise ValueError where plain data are nested too deep, or hold texts that no screen and no file can show.
-
-    Args:
-        value: Mappings, lists, texts, numbers, booleans and None.
-        most: How many of them there may be, those that are shared (YAML's aliases) counted each time; None for any.
-    """
+def check_plain(value: Any) -> None:
+    """Raise ValueError where data are not plain, are nested too deep, or hold texts that no screen and no file shows."""
     stack = [(value, 0)]
-    count = 0
     while stack:
         item, depth = stack.pop()
-        count += 1
-        if most is not None and count > most:
-            raise ValueError(f"it comes to more than {most} values")
         if depth > _DEEPEST:
             raise ValueError(f"it is nested in more than {_DEEPEST} levels")
         if isinstance(item, str):
@@ -116,16 +107,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
 
-def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put tensors into a network that has exactly these, of these shapes and types.
+def load_state(model: nn.Module, tensors: dict[str, Tensor], *, exact: bool = False) -> None:
+    """Put tensors into a network that has exactly these, of these shapes.
+
+    Args:
+        model: The network.
+        tensors: By name.
+        exact: Whether types must be the same; else floats may be of another precision.
 
     Raises:
         ValueError: It has others.
     """
     for name, own in model.state_dict(keep_vars=True).items():
         given = tensors.get(name)
-        # torch would convert: half the digits, or an imaginary part, would be lost without a word.
-        if given is not None and given.dtype != own.dtype:
+        if given is None or given.dtype == own.dtype:
+            continue
+        if exact or not (given.dtype.is_floating_point and own.dtype.is_floating_point):
             raise ValueError(f"{name} is of type {given.dtype}, the network's is {own.dtype}")
     try:
         model.load_state_dict(tensors, strict=True)

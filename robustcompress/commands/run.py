@@ -11,7 +11,7 @@ from typing import Any
 from robustcompress.certify import save_certificate
 from robustcompress.commands.certify import shown as shown_certificate
 from robustcompress.errors import InputError
-from robustcompress.recipe import RunRecipe, merged, read_yaml
+from robustcompress.recipe import RunRecipe, merged, parse_yaml, read_yaml
 from robustcompress.result import check_target
 from robustcompress.terminal import Output, evaluation_bar, table
 from robustcompress.train import resolve_device
@@ -124,14 +124,12 @@ def _setting(text: str) -> tuple[tuple[str, ...], Any]:
     Raises:
         argparse.ArgumentTypeError: It is no such thing.
     """
-    import yaml
-
     path, equals, value = text.partition("=")
     if not equals or not all(part.isidentifier() for part in path.split(".")):
         raise argparse.ArgumentTypeError(f"{text!r}: write key=value, such as epochs=5 or training.lr=0.05")
     try:
-        return tuple(path.split(".")), yaml.safe_load(value)
-    except yaml.YAMLError:
+        return tuple(path.split(".")), parse_yaml(value)
+    except ValueError:
         return tuple(path.split(".")), value
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,16 +18,29 @@ import torch
 from torch import Tensor
 
 from robustcompress.data.pools import Pool, Source
-from robustcompress.errors import InputError, Problems
+from robustcompress.errors import InputError, Problems, first_line
+from robustcompress.untrusted import room
 
 if TYPE_CHECKING:
     from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+"""What files are read as, whatever they are called: other readers of Pillow run programs, such as Ghostscript."""
+
+MOST_PIXELS = 1 << 26
+"""An image with more is taken for a decompression bomb: a few bytes that unpack to gigabytes."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
 # Below this many pixels the interpreter's lock makes several threads slower than one (measured).
 _SMALL = 96 * 96
 _CHUNK = 64
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError),
+    *(AttributeError, MemoryError, struct.error, zlib.error),
+)
+"""What Pillow's readers raise on damaged files."""
+
 _LISTED = 5
 
 
@@ -125,6 +141,11 @@ def decode(paths: Sequence[str], *, image_size: int | None = None) -> Tensor:
     unreadable: list[str] = []
     width, height, area = _probe(paths, unreadable)
     shape = (height, width) if image_size is None else (image_size, image_size)
+    if (needed := 3 * len(paths) * math.prod(shape)) > (free := 2 * room()):
+        raise InputError(
+            f"{len(paths)} images of {width}x{height} ({paths[0]}, ...) take {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: scale them (image_size=...)"
+        )
     out = np.empty((len(paths), *shape, 3), np.uint8)
     other_sizes: list[tuple[str, tuple[int, int]]] = []
     workers = 1 if area < _SMALL else min(8, os.cpu_count() or 1)
@@ -149,13 +170,11 @@ def decode(paths: Sequence[str], *, image_size: int | None = None) -> Tensor:
 
 def _probe(paths: Sequence[str], unreadable: list[str]) -> tuple[int, int, int]:
     """Width, height and area of the first image whose header can be read."""
-    from PIL import Image
-
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with _opened(path) as image:
                 return (*image.size, image.size[0] * image.size[1])
-        except (OSError, SyntaxError, ValueError) as error:
+        except _DAMAGE as error:
             unreadable.append(_corrupt(path, error))
     raise InputError(f"cannot decode the images: none of {len(paths)} files can be read ({paths[0]}, ...)")
 
@@ -168,28 +187,44 @@ def _decode_chunk(
     other_sizes: list[tuple[str, tuple[int, int]]],
     start: int,
 ) -> None:
-    from PIL import Image
-
     for index in range(start, min(start + _CHUNK, len(paths))):
         path = paths[index]
         try:
             # Through memory: Pillow reads in many small pieces (measured at 32x32: 0.20 against 0.14 ms).
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123
                 content = io.BytesIO(file.read())
-            with Image.open(content) as image:
+            with _opened(content) as image:
                 if image_size is not None:
                     image.draft("RGB", (image_size, image_size))  # JPEG decodes at 1/2, 1/4 or 1/8 for free
                 image.load()
                 picture = image if image.mode == "RGB" else image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+            if image_size is not None:
+                picture = _fit(picture, image_size)
+        except _DAMAGE as error:
             unreadable.append(_corrupt(path, error))
             continue
-        if image_size is not None:
-            picture = _fit(picture, image_size)
         if picture.size != (out.shape[2], out.shape[1]):
             other_sizes.append((path, picture.size))
             continue
         out[index] = np.frombuffer(picture.tobytes(), np.uint8).reshape(out.shape[1:])
+
+
+def _opened(source: str | io.BytesIO) -> Image.Image:
+    """An image of which only the header was read.
+
+    Raises:
+        ValueError: It has more pixels than are believed; other errors where it is damaged.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(source, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(first_line(error)) from error
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS}: a decompression bomb?")
+    return image
 
 
 def _fit(picture: Image.Image, size: int) -> Image.Image:
@@ -197,6 +232,8 @@ def _fit(picture: Image.Image, size: int) -> Image.Image:
 
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{picture.width}x{picture.height} pixels: so narrow an image has no centre to crop")
     left, top = (width - size) // 2, (height - size) // 2
     scaled = picture.resize((width, height), Image.Resampling.BILINEAR)
     return scaled.crop((left, top, left + size, top + size))

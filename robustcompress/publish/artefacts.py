@@ -17,6 +17,7 @@ from robustcompress.publish.markup import Html, Part, facts, fold, join, note, p
 from robustcompress.publish.measured import timed, verified
 from robustcompress.publish.reading import pathless, short
 from robustcompress.result import DAMAGE, CompressResult
+from robustcompress.untrusted import read_json
 
 MOST_FILES, LARGEST_ONNX, LARGEST_JSON = 8, 1 << 30, 1 << 20
 KINDS = {".verify.json": "Verification", ".bench.json": "Latency"}
@@ -178,8 +179,8 @@ def _record(path: Path) -> Html:
     if path.stat().st_size > LARGEST_JSON:
         return join([head, note("Too large to be shown.")])
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(path, LARGEST_JSON)
+    except (OSError, ValueError) as error:
         return join([head, note(f"It cannot be read: {first_line(error)}", warning=True)])
     whole = render_record(pathless(value))
     try:

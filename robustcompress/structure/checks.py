@@ -53,9 +53,7 @@ def check_resize(
     problems.raise_if_any()
 
 
-def check_size(
-    model: nn.Module, layout: Layout, widths: Mapping[str, int], edit: AnyEdit, most: int | None
-) -> None:
+def check_size(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit: AnyEdit, most: int | None) -> None:
     """Refuse an edit after which a network would hold more than `most` numbers, before anything is allocated.
 
     Args:
@@ -76,8 +74,8 @@ def check_size(
         numbers = numbers_after(model, plan_edit(model, layout, widths, edit))
         if numbers > most:
             raise InputError(
-                f"with {len(edit.sources)} channels in {edit.group!r} the network would hold {numbers} numbers; at most "
-                f"{most} are believed"
+                f"with {len(edit.sources)} channels in {edit.group!r} the network would hold {numbers} numbers; at "
+                f"most {most} are believed"
             )
 
 

@@ -83,7 +83,7 @@ def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit:
 
 def _sharing(edit: Edit) -> torch.Tensor:
     sources = torch.tensor(edit.sources)
-    _, which, counts = sources.unique(return_inverse=True, return_counts=True)
+    _, which, counts = torch.unique(sources, return_inverse=True, return_counts=True)
     return torch.where(sources == NEW, 1.0, 1.0 / counts[which].double())
 
 
