@@ -15,23 +15,24 @@ from torch.utils._pytree import tree_leaves
 
 from robustcompress.errors import ResultError
 from robustcompress.models import ModelSpec
+from robustcompress.structure import AnyEdit, StructuralEditor
 from robustcompress.untrusted import room
 
-PLENTY = 1 << 28
-"""Numbers that a network may hold without a word: 1 GB of weights."""
+PLENTY = 1 << 26
+"""Numbers that a reference may hold whatever is left of it: a quarter of a gigabyte."""
 
 SHRUNK = 100
-"""A reference that is larger than `PLENTY` has at most so many times the numbers of the network that is left."""
+"""A larger reference has at most so many times the numbers of the network that is left."""
+
+GROWN = 4
+"""On the way no network has more than so many times the numbers of the reference, or of the network that is left."""
+
+MOST_EDITS = 10_000
 
 MOST_TENSORS = 100_000
 
 
-def most_numbers(kept: int) -> int:
-    """How many numbers a network may hold on the way to one of which `kept` were saved."""
-    return min(max(PLENTY, SHRUNK * kept), room() // 4)
-
-
-def build_bounded(spec: ModelSpec, image_shape: Sequence[int], most: int) -> nn.Module:
+def build_bounded(spec: ModelSpec, image_shape: Sequence[int], kept: int) -> nn.Module:
     """Build the network that a file names, if it fits.
 
     It is built without memory first (on the meta device), and shown two images there. What cannot be built so, because
@@ -40,17 +41,39 @@ def build_bounded(spec: ModelSpec, image_shape: Sequence[int], most: int) -> nn.
     Args:
         spec: As the file says it; imports no code.
         image_shape: (C, H, W), as the file says it.
-        most: Numbers that it may hold.
+        kept: Numbers in the file with the weights.
 
     Raises:
-        ResultError: It holds more, or to look at such images takes more memory than there is.
+        ResultError: It holds so many more that it cannot have been the reference, or to look at such images takes more
+            memory than there is.
     """
+    most = min(max(PLENTY, SHRUNK * kept), room() // 4)
     with contextlib.suppress(_UnknownError), _meta(), _counted(most):
         twin = spec.build()
         with torch.no_grad(), _Counting(room()):
             twin.eval()(torch.empty(2, *image_shape))
     with _counted(most):
         return spec.build()
+
+
+def replay_bounded(model: nn.Module, image_shape: Sequence[int], edits: Sequence[AnyEdit], kept: int) -> None:
+    """Carry out the edits that a file names on the reference, in place.
+
+    Args:
+        model: The reference.
+        image_shape: (C, H, W).
+        edits: In their order.
+        kept: Numbers in the file with the weights.
+
+    Raises:
+        ResultError: There are too many edits.
+        InputError: An edit does not fit, or asks for more channels than such a network has on its way.
+    """
+    if len(edits) > MOST_EDITS:
+        raise ResultError(f"there are {len(edits)} edits, more than {MOST_EDITS}")
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        StructuralEditor.replay(model, torch.zeros(2, *image_shape), edits, most=GROWN * max(numbers, kept))
 
 
 class _UnknownError(Exception):

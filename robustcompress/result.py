@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustcompress.bounded import build_bounded, most_numbers
+from robustcompress.bounded import build_bounded, replay_bounded
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.errors import InputError, ResultError
 from robustcompress.hub import fetch, is_address
@@ -23,7 +23,7 @@ from robustcompress.min_robust import lines_of, trials_of
 from robustcompress.models import ModelSpec
 from robustcompress.records import checked_cost, checked_data, checked_strategy
 from robustcompress.robust import RobustReport, ThreatModel
-from robustcompress.structure import AnyEdit, StructuralEditor, edit_from_json
+from robustcompress.structure import AnyEdit, edit_from_json
 from robustcompress.untrusted import load_state, parse_json, read_json, read_tensors, read_text
 
 FORMAT = 3
@@ -282,12 +282,11 @@ def load(
     except (*DAMAGE, ResultError) as error:
         raise ResultError(f"{directory / RESULT} is damaged or was changed by hand: {error}") from error
     tensors = _tensors(directory)
-    shape, most = parts["data"]["image_shape"], most_numbers(sum(tensor.numel() for tensor in tensors.values()))
-    fresh = _reference(directory, spec, model, shape, most)
+    shape, kept = parts["data"]["image_shape"], sum(tensor.numel() for tensor in tensors.values())
+    fresh = _reference(directory, spec, model, shape, kept)
     try:
-        with torch.random.fork_rng(devices=[]):
-            StructuralEditor.replay(fresh, torch.zeros(2, *shape), edits, most=most)
-    except DAMAGE as error:
+        replay_bounded(fresh, shape, edits, kept)
+    except (*DAMAGE, ResultError) as error:
         raise ResultError(f"the edits in {directory / RESULT} do not fit the reference model: {error}") from error
     try:
         load_state(fresh, tensors, exact=True)
@@ -321,7 +320,7 @@ def _reference(
     spec: ModelSpec | None,
     model: nn.Module | Callable[[], nn.Module] | ModelSpec | str | None,
     image_shape: Sequence[int],
-    most: int,
+    kept: int,
 ) -> nn.Module:
     if isinstance(model, str):
         model = ModelSpec(model, spec.kwargs if spec is not None and spec.name == model else {})
@@ -344,7 +343,7 @@ def _reference(
                 f"pass load(..., model={spec.name!r})"
             )
         try:
-            return build_bounded(spec, image_shape, most).cpu()
+            return build_bounded(spec, image_shape, kept).cpu()
         except (*DAMAGE, ResultError) as error:
             raise ResultError(f"the reference model in {directory / RESULT} cannot be built: {error}") from error
 

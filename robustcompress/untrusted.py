@@ -68,7 +68,7 @@ def _no_number(name: str) -> float:
 
 
 def check_plain(value: Any) -> None:
-    """Raise ValueError where data are not plain, are nested too deep, or hold texts that no screen and no file shows."""
+    """Raise ValueError where data are not plain, are nested too deep, or hold texts that no screen or file can show."""
     stack = [(value, 0)]
     while stack:
         item, depth = stack.pop()
