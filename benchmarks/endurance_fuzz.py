@@ -49,6 +49,7 @@ LIMIT_BYTES = 1 << 30
 ROOM = 4 << 30
 """Bytes of addresses that a case may ask for, whether it uses them or not."""
 
+READY = "ready"
 LOADED, REFUSED, FAILED = "loaded", "refused", "failed"
 
 
@@ -113,12 +114,15 @@ def _work(channel: Connection, seeds: Path, seed: int) -> None:
 
     torch.set_num_threads(1)
     for name in sorted(READERS):  # what is imported on the way is no case's memory
-        with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(seeds / READERS[name].seed, folder, dirs_exist_ok=True)
-            _read(READERS[name].read, Path(folder))
+            verdict, message = _read(READERS[name].read, Path(folder))
+            if verdict != LOADED:  # else all that is spoilt would be refused for that
+                channel.send(f"{name} does not read a valid file: {message}")
+                return
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
-    channel.send("ready")
+    channel.send(READY)
     while (asked := channel.recv()) is not None:
         channel.send(run_case(seeds, *asked, seed))
 
@@ -136,7 +140,8 @@ class _Worker:
         self._process = context.Process(target=_work, args=(theirs, self._seeds, self._seed), daemon=True)
         self._process.start()
         theirs.close()
-        self._channel.recv()
+        if (said := self._channel.recv()) != READY:
+            raise RuntimeError(said)
 
     def ask(self, reader: str, number: int) -> dict[str, Any]:
         """The verdict of a case, also where it took the process with it."""

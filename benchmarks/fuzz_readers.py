@@ -315,6 +315,7 @@ def command(kind: str, arguments: list[str], damage: Callable[[Random, Path], st
 
 
 RECIPE_DAMAGE: Callable[[Random, Path], str] = lambda rng, folder: spoil.yaml_file(rng, folder / "recipe.yaml")  # noqa: E731
+GRID_DAMAGE: Callable[[Random, Path], str] = lambda rng, folder: spoil.yaml_file(rng, folder / "grid.yaml")  # noqa: E731
 GRAPH_DAMAGE: Callable[[Random, Path], str] = lambda rng, folder: formats.graph_file(rng, folder / "model.onnx")  # noqa: E731
 
 READERS: dict[str, Reader] = {
@@ -334,9 +335,7 @@ READERS: dict[str, Reader] = {
     "checkpoint": Reader(12, "checkpoint", spoil_checkpoint, use_checkpoint),
     "recipe": Reader(12, "recipe", RECIPE_DAMAGE, lambda f: RunRecipe.read(f / "recipe.yaml").to_json()),
     "--set": Reader(5, "recipe", spoil_setting, use_setting),
-    "grid": Reader(
-        1, "recipe", lambda rng, f: spoil.yaml_file(rng, f / "grid.yaml"), lambda f: read_grid(f / "grid.yaml")
-    ),
+    "grid": Reader(1, "recipe", GRID_DAMAGE, lambda f: read_grid(f / "grid.yaml")),
     "onnx": Reader(10, "onnx", GRAPH_DAMAGE, use_onnx),
     "latency table": Reader(5, "latency", json_of("times.json"), lambda f: read_latency_table(f / "times.json").told()),
     "extra images": Reader(

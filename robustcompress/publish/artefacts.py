@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from robustcompress.artefact.describe import text_of
 from robustcompress.errors import ParityError, RobustCompressError, first_line
 from robustcompress.export import verify_onnx
 from robustcompress.export.metadata import PREFIX
@@ -83,7 +84,7 @@ def onnx_facts(path: Path) -> OnnxFacts:
     except Exception as error:  # what protobuf raises is no class that onnx names
         raise ValueError(f"no ONNX file ({first_line(error)})") from error
     graph = model.graph
-    kinds = {node.op_type for node in graph.node}
+    kinds = {text_of(node.op_type) for node in graph.node}
     return OnnxFacts(
         name=path.name,
         bytes=size,
@@ -95,7 +96,7 @@ def onnx_facts(path: Path) -> OnnxFacts:
         metadata={
             entry.key.removeprefix(PREFIX): entry.value
             for entry in model.metadata_props
-            if entry.key.startswith(PREFIX)
+            if isinstance(entry.key, str) and entry.key.startswith(PREFIX)  # bytes where they are no text
         },
     )
 
