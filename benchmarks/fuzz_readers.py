@@ -334,7 +334,7 @@ READERS: dict[str, Reader] = {
     ),
     "checkpoint": Reader(12, "checkpoint", spoil_checkpoint, use_checkpoint),
     "recipe": Reader(12, "recipe", RECIPE_DAMAGE, lambda f: RunRecipe.read(f / "recipe.yaml").to_json()),
-    "--set": Reader(5, "recipe", spoil_setting, use_setting),
+    "settings": Reader(5, "recipe", spoil_setting, use_setting),
     "grid": Reader(1, "recipe", GRID_DAMAGE, lambda f: read_grid(f / "grid.yaml")),
     "onnx": Reader(10, "onnx", GRAPH_DAMAGE, use_onnx),
     "latency table": Reader(5, "latency", json_of("times.json"), lambda f: read_latency_table(f / "times.json").told()),

@@ -48,12 +48,29 @@ def build_bounded(spec: ModelSpec, image_shape: Sequence[int], kept: int) -> nn.
             memory than there is.
     """
     most = min(max(PLENTY, SHRUNK * kept), room() // 4)
-    with contextlib.suppress(_UnknownError), _meta(), _counted(most):
+    said = f"it has more than {most} numbers, or {MOST_TENSORS} tensors, and {kept} numbers are left of it"
+    with contextlib.suppress(_UnknownError), _meta(), _counted(most, said):
         twin = spec.build()
         with torch.no_grad(), _Counting(room()):
             twin.eval()(torch.empty(2, *image_shape))
-    with _counted(most):
+    with _counted(most, said):
         return spec.build()
+
+
+def check_model(spec: ModelSpec) -> None:
+    """Refuse a network that a recipe names and that cannot be built, or does not fit into memory.
+
+    Raises:
+        InputError: The name or an argument does not exist.
+        ResultError: It is too large.
+    """
+    most = room() // 4
+    said = f"it has more than {most} numbers, which is more than fits into memory, or {MOST_TENSORS} tensors"
+    with contextlib.suppress(_UnknownError), _meta(), _counted(most, said):
+        spec.build()
+        return
+    with _counted(most, said):
+        spec.build()
 
 
 def replay_bounded(model: nn.Module, image_shape: Sequence[int], edits: Sequence[AnyEdit], kept: int) -> None:
@@ -92,8 +109,8 @@ def _meta() -> Iterator[None]:
 
 
 @contextmanager
-def _counted(most: int) -> Iterator[None]:
-    """Stop the building of a network that holds too many numbers, before they are given values.
+def _counted(most: int, said: str) -> Iterator[None]:
+    """Stop the building of a network that holds too many numbers with an error that says so.
 
     Layers register a parameter before they fill it, and memory that was not written to is not taken yet.
     """
@@ -106,7 +123,7 @@ def _counted(most: int) -> Iterator[None]:
             return
         numbers, tensors = numbers + parameter.numel(), tensors + 1
         if numbers > most or tensors > MOST_TENSORS:
-            raise ResultError(f"it has more than {most} numbers, or {MOST_TENSORS} tensors, and what is left has few")
+            raise ResultError(said)
 
     handle = register_module_parameter_registration_hook(hook)
     try:

@@ -210,7 +210,7 @@ def read_latency_table(path: str | Path) -> LatencyTable:
         )
     except OSError as error:
         raise InputError(f"latency_table={str(path)!r} cannot be read ({error.strerror}): give times.json") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"latency_table={str(path)!r} is no table of latencies ({error}): give the times.json that measure.py wrote"
         ) from error

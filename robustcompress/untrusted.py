@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ LARGEST_RECORD = 1 << 28
 """Bytes of a JSON file; the history of a long run has a few megabytes."""
 
 _DEEPEST = 200
+_LARGEST = 1 << 64
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -47,7 +49,7 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
     """
     try:
         value = json.loads(text) if nan else json.loads(text, parse_constant=_no_number)
-        check_plain(value)
+        check_plain(value, finite=not nan)
     except RecursionError as error:
         raise ValueError(f"it is nested in more than {_DEEPEST} levels") from error
     return value
@@ -67,8 +69,13 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number")
 
 
-def check_plain(value: Any) -> None:
-    """Raise ValueError where data are not plain, are nested too deep, or hold texts that no screen or file can show."""
+def check_plain(value: Any, *, finite: bool = False) -> None:
+    """Raise ValueError where data are not plain, are nested too deep, or hold what cannot be shown or computed with.
+
+    Args:
+        value: Mappings, lists, texts, numbers, booleans and None.
+        finite: Whether NaN and infinity are refused, too.
+    """
     stack = [(value, 0)]
     while stack:
         item, depth = stack.pop()
@@ -81,6 +88,10 @@ def check_plain(value: Any) -> None:
             stack += [(part, depth + 1) for pair in item.items() for part in pair]
         elif isinstance(item, list | tuple):
             stack += [(part, depth + 1) for part in item]
+        elif isinstance(item, int) and abs(item) >= _LARGEST:
+            raise ValueError("a whole number has more than 64 bits")
+        elif finite and isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"{item} is no number")
         elif not isinstance(item, int | float | None):
             raise ValueError(f"a {type(item).__name__} is no plain value: write numbers, texts, lists and mappings")
 
