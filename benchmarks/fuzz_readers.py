@@ -28,7 +28,7 @@ from robustcompress.certify.report import CertificateReport
 from robustcompress.checkpoint import Journal
 from robustcompress.checkpoint import read as read_checkpoint
 from robustcompress.commands.arguments import load_weights
-from robustcompress.commands.run import _setting
+from robustcompress.commands.run import setting
 from robustcompress.data.extra import read_extra
 from robustcompress.latency_table import read_latency_table
 from robustcompress.pareto import read_front
@@ -218,7 +218,7 @@ def use_setting(folder: Path) -> None:
     from robustcompress.recipe import read_yaml
 
     try:
-        path, value = _setting((folder / "setting").read_text(encoding="utf-8", errors="surrogateescape"))
+        path, value = setting((folder / "setting").read_text(encoding="utf-8", errors="surrogateescape"))
     except argparse.ArgumentTypeError as error:
         raise rc.InputError(str(error)) from error
     RunRecipe.from_mapping(merged(read_yaml(folder / "recipe.yaml"), _nested(path, value)))

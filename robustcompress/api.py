@@ -21,7 +21,8 @@ from robustcompress.export.timing import Stopwatch
 from robustcompress.models import ModelSpec
 from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of
 from robustcompress.reach import check_budget, default_rounding
-from robustcompress.resolve import Request, resolve
+from robustcompress.reproduce import recipe_of_request
+from robustcompress.resolve import Request, epochs_for, resolve
 from robustcompress.result import CompressResult
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.attacks import eval_mode
@@ -34,9 +35,6 @@ from robustcompress.structure import StructuralEditor
 from robustcompress.teacher import REFERENCE, Teacher, frozen_copy, introduce, with_labels
 from robustcompress.teacher_source import TeacherLike
 from robustcompress.train import Progress, Recipe, augmentation, set_memory_format
-
-SMALL_DATA = 10_000
-"""Below so many training images the default is a short run."""
 
 
 def compress(
@@ -168,6 +166,7 @@ def carry_out(
     if request.budget.demand is not None:
         return _carry_out_smallest(request, Progress(progress), started, on_saved)
     splits, chosen, seed = request.data, request.strategy, request.seed
+    recipe = recipe_of_request(request)  # now: the model is edited in place
     shown = Progress(progress, title=chosen.name)
     session, untouched, journal = open_session(request, shown, started)
     editor, goal, before = session.editor, session.goal, session.goal.reference
@@ -200,6 +199,7 @@ def carry_out(
         threat=request.threat,
         data=describe_data(goal.data),
         settings=settings_of(goal, request.device, session.history)
+        | {"run": recipe}
         | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
     )
@@ -248,7 +248,7 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
         objective=objective,
         budget=request.budget,
         reference=before,
-        epochs=request.epochs or (10 if len(splits.train) < SMALL_DATA else 30),
+        epochs=request.epochs or epochs_for(splits),
         recipe=request.recipe,
         seed=request.seed,
         pretrained=request.pretrained,
@@ -279,13 +279,15 @@ def _carry_out_smallest(
     """Look for the smallest network that meets the demand; then, and only then, look at the test images."""
     demand = request.budget.demand
     assert demand is not None
+    recipe = recipe_of_request(request)
     for note in request.data.notes:
         shown.say(note)
     with workplace(request.checkpoint) as place:
         found = find_smallest(request, place, carry_out, shown, started)
         attacks = tuple(dict.fromkeys((*request.attacks, attack_by_name(demand.attack))))
         report = report_on(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
-        result = replace(found, budget=request.budget.to_json(), report=report)
+        settings = {**found.settings, "run": recipe}
+        result = replace(found, budget=request.budget.to_json(), report=report, settings=settings)
         if not demand.holds(report) and report is not None:
             final = report.result(demand.attack)
             shown.say(

@@ -21,6 +21,7 @@ from robustcompress.errors import InputError, ResultError
 from robustcompress.hub import fetch, is_address
 from robustcompress.min_robust import lines_of, trials_of
 from robustcompress.models import ModelSpec
+from robustcompress.recipe_text import recipe_text
 from robustcompress.records import checked_cost, checked_data, checked_strategy
 from robustcompress.robust import RobustReport, ThreatModel
 from robustcompress.structure import AnyEdit, edit_from_json
@@ -31,7 +32,7 @@ FORMAT = 3
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError)
 """What a record that nobody wrote can provoke; RecursionError is a RuntimeError."""
 
-RESULT, WEIGHTS, HISTORY = "result.json", "model.safetensors", "history.jsonl"
+RESULT, WEIGHTS, HISTORY, RECIPE = "result.json", "model.safetensors", "history.jsonl", "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,6 +121,8 @@ class CompressResult:
         (directory / WEIGHTS).chmod(0o644)
         record = self.to_json() | {"weights_sha256": _sha256(directory / WEIGHTS)}
         (directory / RESULT).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        if isinstance(recipe := self.settings.get("run"), Mapping):
+            (directory / RECIPE).write_text(recipe_text(recipe))
         lines = (json.dumps(record) + "\n" for record in self.history)
         (directory / HISTORY).write_text("".join(lines))
 
@@ -232,7 +235,7 @@ def check_target(directory: Path, *, overwrite: bool = False) -> None:
     if directory.exists() and not (overwrite and (directory / RESULT).is_file()):
         raise InputError(f"{directory} exists; choose another directory, or remove it first")
     if directory.exists():
-        others = sorted({path.name for path in directory.iterdir()} - {RESULT, WEIGHTS, HISTORY})
+        others = sorted({path.name for path in directory.iterdir()} - {RESULT, WEIGHTS, HISTORY, RECIPE})
         if others:
             raise InputError(
                 f"{directory} also holds {', '.join(others[:5])}: move that away, or choose another directory"

@@ -12,6 +12,8 @@ from robustcompress.certify import save_certificate
 from robustcompress.commands.certify import shown as shown_certificate
 from robustcompress.errors import InputError
 from robustcompress.recipe import RunRecipe, merged, parse_yaml, read_yaml
+from robustcompress.recipe_text import without_places
+from robustcompress.resolve import epochs_for
 from robustcompress.result import check_target
 from robustcompress.terminal import Output, evaluation_bar, table
 from robustcompress.train import resolve_device
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="FILE", help="a YAML recipe")
     parser.add_argument(
         "--set",
-        type=_setting,
+        type=setting,
         action="append",
         default=[],
         dest="settings",
@@ -52,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Output:
     """Check, compress, judge, save."""
     value = read_yaml(arguments.recipe)
-    for path, setting in arguments.settings:
-        value = merged(value, _nested(path, setting))
+    for path, wanted in arguments.settings:
+        value = merged(value, _nested(path, wanted))
     try:
         recipe = RunRecipe.from_mapping(value)
     except InputError as error:
@@ -62,6 +64,7 @@ def run(arguments: argparse.Namespace) -> Output:
     if arguments.out is not None:
         check_target(arguments.out)
     data = recipe.load_data()
+    recipe = replace(recipe, epochs=recipe.epochs or epochs_for(data))
     if arguments.check:
         return _shown(recipe)
     result = recipe.run(
@@ -77,7 +80,7 @@ def run(arguments: argparse.Namespace) -> Output:
         with evaluation_bar(recipe.strategy.name) as advance:
             report = recipe.judge(result, data, device=device, progress=advance)
     curve = recipe.security_curve(result, data, device=device)
-    said = {"run": _without_places(recipe.to_json()), **({"curve": curve} if curve else {})}
+    said = {"run": without_places(recipe.to_json()), **({"curve": curve} if curve else {})}
     result = replace(result, report=report, settings={**result.settings, **said})
     saved = "nothing was saved: pass --out DIR to keep the model"
     if arguments.out is not None:
@@ -104,22 +107,8 @@ def run(arguments: argparse.Namespace) -> Output:
     return Output(document=document, parts=(*parts, saved))
 
 
-def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe as a result keeps it, without directories of this machine: a result may be sent to others."""
-    data = {key: value for key, value in recipe["data"].items() if key != "root"}
-    for key in ("source", "extra", "pseudo_label"):
-        if isinstance(place := data.get(key), str):
-            data[key] = Path(place).name
-    teacher = recipe.get("teacher")
-    if isinstance(teacher, str):
-        return {**recipe, "data": data, "teacher": Path(teacher).name}
-    if isinstance(teacher, dict):
-        return {**recipe, "data": data, "teacher": {**teacher, "weights": Path(teacher["weights"]).name}}
-    return {**recipe, "data": data}
-
-
-def _setting(text: str) -> tuple[tuple[str, ...], Any]:
-    """Read `a.b=value`; the value is YAML.
+def setting(text: str) -> tuple[tuple[str, ...], Any]:
+    """An argparse type: read `a.b=value`; the value is YAML.
 
     Raises:
         argparse.ArgumentTypeError: It is no such thing.
@@ -143,4 +132,5 @@ def _shown(recipe: RunRecipe) -> Output:
     import yaml
 
     document = recipe.to_json()
-    return Output(document=document, parts=(yaml.safe_dump(document, sort_keys=False),))
+    text = yaml.safe_dump(document, sort_keys=False, width=100, default_flow_style=None, allow_unicode=True)
+    return Output(document=document, parts=(text,))

@@ -91,6 +91,8 @@ def load_data(
         check_labels([(n, p.labels) for n, p in parts if len(p) or n == "train"], source.classes, problems)
         problems.raise_if_any()
         limited = _limited(source, image_size, train_limit, test_limit, seed)
+        if extra is not None:
+            limited = replace(limited, asked=None)
         return _with_extra(limited, extra, extra_ratio, pseudo_label)
     size = image_size if _is_int(image_size) else None
     opened = _open(source, problems, root, download, size)
@@ -102,7 +104,22 @@ def load_data(
             problems.add(f"train_limit={train_limit}: {len(opened.classes)} classes need at least {least}, two each")
     problems.raise_if_any()
     assert opened is not None  # _open says why it gives nothing
-    return _with_extra(_divide(opened, train_limit, test_limit, val_fraction, seed), extra, extra_ratio, pseudo_label)
+    splits = _with_extra(_divide(opened, train_limit, test_limit, val_fraction, seed), extra, extra_ratio, pseudo_label)
+    if source is not None and not isinstance(source, str | Path):
+        return splits
+    asked = {
+        "source": "digits" if source is None else str(source),
+        "root": None if root is None else str(root),
+        "image_size": image_size,
+        "train_limit": train_limit,
+        "test_limit": test_limit,
+        "val_fraction": val_fraction,
+        "seed": seed,
+        "extra": None if extra is None else str(extra),
+        "extra_ratio": extra_ratio,
+        "pseudo_label": None if pseudo_label is None else str(pseudo_label),
+    }
+    return replace(splits, asked={key: value for key, value in asked.items() if value is not None})
 
 
 def _with_extra(
@@ -203,6 +220,7 @@ def _limited(
         train=change(splits.train, train_limit, 2),
         val=change(splits.val, None, 0),
         test=change(splits.test, test_limit, 0),
+        asked=None,
     )
 
 

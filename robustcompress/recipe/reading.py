@@ -25,6 +25,7 @@ DATA_KEYS = (
     "image_size",
     "train_limit",
     "test_limit",
+    "val_fraction",
     "seed",
     "extra",
     "extra_ratio",
