@@ -29,7 +29,10 @@ from robustcompress.untrusted import load_state, parse_json, read_json, read_ten
 
 FORMAT = 3
 """The newest that is read. What is written has the oldest that can hold its edits, and its demand for accuracy."""
-DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError)
+DAMAGE = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError),
+    AssertionError,
+)
 """What a record that nobody wrote can provoke; RecursionError is a RuntimeError."""
 
 RESULT, WEIGHTS, HISTORY, RECIPE = "result.json", "model.safetensors", "history.jsonl", "recipe.yaml"

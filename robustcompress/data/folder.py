@@ -30,6 +30,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 MOST_PIXELS = 1 << 26
 """An image with more is taken for a decompression bomb: a few bytes that unpack to gigabytes."""
 
+LONGEST_SIDE = 1 << 16
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
 # Below this many pixels the interpreter's lock makes several threads slower than one (measured).
@@ -221,9 +223,9 @@ def _opened(source: str | io.BytesIO) -> Image.Image:
         image = Image.open(source, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(first_line(error)) from error
-    if image.width * image.height > MOST_PIXELS:
+    if image.width * image.height > MOST_PIXELS or max(image.size) > LONGEST_SIDE:
         image.close()
-        raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS}: a decompression bomb?")
+        raise ValueError(f"{image.width}x{image.height} pixels: larger than images are; a decompression bomb?")
     return image
 
 

@@ -101,6 +101,19 @@ def _named(value: Any, what: str) -> tuple[str, dict[str, Any]]:
     return value["name"], {key: option for key, option in value.items() if key != "name"}
 
 
+_REFUSED = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AssertionError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+)
+"""What torchvision's factories raise where they do not take an argument."""
+
+
 def _model(value: Any) -> ModelSpec:
     name, options = _named(value, "model")
     nested = options.pop("kwargs", {})
@@ -119,7 +132,9 @@ def _build(spec: str) -> None:
     found = ModelSpec.from_json(json.loads(spec))
     try:
         check_model(found)
-    except ResultError as error:
+    except InputError:
+        raise
+    except (ResultError, *_REFUSED) as error:
         raise InputError(f"model {found.name!r} with {found.kwargs}: {error}") from error
 
 
