@@ -73,14 +73,14 @@ def check_model(spec: ModelSpec) -> None:
         spec.build()
 
 
-def replay_bounded(model: nn.Module, image_shape: Sequence[int], edits: Sequence[AnyEdit], kept: int) -> None:
+def replay_bounded(model: nn.Module, image_shape: Sequence[int], edits: Sequence[AnyEdit], kept: int | None) -> None:
     """Carry out the edits that a file names on the reference, in place.
 
     Args:
         model: The reference.
         image_shape: (C, H, W).
         edits: In their order.
-        kept: Numbers in the file with the weights.
+        kept: Numbers in the file with the weights; None for no limit.
 
     Raises:
         ResultError: There are too many edits.
@@ -89,8 +89,9 @@ def replay_bounded(model: nn.Module, image_shape: Sequence[int], edits: Sequence
     if len(edits) > MOST_EDITS:
         raise ResultError(f"there are {len(edits)} edits, more than {MOST_EDITS}")
     numbers = sum(parameter.numel() for parameter in model.parameters())
+    most = None if kept is None else GROWN * max(numbers, kept)
     with torch.random.fork_rng(devices=[]):
-        StructuralEditor.replay(model, torch.zeros(2, *image_shape), edits, most=GROWN * max(numbers, kept))
+        StructuralEditor.replay(model, torch.zeros(2, *image_shape), edits, most=most)
 
 
 class _UnknownError(Exception):

@@ -258,7 +258,8 @@ def load(
     Args:
         directory: What `CompressResult.save` wrote; or "hf://owner/name", perhaps "@revision": what `push` sent there.
         model: The reference, or its factory, for a result whose reference is no built-in model and none of
-            torchvision's or timm's. A factory named in the file is never imported on the file's word alone.
+            torchvision's or timm's. A factory named in the file is never imported on the file's word alone. With it
+            there is no limit to how far edits make the network grow.
 
     Returns:
         The result; `.model` computes the same logits, bit for bit, as the one that was saved.
@@ -291,7 +292,7 @@ def load(
     shape, kept = parts["data"]["image_shape"], sum(tensor.numel() for tensor in tensors.values())
     fresh = _reference(directory, spec, model, shape, kept)
     try:
-        replay_bounded(fresh, shape, edits, kept)
+        replay_bounded(fresh, shape, edits, kept if model is None else None)  # else the caller stands for it
     except (*DAMAGE, ResultError) as error:
         raise ResultError(f"the edits in {directory / RESULT} do not fit the reference model: {error}") from error
     try:
