@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from robustcompress.budget import Budget, human
@@ -13,6 +13,7 @@ from robustcompress.errors import InputError, ResultError, nearest
 from robustcompress.robust import RobustReport, ThreatModel
 
 FORMAT = 1
+_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\s]+")  # of a directory, and of none above
 COSTS = {"macs": "MACs", "size": "size", "onnx_ms": "onnxruntime ms"}
 """What a front is drawn over, by the name in a record."""
 
@@ -69,7 +70,7 @@ class Point:
         point = cls(**{entry.name: record[entry.name] for entry in fields(cls)})
         texts = (point.name, point.label, point.failed, point.strategy["name"])
         counts = (point.macs, point.params, point.size)
-        if not all(isinstance(text, str) for text in texts) or Path(point.name).name != point.name:
+        if not all(isinstance(text, str) for text in texts) or not _NAME.fullmatch(point.name):
             raise ValueError(f"{point.name!r} is no name of a network")
         if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
             raise ValueError(f"{point.name}: costs are whole numbers")

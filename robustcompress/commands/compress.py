@@ -83,7 +83,7 @@ KEYS = {
     "finetune_option": "finetune.KEY",
     "teacher": "teacher",
     "training_option": "training.KEY",
-    "pretrained_weights": "weights",
+    "pretrained_weights": "pretrained=true --set weights",
     "latency_table": "latency_table",
     "data": "data.source",
     "attacks": "evaluate.attacks",
@@ -91,6 +91,7 @@ KEYS = {
     **{key: key for key in ("epochs", "round_to", "seed")},
     **{key: f"training.{key}" for key in ("lr", "batch_size", "awp", "awp_warmup")},
     **{key: f"data.{key}" for key in ("root", "image_size", "train_limit", "test_limit", "extra", "extra_ratio")},
+    "pseudo_label": "data.pseudo_label",
     **{field.name: f"budget.{field.name}" for field in fields(Budget)},
 }
 """Where a recipe says what a flag says."""
@@ -113,6 +114,7 @@ class _UnsaidText(_Unsaid, str):
 
 
 _UNSAID: dict[type, type] = {int: _UnsaidWhole, float: _UnsaidNumber, str: _UnsaidText}
+_SAID = {unsaid: said for said, unsaid in _UNSAID.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +216,9 @@ def run(arguments: argparse.Namespace) -> Output:
         return _recipe(arguments)
     if arguments.settings or arguments.check:
         raise InputError(f"--set and --check are about recipes, and {arguments.model!r} is a model: give flags instead")
+    for name, value in vars(arguments).items():
+        if isinstance(value, _Unsaid):
+            setattr(arguments, name, _SAID[type(value)](value))
     problems = Problems("compress cannot start")
     strategy = problems.attempt(lambda: make_strategy(arguments.strategy, **dict(arguments.option)))
     threat = problems.attempt(lambda: ThreatModel(arguments.norm, arguments.eps))
