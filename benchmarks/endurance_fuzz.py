@@ -180,14 +180,14 @@ def run(*, quick: bool, seed: int, workers: int | None = None, only: Sequence[st
     Args:
         quick: A twentieth of them.
         seed: Of the damage.
-        workers: Processes; as many as there are cores, at most two, where None; one where `quick`.
+        workers: Processes; as many as there are cores, at most two, where None.
         only: Readers; all by default.
 
     Returns:
         "cases", "loaded", "refused", "failed", "by_reader", "slowest_s", "largest_growth_mb", and "failures": those
         cases, each with what is needed to replay it.
     """
-    count = workers or (1 if quick else min(2, os.cpu_count() or 1))
+    count = workers or min(2, os.cpu_count() or 1)
     waiting = deque(item for item in plan(QUICK_CASES if quick else CASES) if not only or item[0] in only)
     done: list[dict[str, Any]] = []
     with _seeds() as seeds:
@@ -223,12 +223,13 @@ def summary(done: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     """What came of the cases."""
     verdicts = (LOADED, REFUSED, FAILED)
     total = Counter(case["verdict"] for case in done)
-    by_reader = {}
+    by_reader: dict[str, dict[str, float]] = {}
     for name in READERS:
         own = [case for case in done if case["reader"] == name]
         if own:
             counts = Counter(case["verdict"] for case in own)
             by_reader[name] = {"cases": len(own), **{verdict: counts[verdict] for verdict in verdicts}}
+            by_reader[name]["seconds"] = round(sum(case["seconds"] for case in own), 2)
     return {
         "cases": len(done),
         **{verdict: total[verdict] for verdict in verdicts},

@@ -13,7 +13,7 @@ from robustcompress.errors import InputError, ResultError, nearest
 from robustcompress.robust import RobustReport, ThreatModel
 
 FORMAT = 1
-_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\s]+")  # of a directory, and of none above
+_NAME = re.compile(r"(?!\.{1,2}$)[^/\\]+")  # of a directory, and of none above
 COSTS = {"macs": "MACs", "size": "size", "onnx_ms": "onnxruntime ms"}
 """What a front is drawn over, by the name in a record."""
 

@@ -77,8 +77,9 @@ class RunRecipe:
         Raises:
             InputError: It cannot be read, or says something that does not exist; everything wrong is listed.
         """
+        value = read_yaml(path)
         try:
-            return cls.from_mapping(read_yaml(path))
+            return cls.from_mapping(value)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
