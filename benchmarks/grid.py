@@ -118,6 +118,15 @@ def read_grid(path: str | Path) -> Grid:
     """
     path = Path(path)
     value = read_yaml(path)
+    try:
+        return _grid(path, value)
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise InputError(f"{path.name} is no grid: {error}") from error
+
+
+def _grid(path: Path, value: Mapping[str, Any]) -> Grid:
     problems = Problems(f"{path.name} cannot be used")
     _check(value, problems)
     problems.raise_if_any()

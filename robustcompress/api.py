@@ -24,7 +24,8 @@ from robustcompress.lock import held
 from robustcompress.models import ModelSpec
 from robustcompress.outcome import check_outcome, closed, describe_data, report_on, save_beside, settings_of, versions
 from robustcompress.reach import check_budget, default_rounding
-from robustcompress.resolve import Request, resolve
+from robustcompress.reproduce import recipe_of_request
+from robustcompress.resolve import Request, epochs_for, resolve
 from robustcompress.result import CompressResult
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.attacks import eval_mode
@@ -37,9 +38,6 @@ from robustcompress.structure import StructuralEditor
 from robustcompress.teacher import REFERENCE, Teacher, frozen_copy, introduce, with_labels
 from robustcompress.teacher_source import TeacherLike
 from robustcompress.train import Progress, Recipe, set_memory_format
-
-SMALL_DATA = 10_000
-"""Below so many training images the default is a short run."""
 
 
 def compress(
@@ -184,7 +182,7 @@ def _carried_out(
     if request.budget.demand is not None:
         return _carry_out_smallest(request, Progress(progress), started, on_saved, keep)
     splits, chosen, seed = request.data, request.strategy, request.seed
-    digest = digest_of(request)  # now: the model is edited in place
+    digest, recipe = digest_of(request), recipe_of_request(request)  # now: the model is edited in place
     shown = Progress(progress, title=chosen.name)
     session, untouched, journal = open_session(request, shown, started)
     editor, goal, before = session.editor, session.goal, session.goal.reference
@@ -219,7 +217,7 @@ def _carried_out(
         threat=request.threat,
         data=describe_data(goal.data),
         settings=settings_of(goal, request.device, session.history)
-        | {REQUEST: digest}
+        | {REQUEST: digest, "run": recipe}
         | ({} if request.latency_table is None else {"latency": request.latency_table.told()}),
         seed=seed,
     )
@@ -277,7 +275,7 @@ def open_session(request: Request, shown: Progress, started: float) -> tuple[Ses
         objective=objective,
         budget=request.budget,
         reference=before,
-        epochs=request.epochs or (10 if len(splits.train) < SMALL_DATA else 30),
+        epochs=request.epochs or epochs_for(splits),
         recipe=request.recipe,
         seed=request.seed,
         pretrained=request.pretrained,
@@ -318,14 +316,14 @@ def _carry_out_smallest(
             "min_robust compresses several networks one after the other, in one process: start it without torchrun, or "
             "give a size, such as Budget(macs=0.5)"
         )
-    digest = digest_of(request)
+    digest, recipe = digest_of(request), recipe_of_request(request)
     for note in request.data.notes:
         shown.say(note)
     with workplace(request.checkpoint, keep=keep) as place:
         found = find_smallest(request, place, carry_out, shown, started)
         attacks = tuple(dict.fromkeys((*request.attacks, attack_by_name(demand.attack))))
         report = report_on(found.model, replace(request, attacks=attacks), shown, resume_dir=place / AUTOATTACK)
-        settings = {**found.settings, REQUEST: digest}
+        settings = {**found.settings, REQUEST: digest, "run": recipe}
         result = replace(found, budget=request.budget.to_json(), report=report, settings=settings)
         if not demand.holds(report) and report is not None:
             final = report.result(demand.attack)

@@ -6,9 +6,21 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from robustcompress.untrusted import shown
+
+LONGEST = 8000
+"""Characters of an error."""
+
 
 class RobustCompressError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    What it says may quote a file of a stranger: it is shown without what steers a terminal, and cut where it is longer
+    than anybody reads.
+    """
+
+    def __str__(self) -> str:
+        return shown(super().__str__(), LONGEST)
 
 
 class InputError(RobustCompressError, ValueError):

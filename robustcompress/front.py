@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -11,6 +13,7 @@ from robustcompress.errors import InputError, ResultError, nearest
 from robustcompress.robust import RobustReport, ThreatModel
 
 FORMAT = 1
+_NAME = re.compile(r"(?!\.{1,2}$)[^/\\]+")  # of a directory, and of none above
 COSTS = {"macs": "MACs", "size": "size", "onnx_ms": "onnxruntime ms"}
 """What a front is drawn over, by the name in a record."""
 
@@ -59,8 +62,29 @@ class Point:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Point:
-        """Read what `to_json` wrote."""
-        return cls(**{entry.name: record[entry.name] for entry in fields(cls)})
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: It holds what no point can; other errors where it is of another shape.
+        """
+        point = cls(**{entry.name: record[entry.name] for entry in fields(cls)})
+        texts = (point.name, point.label, point.failed, point.strategy["name"])
+        counts = (point.macs, point.params, point.size)
+        if not all(isinstance(text, str) for text in texts) or not _NAME.fullmatch(point.name):
+            raise ValueError(f"{point.name!r} is no name of a network")
+        if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+            raise ValueError(f"{point.name}: costs are whole numbers")
+        if point.onnx_ms is not None and not 0 < float(point.onnx_ms) < math.inf:
+            raise ValueError(f"{point.name}: onnx_ms={point.onnx_ms} is no time")
+        for attack, found in point.accuracies.items():
+            shares = (found["low"], found["accuracy"], found["high"])
+            if not all(0 <= share <= 1 for share in shares) or type(found["n"]) is not int:
+                raise ValueError(f"{point.name}: {attack} says no accuracy of a number of images")
+        if point.accuracies and "clean" not in point.accuracies:
+            raise ValueError(f"{point.name}: accuracy without an attack is missing")
+        if point.budget:
+            Budget(**point.budget)
+        return point
 
 
 def accuracies_of(report: RobustReport) -> dict[str, dict[str, Any]]:
@@ -218,5 +242,5 @@ class Front:
                 data=str(record["data"]),
                 seed=int(record["seed"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ResultError(f"this is no front: {error!r}") from error

@@ -26,6 +26,7 @@ from robustcompress.reach import default_rounding
 from robustcompress.robust.attacks import eval_mode
 from robustcompress.shapes import Widths, floor_widths, steps_of
 from robustcompress.structure import StructuralEditor
+from robustcompress.untrusted import parse_json, read_text
 
 NETWORKS = 20
 """How many networks are written by default: as many as a limit on latency has measured on the own machine."""
@@ -34,6 +35,8 @@ LEAST = 6
 """With fewer there is nothing to leave out while a fit is judged."""
 
 FILES = "networks.json"
+
+_LARGEST = 1 << 24  # bytes of such a table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +184,8 @@ def read_latency_table(path: str | Path) -> LatencyTable:
     """
     path = Path(path)
     try:
-        text = path.read_text()
-        record = json.loads(text)
+        text = read_text(path, _LARGEST)
+        record = parse_json(text, nan=True)  # a time that is none is said to be one below
         networks = record["networks"]
         widths = tuple({str(name): _positive(width) for name, width in row.items()} for row in networks["widths"])
         ms = tuple(float(value) for value in record["ms"])
@@ -207,7 +210,7 @@ def read_latency_table(path: str | Path) -> LatencyTable:
         )
     except OSError as error:
         raise InputError(f"latency_table={str(path)!r} cannot be read ({error.strerror}): give times.json") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"latency_table={str(path)!r} is no table of latencies ({error}): give the times.json that measure.py wrote"
         ) from error

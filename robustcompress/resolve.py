@@ -31,6 +31,9 @@ from robustcompress.teacher import Teacher
 from robustcompress.teacher_source import check_teaching, labeller_of, read_teacher
 from robustcompress.train import Recipe, resolve_device
 
+SMALL_DATA = 10_000
+"""Below so many training images the default is a short run."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -98,6 +101,11 @@ class Request:
             by = extra.labelled_by if self.labeller is None else dict(self.labeller.identity)
             found["extra"] = {"sha256": extra.sha256, "ratio": extra.ratio, "labels": by}
         return found
+
+
+def epochs_for(data: DataSplits) -> int:
+    """The default number of passes over the training images."""
+    return 10 if len(data.train) < SMALL_DATA else 30
 
 
 def resolve(

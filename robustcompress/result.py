@@ -7,7 +7,7 @@ import html
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustcompress.bounded import build_bounded, replay_bounded
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.checkpoint.disk import reason, save_tensors, sync_directory, write_text
 from robustcompress.errors import DiskError, InputError, ResultError
 from robustcompress.hub import fetch, is_address
 from robustcompress.min_robust import lines_of, trials_of
 from robustcompress.models import ModelSpec
+from robustcompress.recipe_text import recipe_text
 from robustcompress.records import checked_cost, checked_data, checked_strategy
 from robustcompress.robust import RobustReport, ThreatModel
-from robustcompress.structure import AnyEdit, StructuralEditor, edit_from_json
+from robustcompress.structure import AnyEdit, edit_from_json
+from robustcompress.untrusted import load_state, parse_json, read_json, read_tensors, read_text
 
 FORMAT = 4
 """The newest that is read. What is written has the oldest that can hold its edits, and its demand for accuracy."""
-DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError)
+DAMAGE = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError),
+    AssertionError,
+)
 """What a record that nobody wrote can provoke; RecursionError is a RuntimeError."""
 
-RESULT, WEIGHTS, HISTORY = "result.json", "model.safetensors", "history.jsonl"
+RESULT, WEIGHTS, HISTORY, RECIPE = "result.json", "model.safetensors", "history.jsonl", "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,6 +130,8 @@ class CompressResult:
         (directory / WEIGHTS).chmod(0o644)
         record = self.to_json() | {"weights_sha256": digest}
         write_text(directory / RESULT, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        if isinstance(recipe := self.settings.get("run"), Mapping):
+            write_text(directory / RECIPE, recipe_text(recipe))
         lines = (json.dumps(record) + "\n" for record in self.history)
         write_text(directory / HISTORY, "".join(lines))
         sync_directory(directory)
@@ -241,7 +249,7 @@ def check_target(directory: Path, *, overwrite: bool = False) -> None:
     if directory.exists() and not (overwrite and (directory / RESULT).is_file()):
         raise InputError(f"{directory} exists; choose another directory, or remove it first")
     if directory.exists():
-        others = sorted({path.name for path in directory.iterdir()} - {RESULT, WEIGHTS, HISTORY})
+        others = sorted({path.name for path in directory.iterdir()} - {RESULT, WEIGHTS, HISTORY, RECIPE})
         if others:
             raise InputError(
                 f"{directory} also holds {', '.join(others[:5])}: move that away, or choose another directory"
@@ -261,7 +269,8 @@ def load(
     Args:
         directory: What `CompressResult.save` wrote; or "hf://owner/name", perhaps "@revision": what `push` sent there.
         model: The reference, or its factory, for a result whose reference is no built-in model and none of
-            torchvision's or timm's. A factory named in the file is never imported on the file's word alone.
+            torchvision's or timm's. A factory named in the file is never imported on the file's word alone. With it
+            there is no limit to how far edits make the network grow.
 
     Returns:
         The result; `.model` computes the same logits, bit for bit, as the one that was saved.
@@ -290,13 +299,17 @@ def load(
         }
     except (*DAMAGE, ResultError) as error:
         raise ResultError(f"{directory / RESULT} is damaged or was changed by hand: {error}") from error
-    fresh = _reference(directory, spec, model)
+    tensors = _tensors(directory)
+    shape, kept = parts["data"]["image_shape"], sum(tensor.numel() for tensor in tensors.values())
+    fresh = _reference(directory, spec, model, shape, kept)
     try:
-        with torch.random.fork_rng(devices=[]):
-            StructuralEditor.replay(fresh, torch.zeros(2, *parts["data"]["image_shape"]), edits)
-    except DAMAGE as error:
+        replay_bounded(fresh, shape, edits, kept if model is None else None)  # else the caller stands for it
+    except (*DAMAGE, ResultError) as error:
         raise ResultError(f"the edits in {directory / RESULT} do not fit the reference model: {error}") from error
-    _load_weights(directory, fresh)
+    try:
+        load_state(fresh, tensors, exact=True)
+    except ValueError as error:
+        raise ResultError(f"{directory / WEIGHTS} does not fit the structure in {RESULT}: {error}") from error
     return CompressResult(model=fresh.eval(), history=tuple(history), **parts)
 
 
@@ -305,10 +318,10 @@ def _read(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ResultError(f"{directory} holds no result: there is no {RESULT}; was it written by `compress --out`?")
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
         raise ResultError(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+    if not isinstance(record, dict) or type(record.get("format")) is not int:
         raise ResultError(f"{path} is not a robustcompress result")
     if record["format"] > FORMAT:
         raise ResultError(f"{path} has format {record['format']}; this version reads up to {FORMAT}: upgrade")
@@ -321,7 +334,11 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def _reference(
-    directory: Path, spec: ModelSpec | None, model: nn.Module | Callable[[], nn.Module] | ModelSpec | str | None
+    directory: Path,
+    spec: ModelSpec | None,
+    model: nn.Module | Callable[[], nn.Module] | ModelSpec | str | None,
+    image_shape: Sequence[int],
+    kept: int,
 ) -> nn.Module:
     if isinstance(model, str):
         model = ModelSpec(model, spec.kwargs if spec is not None and spec.name == model else {})
@@ -344,22 +361,16 @@ def _reference(
                 f"pass load(..., model={spec.name!r})"
             )
         try:
-            return spec.build().cpu()
-        except DAMAGE as error:
+            return build_bounded(spec, image_shape, kept).cpu()
+        except (*DAMAGE, ResultError) as error:
             raise ResultError(f"the reference model in {directory / RESULT} cannot be built: {error}") from error
 
 
-def _load_weights(directory: Path, model: nn.Module) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     try:
-        model.load_state_dict(load_file(directory / WEIGHTS), strict=True)
-    except (RuntimeError, SafetensorError, OSError) as error:
-        reason = str(error).splitlines()
-        raise ResultError(
-            f"{directory / WEIGHTS} does not fit the structure in {RESULT}: {' '.join(reason[:2])[:300]}"
-        ) from error
+        return read_tensors(directory / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{directory / WEIGHTS} is damaged: {error}") from error
 
 
 def _history(directory: Path) -> list[dict[str, Any]]:
@@ -367,8 +378,8 @@ def _history(directory: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
+        records = [parse_json(line, nan=True) for line in read_text(path).splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
         raise ResultError(f"{path} is damaged: {error}; without that file the result still loads") from error
     if not all(isinstance(record, dict) for record in records):
         raise ResultError(f"{path} is damaged: a line is no JSON object; without that file the result still loads")

@@ -21,6 +21,7 @@ from robustcompress.resolve import Request
 from robustcompress.result import RESULT, CompressResult, load
 from robustcompress.structure import StructuralEditor
 from robustcompress.train import HOW
+from robustcompress.untrusted import read_json as read_plain_json
 
 __all__ = [
     "AUTOATTACK",
@@ -142,8 +143,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_plain_json(path)
+    except (OSError, ValueError) as error:
         raise ResultError(f"{path} cannot be read: {error}; remove it to begin anew") from error
     if not isinstance(value, dict):
         raise ResultError(f"{path} is no record of ours; remove it to begin anew")

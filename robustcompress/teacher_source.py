@@ -19,6 +19,7 @@ from robustcompress.robust.attacks import eval_mode
 from robustcompress.robust.objective import Objective
 from robustcompress.strategies import Strategy
 from robustcompress.teacher import Teacher, frozen_copy
+from robustcompress.untrusted import load_state, read_tensors
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".bin")
 """Endings of files that would run code when they are read."""
@@ -138,9 +139,6 @@ def _saved(place: str | Path, data: DataSplits, problems: Problems) -> tuple[nn.
 
 
 def _weighted(pair: Sequence[Any]) -> tuple[nn.Module, dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     named, file = pair
     spec = ModelSpec(named) if isinstance(named, str) else named
     if not isinstance(spec, ModelSpec) or not isinstance(file, str | Path):
@@ -150,8 +148,8 @@ def _weighted(pair: Sequence[Any]) -> tuple[nn.Module, dict[str, Any]]:
     with torch.random.fork_rng(devices=[]):
         model = spec.build()
     try:
-        model.load_state_dict(load_file(file), strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        load_state(model, read_tensors(Path(file)))
+    except (OSError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(
             f"teacher's weights {str(file)!r} cannot be used ({said}); it must be a safetensors file of {spec.name}"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "robustcompress"
 SOURCES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
-    {"errors"},
+    {"errors", "untrusted"},
     {"distributed"},
     {"interrupt", "lock"},
     {"structure", "robust", "data", "models"},
@@ -29,7 +29,8 @@ LAYERS = [
     {"shapes"},
     {"search"},
     {"diagnostics"},
-    {"strategies", "result", "records"},
+    {"bounded"},
+    {"strategies", "result", "records", "recipe_text"},
     {"export", "plots", "stability", "widths", "front", "cuts", "sensitivity"},
     {"artefact", "certify"},
     {"search_plot", "width_plot", "front_plot", "sensitivity_plot"},
@@ -37,7 +38,7 @@ LAYERS = [
     {"latency_table"},
     {"teacher_source"},
     {"resolve", "calibration"},
-    {"outcome"},
+    {"outcome", "reproduce"},
     {"identity"},
     {"series"},
     {"smallest"},

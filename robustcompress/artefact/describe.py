@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +13,10 @@ from robustcompress.errors import InputError, Problems, first_line
 from robustcompress.export.files import data_files
 from robustcompress.export.graph import count_zeros, opset_of
 from robustcompress.export.metadata import PREFIX
+from robustcompress.untrusted import parse_json, shown
+
+LONGEST = 1 << 20
+"""Characters of what a file says of itself under one key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,7 @@ def describe_onnx(path: str | Path) -> OnnxDescription:
         weights = _weights(proto)
     except Exception as error:  # onnx checks where such files lie, and raises errors of several kinds
         raise InputError(f"the weights of {path} cannot be read ({first_line(error)}): export it again") from error
-    said = {entry.key: entry.value for entry in proto.metadata_props}
+    said = {shown(text_of(entry.key), 200): shown(text_of(entry.value), LONGEST) for entry in proto.metadata_props}
     metadata = {key.removeprefix(PREFIX): _value(value) for key, value in said.items() if key.startswith(PREFIX)}
     return OnnxDescription(
         path=path,
@@ -100,15 +103,20 @@ def describe_onnx(path: str | Path) -> OnnxDescription:
         inputs=tuple(_signature(value) for value in proto.graph.input if value.name not in _names(proto)),
         outputs=tuple(_signature(value) for value in proto.graph.output),
         opset=opset_of(proto),
-        domains=tuple(sorted({node.domain for node in proto.graph.node} - {"", "ai.onnx"})),
-        producer=f"{proto.producer_name} {proto.producer_version}".strip(),
-        nodes=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
+        domains=tuple(sorted({shown(text_of(node.domain), 200) for node in proto.graph.node} - {"", "ai.onnx"})),
+        producer=shown(f"{text_of(proto.producer_name)} {text_of(proto.producer_version)}".strip(), 200),
+        nodes=dict(Counter(shown(text_of(node.op_type), 200) for node in proto.graph.node).most_common()),
         weights=weights,
         precision=str(metadata.get("precision") or _precision(weights)),
         zeros=zeros / max(1, count[0]),
         metadata=metadata,
         foreign={key: value for key, value in said.items() if not key.startswith(PREFIX)},
     )
+
+
+def text_of(found: str | bytes) -> str:
+    """A text of a protobuf message, which gives bytes where it is none."""
+    return found if isinstance(found, str) else found.decode("utf-8", "replace")
 
 
 def _names(proto: Any) -> set[str]:
@@ -151,8 +159,8 @@ def _type(number: int) -> str:
 
 def _signature(value: Any) -> str:
     tensor = value.type.tensor_type
-    shape = ", ".join(d.dim_param or (str(d.dim_value) if d.HasField("dim_value") else "?") for d in tensor.shape.dim)
-    return f"{value.name}: {_type(tensor.elem_type)} [{shape}]"
+    dims = (text_of(d.dim_param) or (str(d.dim_value) if d.HasField("dim_value") else "?") for d in tensor.shape.dim)
+    return shown(f"{text_of(value.name)}: {_type(tensor.elem_type)} [{', '.join(dims)}]", 200)
 
 
 def _value(text: str) -> Any:
@@ -160,6 +168,6 @@ def _value(text: str) -> Any:
     if text[:1] not in ("{", "["):
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text

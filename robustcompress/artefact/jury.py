@@ -21,6 +21,7 @@ from robustcompress.errors import ResultError
 from robustcompress.robust import AttackResult, AttackSpec, EvaluationProgress, ThreatModel
 from robustcompress.robust.autoattack import autoattack, suite_for
 from robustcompress.robust.judge import hash_of
+from robustcompress.untrusted import read_json
 
 CHUNK = 32
 """Images that are attacked together: so often results are kept."""
@@ -179,7 +180,7 @@ def _read(path: Path | None, n: int) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = read_json(path)
         if len(kept["right"]) != n or not all(type(flag) is bool for flag in kept["right"]):
             raise ResultError("not the flags of these images")
         return {**kept, "furthest": float(kept["furthest"]), "seconds": float(kept["seconds"])}

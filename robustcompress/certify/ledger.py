@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from robustcompress.errors import InputError
+from robustcompress.untrusted import parse_json
 
 
 class Ledger:
@@ -33,13 +35,11 @@ class Ledger:
             raise InputError(f"resume_dir={str(directory)!r} cannot be made: {error}") from error
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
         self._path = directory / f"{settings['method']}-{key}.jsonl"
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        for line in lines:
-            try:
-                number, prediction, radius, seconds = json.loads(line)
+        content = self._path.read_bytes() if self._path.is_file() else b""
+        for line in content.splitlines():
+            with contextlib.suppress(ValueError, TypeError, OverflowError):
+                number, prediction, radius, seconds = parse_json(line.decode())
                 self._found[int(number)] = (int(prediction), float(radius), float(seconds))
-            except (ValueError, TypeError):
-                continue
 
     def get(self, number: int) -> tuple[int, float, float] | None:
         """Prediction, radius and seconds of an image; None where it is still to be done."""

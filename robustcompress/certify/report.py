@@ -201,10 +201,13 @@ class CertificateReport:
                 seconds=float(data["seconds"]),
             )
             stated = [(float(item["radius"]), float(item["accuracy"])) for item in data["certified"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            lists = (report.labels, report.predictions, report.radii, report.indices)
+            if any(found.dim() != 1 for found in lists):
+                raise ValueError("predictions, labels, radii and indices are lists of numbers")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise ResultError(f"this is not a certificate: {error!r}") from error
         strengths = {"sigma", "n0", "n", "alpha"} if report.method == "smoothing" else {"eps"}
-        lengths = {len(report.labels), len(report.predictions), len(report.radii), len(report.indices)}
+        lengths = {len(found) for found in lists}
         if report.method not in METHODS or set(settings) != strengths or len(lengths) != 1 or report.n == 0:
             raise ResultError("this certificate is incomplete, or of a method that does not exist: certify again")
         if any(not math.isclose(report.certified_accuracy(radius), share, abs_tol=1e-9) for radius, share in stated):

@@ -19,6 +19,7 @@ from robustcompress.result import CompressResult, load
 from robustcompress.robust import Objective
 from robustcompress.robust.objectives import OBJECTIVES, objective_from_name
 from robustcompress.train import Recipe
+from robustcompress.untrusted import load_state, read_tensors
 
 
 def fraction(text: str) -> float:
@@ -226,12 +227,9 @@ def load_weights(model: nn.Module, path: Path, *, option: str = "--pretrained-we
     Raises:
         InputError: They are of another model, or cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        model.load_state_dict(load_file(path), strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        load_state(model, read_tensors(path))
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{option} {path} cannot be used ({reason}); it must be a safetensors file of this very model"

@@ -11,6 +11,7 @@ import torch
 
 from robustcompress.api import carry_out
 from robustcompress.budget import Budget
+from robustcompress.commands import run as run_recipe
 from robustcompress.commands.arguments import (
     add_data_arguments,
     add_extra_arguments,
@@ -36,6 +37,7 @@ from robustcompress.commands.keeping import (
     is_finished,
     is_result,
 )
+from robustcompress.commands.run import setting
 from robustcompress.distributed import World, current, start
 from robustcompress.errors import InputError, Problems
 from robustcompress.lock import held
@@ -57,12 +59,14 @@ Make a compact network that withstands attacks.
 
 MODEL is a built-in model (`robustcompress list models`), a torchvision classifier (torchvision:resnet18), a network of
 timm's (timm:resnet26; `robustcompress list timm`), or package.module:factory, a function of yours that returns an
-nn.Module; it maps images in [0, 1] to logits.
+nn.Module; it maps images in [0, 1] to logits. Or it is a recipe, a file ending in .yaml, that says everything: this is
+`robustcompress run` then.
 
 Several processes share the work where torchrun starts them:
   torchrun --nproc-per-node 2 -m robustcompress compress MODEL ..."""
 EXAMPLES = """\
 examples:
+  robustcompress compress recipes/digits.yaml --set budget.macs=0.25 --out runs/digits
   robustcompress compress resnet8 --model-arg stem_stride=2 --epochs 5 --out runs/digits
   robustcompress compress resnet20 --data cifar10 --root data --strategy hydra --macs 0.5 --out runs/hydra
   robustcompress compress resnet20 --data cifar10 --root data --latency 0.5 --round-to 8 --out runs/fast
@@ -78,8 +82,76 @@ examples:
   robustcompress compress my_models:small_net --eps 0.5 --norm l2 --objective trades --attack-steps 7 --json"""
 
 
+RECIPES = (".yaml", ".yml")
+"""Suffixes by which a recipe is told from a model."""
+
+KEYS = {
+    "strategy": "strategy",
+    "model_arg": "model.KEY",
+    "option": "strategy.KEY",
+    "eps": "threat.eps",
+    "norm": "threat.norm",
+    "objective": "objective",
+    "objective_option": "objective.KEY",
+    "attack_steps": "objective.steps",
+    "finetune": "finetune",
+    "finetune_option": "finetune.KEY",
+    "teacher": "teacher",
+    "training_option": "training.KEY",
+    "pretrained_weights": "pretrained=true --set weights",
+    "latency_table": "latency_table",
+    "data": "data.source",
+    "attacks": "evaluate.attacks",
+    "test_images": "evaluate.images",
+    **{key: key for key in ("epochs", "round_to", "seed")},
+    **{key: f"training.{key}" for key in ("lr", "batch_size", "awp", "awp_warmup")},
+    **{key: f"data.{key}" for key in ("root", "image_size", "train_limit", "test_limit", "extra", "extra_ratio")},
+    "pseudo_label": "data.pseudo_label",
+    **{field.name: f"budget.{field.name}" for field in fields(Budget)},
+}
+"""Where a recipe says what a flag says."""
+
+
+class _Unsaid:
+    """A default: told apart from the same value when that is given."""
+
+
+class _UnsaidWhole(_Unsaid, int):
+    pass
+
+
+class _UnsaidNumber(_Unsaid, float):
+    pass
+
+
+class _UnsaidText(_Unsaid, str):
+    pass
+
+
+_UNSAID: dict[type, type] = {int: _UnsaidWhole, float: _UnsaidNumber, str: _UnsaidText}
+_SAID = {unsaid: said for said, unsaid in _UNSAID.items()}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
+    _add_arguments(parser)
+    group = parser.add_argument_group("recipes", "where MODEL is a recipe")
+    group.add_argument(
+        "--set",
+        type=setting,
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="change a key of the recipe; dots lead inside, as in training.lr=0.05",
+    )
+    group.add_argument("--check", action="store_true", help="only check the recipe and its data, and show it in full")
+    for action in parser._actions:
+        if (kind := _UNSAID.get(type(action.default))) and action.default != argparse.SUPPRESS:
+            action.default = kind(action.default)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--strategy", default="grape", help="`robustcompress list strategies` (default: %(default)s)")
     parser.add_argument(
@@ -148,7 +220,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Output:
-    """Check everything, compress, save."""
+    """Check everything, compress, save; or carry a recipe out."""
+    if arguments.model.lower().endswith(RECIPES):
+        return _recipe(arguments)
+    if arguments.settings or arguments.check:
+        raise InputError(f"--set and --check are about recipes, and {arguments.model!r} is a model: give flags instead")
+    for name, value in vars(arguments).items():
+        if isinstance(value, _Unsaid):
+            setattr(arguments, name, _SAID[type(value)](value))
     world = start()
     with held(arguments.out, checkpoint_of(arguments), world=world):
         return _compressed(arguments, world)
@@ -229,6 +308,25 @@ def _request(arguments: argparse.Namespace, checkpoint: Path | None, *, there: b
         teacher=teacher,
     )
     return replace(request, spec=spec)  # a factory of the user's own is known here, though not from the model alone
+
+
+def _recipe(arguments: argparse.Namespace) -> Output:
+    """Carry the recipe out, unless there are flags of which it says its own."""
+    own, shared = argparse.ArgumentParser(), argparse.ArgumentParser()
+    _add_arguments(own)
+    run_recipe.add_arguments(shared)
+    common = {action.dest for action in shared._actions}
+    problems = Problems(f"{arguments.model} is a recipe, which says what these flags say")
+    for action in own._actions:
+        given = getattr(arguments, action.dest, action.default)
+        told = not isinstance(given, _Unsaid) if type(action.default) in _UNSAID else given != action.default
+        if action.option_strings and action.dest not in common and told:
+            flag = action.option_strings[-1]
+            key = KEYS.get(action.dest)
+            problems.add(f"{flag}: " + (f"write --set {key}=VALUE" if key else "leave it out, or change the recipe"))
+    problems.raise_if_any()
+    arguments.recipe = Path(arguments.model)
+    return run_recipe.run(arguments)
 
 
 def _budget(arguments: argparse.Namespace, strategy: Strategy | None) -> Budget:

@@ -24,8 +24,9 @@ from robustcompress.distributed import World, current, start
 from robustcompress.errors import DiskError, InputError
 from robustcompress.lock import held
 from robustcompress.outcome import sweep
-from robustcompress.recipe import RunRecipe, merged, read_yaml
-from robustcompress.resolve import Request
+from robustcompress.recipe import RunRecipe, merged, parse_yaml, read_yaml
+from robustcompress.recipe_text import without_places
+from robustcompress.resolve import Request, epochs_for
 from robustcompress.result import CompressResult, check_target, load
 from robustcompress.series import AUTOATTACK
 from robustcompress.terminal import NOTHING, Output, evaluation_bar, say, table
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="FILE", help="a YAML recipe")
     parser.add_argument(
         "--set",
-        type=_setting,
+        type=setting,
         action="append",
         default=[],
         dest="settings",
@@ -73,8 +74,8 @@ def run(arguments: argparse.Namespace) -> Output:
 
 def _recipe(arguments: argparse.Namespace) -> RunRecipe:
     value = read_yaml(arguments.recipe)
-    for path, setting in arguments.settings:
-        value = merged(value, _nested(path, setting))
+    for path, wanted in arguments.settings:
+        value = merged(value, _nested(path, wanted))
     try:
         return RunRecipe.from_mapping(value)
     except InputError as error:
@@ -83,10 +84,10 @@ def _recipe(arguments: argparse.Namespace) -> RunRecipe:
 
 def _carried_out(recipe: RunRecipe, arguments: argparse.Namespace, world: World) -> Output:
     checkpoint, there = checkpoint_of(arguments), world.broadcast(is_result(arguments.out))
-    data, request = world.together(lambda: _request(recipe, arguments, checkpoint, there=there))
+    recipe, data, request = world.together(lambda: _request(recipe, arguments, checkpoint, there=there))
     if request is None:
         return _shown(recipe)
-    said = {"run": _without_places(recipe.to_json())}
+    said = {"run": without_places(recipe.to_json())}
     if not is_finished(request, arguments.out, **said):
         trained = carry_out(request, progress=not arguments.quiet, keep=True)
         result = _judged(recipe, trained, data, arguments, checkpoint, said)
@@ -123,8 +124,8 @@ def _carried_out(recipe: RunRecipe, arguments: argparse.Namespace, world: World)
 
 def _request(
     recipe: RunRecipe, arguments: argparse.Namespace, checkpoint: Path | None, *, there: bool
-) -> tuple[DataSplits, Request | None]:
-    """The data of the recipe, and what it asks for; None where it is only to be checked.
+) -> tuple[RunRecipe, DataSplits, Request | None]:
+    """The recipe in full, its data, and what it asks for; None where it is only to be checked.
 
     Args:
         recipe: What is declared.
@@ -136,11 +137,12 @@ def _request(
     if arguments.out is not None and not there and current().first:
         check_target(arguments.out)
     data = recipe.load_data()
+    recipe = replace(recipe, epochs=recipe.epochs or epochs_for(data))
     if arguments.check:
-        return data, None
+        return recipe, data, None
     # With a checkpoint the network is saved once it has been attacked: until then the checkpoint holds it.
     first = None if there or checkpoint is not None else arguments.out
-    return data, recipe.request(data, device=device, out=first, checkpoint=checkpoint)
+    return recipe, data, recipe.request(data, device=device, out=first, checkpoint=checkpoint)
 
 
 def _judged(
@@ -175,34 +177,18 @@ def _save(result: CompressResult, out: Path, checkpoint: Path | None) -> None:
         raise DiskError(f"{error}{kept}") from error
 
 
-def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe as a result keeps it, without directories of this machine: a result may be sent to others."""
-    data = {key: value for key, value in recipe["data"].items() if key != "root"}
-    for key in ("source", "extra", "pseudo_label"):
-        if isinstance(place := data.get(key), str):
-            data[key] = Path(place).name
-    teacher = recipe.get("teacher")
-    if isinstance(teacher, str):
-        return {**recipe, "data": data, "teacher": Path(teacher).name}
-    if isinstance(teacher, dict):
-        return {**recipe, "data": data, "teacher": {**teacher, "weights": Path(teacher["weights"]).name}}
-    return {**recipe, "data": data}
-
-
-def _setting(text: str) -> tuple[tuple[str, ...], Any]:
-    """Read `a.b=value`; the value is YAML.
+def setting(text: str) -> tuple[tuple[str, ...], Any]:
+    """An argparse type: read `a.b=value`; the value is YAML.
 
     Raises:
         argparse.ArgumentTypeError: It is no such thing.
     """
-    import yaml
-
     path, equals, value = text.partition("=")
     if not equals or not all(part.isidentifier() for part in path.split(".")):
         raise argparse.ArgumentTypeError(f"{text!r}: write key=value, such as epochs=5 or training.lr=0.05")
     try:
-        return tuple(path.split(".")), yaml.safe_load(value)
-    except yaml.YAMLError:
+        return tuple(path.split(".")), parse_yaml(value)
+    except ValueError:
         return tuple(path.split(".")), value
 
 
@@ -216,4 +202,5 @@ def _shown(recipe: RunRecipe) -> Output:
     import yaml
 
     document = recipe.to_json()
-    return Output(document=document, parts=(yaml.safe_dump(document, sort_keys=False),))
+    text = yaml.safe_dump(document, sort_keys=False, width=100, default_flow_style=None, allow_unicode=True)
+    return Output(document=document, parts=(text,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from robustcompress.data.decoding import DamagedImageError, decoded, header
 from robustcompress.data.memory import processors
-from robustcompress.errors import Problems
+from robustcompress.errors import InputError, Problems
+from robustcompress.untrusted import room
 
 LISTED = 5
 """So many files are named of those that something is wrong with."""
@@ -146,6 +148,11 @@ def decode(images: Encoded, indices: Sequence[int], *, image_size: int | None = 
     unreadable: set[str] = set()
     first, (width, height) = _probe(images, indices, unreadable)
     shape = (height, width) if image_size is None else (image_size, image_size)
+    if (needed := 3 * len(indices) * math.prod(shape)) > (free := 2 * room()):
+        raise InputError(
+            f"{len(indices)} images of {width}x{height} ({first}, ...) take {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: scale them (image_size=...)"
+        )
     out = np.empty((len(indices), *shape, 3), np.uint8)
     others: dict[str, tuple[int, int]] = {}
 

@@ -8,8 +8,10 @@ its pixels stay on the disk and are mapped; written by `numpy.savez_compressed` 
 from __future__ import annotations
 
 import hashlib
+import lzma
 import math
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +23,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustcompress.data.images import Images
-from robustcompress.data.memory import spare_memory
 from robustcompress.errors import InputError, Problems, first_line
+from robustcompress.untrusted import room
 
 TEACHER = "teacher"
 """In place of labels: those that the teacher of the run gives."""
 
 _LOCAL_HEADER = 30  # bytes of a zip's local header, before the name and the extra field that end it
 _CHUNK = 4096
+_DAMAGE = (RuntimeError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError, zlib.error, lzma.LZMAError)
+"""What zipfile, its decompressors and numpy's reader of headers raise beside what they say they do."""
+
+_MEMBERS = 1000
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -116,6 +122,8 @@ def read_extra(
         problems.raise_if_any()
     try:
         with zipfile.ZipFile(path) as archive:
+            if len(archive.infolist()) > _MEMBERS:
+                raise ValueError(f"it has {len(archive.infolist())} members")
             members = {Path(info.filename).stem: info for info in archive.infolist() if info.filename.endswith(".npy")}
             if "image" not in members:
                 problems.add(f"it holds {', '.join(members) or 'no arrays'}, and no 'image': uint8 [N, H, W, 3]")
@@ -126,7 +134,7 @@ def read_extra(
             labels = None
             if pseudo_label is None:
                 labels = _labels(archive, members["label"], pixels, classes, problems)
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, *_DAMAGE) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"extra={str(path)!r} cannot be read as an .npz ({first_line(error)})") from error
@@ -191,9 +199,9 @@ def _images(
             return None
         if info.compress_type == zipfile.ZIP_STORED:
             return np.memmap(path, np.uint8, "r", offset=_offset(path, info) + start, shape=shape)
-        if needed > (room := spare_memory()):
+        if needed > (free := room()):
             problems.add(
-                f"its images unpack to {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB may be taken: write it with "
+                f"its images unpack to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB may be taken: write it with "
                 "numpy.savez, not savez_compressed, and it stays on the disk"
             )
             return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,7 @@ class DataSplits:
         test: For the final figures alone.
         notes: Lines that the user should read once, such as which data were taken in place of none.
         extra: More images for training alone, of which every batch has a share; None for none.
+        asked: Arguments of `load_data` that give these images again, as plain data; None where nothing plain does.
     """
 
     name: str
@@ -109,6 +111,7 @@ class DataSplits:
     test: Images
     notes: tuple[str, ...] = ()
     extra: Extra | None = None
+    asked: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         sides = {name: getattr(self, name).shape[1:] for name in ("train", "val", "test")}

@@ -103,6 +103,8 @@ def load_data(
         check_labels([(n, p.labels) for n, p in parts if len(p) or n == "train"], source.classes, problems)
         problems.raise_if_any()
         limited = _limited(source, image_size, train_limit, test_limit, seed)
+        if extra is not None:
+            limited = replace(limited, asked=None)
         return _with_extra(limited, extra, extra_ratio, pseudo_label)
     size = image_size if _is_int(image_size) else None
     opened = _open(source, problems, root, download, size)
@@ -116,7 +118,24 @@ def load_data(
     assert opened is not None  # _open says why it gives nothing
     streamed = streams(opened, stream, workers, train_limit=train_limit)
     splits = _divide(streamed or opened, train_limit, test_limit, val_fraction, seed, stored=streamed is not None)
-    return _with_extra(splits, extra, extra_ratio, pseudo_label)
+    splits = _with_extra(splits, extra, extra_ratio, pseudo_label)
+    if source is not None and not isinstance(source, str | Path):
+        return splits
+    asked = {
+        "source": "digits" if source is None else str(source),
+        "root": None if root is None else str(root),
+        "image_size": image_size,
+        "train_limit": train_limit,
+        "test_limit": test_limit,
+        "val_fraction": val_fraction,
+        "seed": seed,
+        "extra": None if extra is None else str(extra),
+        "extra_ratio": extra_ratio,
+        "pseudo_label": None if pseudo_label is None else str(pseudo_label),
+        "stream": None if stream == "auto" else stream,
+        "workers": workers,
+    }
+    return replace(splits, asked={key: value for key, value in asked.items() if value is not None})
 
 
 def _with_extra(
@@ -243,6 +262,7 @@ def _limited(
         train=train,
         val=change(splits.val, None, 0),
         test=change(splits.test, test_limit, 0),
+        asked=None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from robustcompress.data.pools import Pool, Source, pixel_pool
 from robustcompress.distributed import launched
-from robustcompress.errors import Problems
+from robustcompress.errors import Problems, first_line
 
 # The class in torchvision.datasets, and the values of its split argument for training and test.
 _SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -26,6 +27,9 @@ _SETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 VISION_NAMES = tuple(_SETS)
+
+_DAMAGE = (ValueError, AssertionError, EOFError, LookupError, TypeError, AttributeError, MemoryError, zlib.error)
+"""What torchvision's readers raise on damaged files, beside what they raise where there is none."""
 
 
 def vision_source(
@@ -59,6 +63,8 @@ def vision_source(
             else f"is not in {str(root)!r}: pass download=True (--download), or root=DIRECTORY"
         )
         problems.add(f"{name} {remedy}")
+    except _DAMAGE as error:
+        problems.add(f"{name}: a file in {str(root)!r} is damaged ({first_line(error)}): remove it, and fetch it again")
     else:
         pools = [_pool(dataset, image_size) for dataset in opened]
         return Source(name=name, classes=_classes(opened[0]), train=pools[0], test=pools[1])

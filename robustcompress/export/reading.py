@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robustcompress.errors import InputError, Problems
+from robustcompress.errors import InputError, Problems, first_line
 from robustcompress.export.metadata import PREFIX
 from robustcompress.export.session import load_session
 from robustcompress.robust import ThreatModel
@@ -111,7 +111,14 @@ class OnnxFile:
     def _call(self, images: Tensor, size: int) -> Tensor:
         short = size - len(images) if self.batch else 0  # a fixed batch is filled up with its first image
         full = torch.cat([images, images[:1].expand(short, -1, -1, -1)]) if short else images
-        found = torch.from_numpy(self.session.run([self.output], {self.input: self.feed(full)})[0])
+        try:
+            found = torch.from_numpy(self.session.run([self.output], {self.input: self.feed(full)})[0])
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            raise InputError(f"{self.path} cannot be run on such images ({first_line(error)})") from error
+        if found.dim() != 2 or len(found) != len(full):
+            raise InputError(
+                f"{self.path} gives {list(found.shape)} for {len(full)} images: not one row of scores each"
+            )
         found = found[: len(images)].float()
         return found.clamp_min(SMALLEST).log() if self.output_kind == "probabilities" else found
 
@@ -132,10 +139,14 @@ def open_onnx(path: str | Path, *, threads: int | None = None) -> OnnxFile:
     """
     path = Path(path)
     session = load_session(path, threads)
-    stored = session.get_modelmeta().custom_metadata_map
+    try:
+        stored = session.get_modelmeta().custom_metadata_map
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        names = [one.name for one in (*inputs, *outputs)]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is torn: a name in it is no text ({error.reason}); export it again") from error
     metadata = {key.removeprefix(PREFIX): value for key, value in stored.items() if key.startswith(PREFIX)}
     problems = Problems(f"{path} is no image classifier that can be judged")
-    inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         problems.add(f"it has {len(inputs)} inputs and {len(outputs)} outputs: export a file with one of each")
         problems.raise_if_any()
@@ -159,8 +170,8 @@ def open_onnx(path: str | Path, *, threads: int | None = None) -> OnnxFile:
     return OnnxFile(
         path=path,
         session=session,
-        input=inputs[0].name,
-        output=outputs[0].name,
+        input=names[0],
+        output=names[1],
         layout=layout,
         input_type=kind,
         output_kind="probabilities" if metadata.get("output") == "probabilities" else "logits",

@@ -38,6 +38,8 @@ def main() -> int:
         parser.error("--threads and --seconds must be positive")
     networks = json.loads((here / "networks.json").read_text())
     shape = [1, *networks["image_shape"]]
+    if any(Path(name).name != name for name in networks["files"]):
+        parser.error("networks.json names files of another directory")
     files = [here / name for name in networks["files"]]
     missing = [file.name for file in files if not file.is_file()]
     if missing:

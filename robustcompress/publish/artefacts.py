@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from robustcompress.artefact.describe import text_of
 from robustcompress.errors import ParityError, RobustCompressError, first_line
 from robustcompress.export import verify_onnx
 from robustcompress.export.metadata import PREFIX
@@ -17,6 +18,7 @@ from robustcompress.publish.markup import Html, Part, facts, fold, join, note, p
 from robustcompress.publish.measured import timed, verified
 from robustcompress.publish.reading import pathless, short
 from robustcompress.result import DAMAGE, CompressResult
+from robustcompress.untrusted import read_json
 
 MOST_FILES, LARGEST_ONNX, LARGEST_JSON = 8, 1 << 30, 1 << 20
 KINDS = {".verify.json": "Verification", ".bench.json": "Latency"}
@@ -82,7 +84,7 @@ def onnx_facts(path: Path) -> OnnxFacts:
     except Exception as error:  # what protobuf raises is no class that onnx names
         raise ValueError(f"no ONNX file ({first_line(error)})") from error
     graph = model.graph
-    kinds = {node.op_type for node in graph.node}
+    kinds = {text_of(node.op_type) for node in graph.node}
     return OnnxFacts(
         name=path.name,
         bytes=size,
@@ -94,7 +96,7 @@ def onnx_facts(path: Path) -> OnnxFacts:
         metadata={
             entry.key.removeprefix(PREFIX): entry.value
             for entry in model.metadata_props
-            if entry.key.startswith(PREFIX)
+            if isinstance(entry.key, str) and entry.key.startswith(PREFIX)  # bytes where they are no text
         },
     )
 
@@ -178,8 +180,8 @@ def _record(path: Path) -> Html:
     if path.stat().st_size > LARGEST_JSON:
         return join([head, note("Too large to be shown.")])
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(path, LARGEST_JSON)
+    except (OSError, ValueError) as error:
         return join([head, note(f"It cannot be read: {first_line(error)}", warning=True)])
     whole = render_record(pathless(value))
     try:

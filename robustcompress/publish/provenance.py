@@ -12,8 +12,7 @@ from robustcompress.data.sources import NAMES
 from robustcompress.publish.markup import Html, facts, plain, section, tag
 from robustcompress.publish.reading import pathless, short
 from robustcompress.result import RESULT, CompressResult
-
-LARGEST_RECORD = 1 << 28
+from robustcompress.untrusted import read_json
 
 
 def provenance(result: CompressResult, directory: Path | None) -> Html:
@@ -50,11 +49,11 @@ def provenance(result: CompressResult, directory: Path | None) -> Html:
 def _weights(directory: Path | None) -> Html | None:
     """The hash that the saved record gives its weights; `load` has compared it with the file."""
     path = None if directory is None else directory / RESULT
-    if path is None or not path.is_file() or path.stat().st_size > LARGEST_RECORD:
+    if path is None or not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text()).get("weights_sha256")
-    except (OSError, ValueError, RecursionError, AttributeError):
+        found = read_json(path).get("weights_sha256")
+    except (OSError, ValueError, AttributeError):
         return None
     return tag("code", plain(found, 64)) if found is not None else None
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from robustcompress.bounded import check_model
 from robustcompress.budget import Budget
 from robustcompress.certify import checked_settings
-from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.errors import InputError, Problems, ResultError, nearest
 from robustcompress.models import ModelSpec
 from robustcompress.robust import ThreatModel, attack_by_name
 from robustcompress.robust.objectives import Objective, objective_from_json
@@ -24,6 +25,7 @@ DATA_KEYS = (
     "image_size",
     "train_limit",
     "test_limit",
+    "val_fraction",
     "seed",
     "extra",
     "extra_ratio",
@@ -101,6 +103,19 @@ def _named(value: Any, what: str) -> tuple[str, dict[str, Any]]:
     return value["name"], {key: option for key, option in value.items() if key != "name"}
 
 
+_REFUSED = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AssertionError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+)
+"""What torchvision's factories raise where they do not take an argument."""
+
+
 def _model(value: Any) -> ModelSpec:
     name, options = _named(value, "model")
     nested = options.pop("kwargs", {})
@@ -116,7 +131,13 @@ def _model(value: Any) -> ModelSpec:
 @functools.lru_cache(maxsize=64)
 def _build(spec: str) -> None:
     """Build a model once to hear what is wrong with its arguments; a grid names the same one in every cell."""
-    ModelSpec.from_json(json.loads(spec)).build()
+    found = ModelSpec.from_json(json.loads(spec))
+    try:
+        check_model(found)
+    except InputError:
+        raise
+    except (ResultError, *_REFUSED) as error:
+        raise InputError(f"model {found.name!r} with {found.kwargs}: {error}") from error
 
 
 def _strategy(value: Any) -> Strategy:

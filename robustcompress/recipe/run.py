@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from robustcompress.api import carry_out
 from robustcompress.budget import Budget
 from robustcompress.certify import CertificateReport, certify
@@ -17,12 +20,14 @@ from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.models import ModelSpec
 from robustcompress.recipe.plain import read_yaml
 from robustcompress.recipe.reading import READERS, Evaluation
+from robustcompress.recipe_text import missing
 from robustcompress.resolve import Request, resolve
 from robustcompress.result import CompressResult
 from robustcompress.robust import RobustReport, ThreatModel, evaluate
 from robustcompress.robust.objectives import PGDAT, Objective
 from robustcompress.strategies import Strategy
 from robustcompress.train import Recipe
+from robustcompress.untrusted import load_state, read_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +43,9 @@ class RunRecipe:
         objective: Loss of every phase.
         finetune: Loss of the fine-tuning after a cut; None for the objective.
         teacher: Whom a distillation learns from: the directory of a result, or a model and its safetensors file.
+        weights: Safetensors file of the weights that the network begins with; None for new ones.
+        pretrained: Whether those are robust already: pruning strategies skip their pretraining.
+        latency_table: Times that another device measured (`times.json`), for a limit on latency.
         training: Optimizer, learning rate, averaging and the like.
         evaluate: How the result is judged.
         epochs: Passes over the training images; None for the default.
@@ -54,6 +62,9 @@ class RunRecipe:
     objective: Objective = field(default_factory=PGDAT)
     finetune: Objective | None = None
     teacher: str | tuple[ModelSpec, str] | None = None
+    weights: str | None = None
+    pretrained: bool = False
+    latency_table: str | None = None
     training: Recipe = field(default_factory=Recipe)
     evaluate: Evaluation = field(default_factory=Evaluation)
     epochs: float | None = None
@@ -68,8 +79,9 @@ class RunRecipe:
         Raises:
             InputError: It cannot be read, or says something that does not exist; everything wrong is listed.
         """
+        value = read_yaml(path)
         try:
-            return cls.from_mapping(read_yaml(path))
+            return cls.from_mapping(value)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -85,6 +97,11 @@ class RunRecipe:
         for key in value:
             if key not in known:
                 problems.add(f"key {key!r} does not exist{nearest(str(key), known)}")
+        wanted = list(missing(value))
+        for path, what in wanted:
+            problems.add(f"{path} is missing: {what}; give it with --set {path}=VALUE")
+        if wanted:
+            problems.raise_if_any()
         for key in ("model", "strategy"):
             if value.get(key) is None:
                 problems.add(f"key {key!r} is missing")
@@ -97,9 +114,12 @@ class RunRecipe:
             ("round_to", (int,), "a whole number"),
             ("seed", (int,), "a whole number"),
             ("about", (str,), "a text"),
+            ("weights", (str,), "the name of a safetensors file"),
+            ("latency_table", (str,), "the name of a times.json"),
+            ("pretrained", (bool,), "true or false"),
         ):
             found = value.get(key)
-            if found is not None and (isinstance(found, bool) or not isinstance(found, kinds)):
+            if found is not None and (isinstance(found, bool) is not (bool in kinds) or not isinstance(found, kinds)):
                 problems.add(f"{key}={found!r}: must be {kind}")
             elif found is not None:
                 made[key] = found
@@ -127,6 +147,11 @@ class RunRecipe:
             "seed": self.seed,
             "about": self.about,
         }
+        for key in ("weights", "latency_table"):
+            if getattr(self, key) is not None:
+                value[key] = getattr(self, key)
+        if self.pretrained:
+            value["pretrained"] = True
         if self.finetune is not None:
             value["finetune"] = self.finetune.to_json()
         if isinstance(self.teacher, tuple):
@@ -165,7 +190,7 @@ class RunRecipe:
         spec = ModelSpec(self.model.name, {"num_classes": data.num_classes, **self.model.kwargs})
         given: dict[str, Any] = {"device": "auto", "out": None, "test_images": 1000} | options
         return resolve(
-            model=spec,
+            model=spec if self.weights is None else self._begun(spec),
             strategy=self.strategy,
             data=data,
             budget=self.budget,
@@ -173,6 +198,8 @@ class RunRecipe:
             objective=self.objective,
             finetune=self.finetune,
             teacher=self.teacher,
+            pretrained=self.pretrained,
+            latency_table=self.latency_table,
             epochs=self.epochs,
             recipe=self.training,
             round_to=self.round_to,
@@ -180,6 +207,17 @@ class RunRecipe:
             seed=self.seed,
             **given,
         )
+
+    def _begun(self, spec: ModelSpec) -> nn.Module:
+        """The network with the weights of the file."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = spec.build()
+        try:
+            load_state(model, read_tensors(Path(str(self.weights))))
+        except (OSError, ValueError) as error:
+            raise InputError(f"weights={self.weights!r} cannot be used ({error}): a file of {spec.name}") from error
+        return model
 
     def judge(self, result: CompressResult, data: DataSplits, **options: Any) -> RobustReport:
         """Attack the test images as the recipe says, and its budget; `options` go to `evaluate()`."""

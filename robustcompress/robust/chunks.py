@@ -21,6 +21,7 @@ from robustcompress.robust.autoattack import AutoAttackConfig, autoattack, suite
 from robustcompress.robust.judge import Judge, hash_of
 from robustcompress.robust.memory import memory_of_all
 from robustcompress.robust.report import AttackResult, pack_flags
+from robustcompress.untrusted import read_json
 
 CHUNK = 64
 """Images that are attacked together where nobody says otherwise."""
@@ -164,7 +165,7 @@ def _key(settings: Mapping[str, Any]) -> str:
 def _read_chunk(path: Path, n: int, attacks: tuple[str, ...]) -> AttackResult | None:
     """Return a kept chunk, or None where there is none or it cannot be relied on: then it is made again."""
     try:
-        chunk = AttackResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+        chunk = AttackResult.from_json(read_json(path))
     except (OSError, ValueError, ResultError):
         return None
     return chunk if chunk.n == n and set(chunk.broken_by) == set(attacks) else None

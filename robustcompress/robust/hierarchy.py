@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from robustcompress.errors import InputError, Problems, ResultError, nearest
+from robustcompress.untrusted import read_json
 
 SHIPPED = ("cifar10", "digits")
 """Hierarchies that come with the package, by name."""
 
+_LARGEST = 1 << 24  # bytes; ImageNet's tree has some 100,000
 _DEEPEST = 50  # levels of groups; WordNet has 19
 
 
@@ -136,7 +138,7 @@ def hierarchy_from(source: object) -> Hierarchy:
 
 def _read_file(path: Path) -> Hierarchy:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, _LARGEST)
     except OSError as error:
         offered = nearest(str(path), SHIPPED)
         raise InputError(f"hierarchy {str(path)!r} cannot be read ({error.strerror}){offered}") from error

@@ -109,11 +109,11 @@ class AttackResult:
                 broken_by={str(key): int(count) for key, count in data["broken_by"].items()},
                 severity=Severity.from_json(data["mistakes"]) if "mistakes" in data else None,
             )
-            stated = data["accuracy"]
+            stated = None if data["accuracy"] is None else float(data["accuracy"])
             n = data["n"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ResultError(f"this is not the result of an attack: {error!r}") from error
-        if n != result.n or (stated is not None and abs(stated - result.accuracy) > 1e-9):
+        if n != result.n or (stated is not None and not abs(stated - result.accuracy) <= 1e-9):
             raise ResultError(
                 f"the flags of {result.name!r} do not give the stated accuracy {stated} of {n} images: "
                 "the file was changed, evaluate again"

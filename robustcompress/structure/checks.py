@@ -6,10 +6,13 @@ import operator
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import nn
 
 from robustcompress.errors import InputError, Problems, nearest
-from robustcompress.structure.groups import NEW, ChannelGroup
+from robustcompress.structure.groups import NEW, AnyEdit, ChannelGroup, Edit, Insert
 from robustcompress.structure.initial import INITS
+from robustcompress.structure.layout import Layout
+from robustcompress.structure.surgery import numbers_after, plan_edit
 
 
 def check_resize(
@@ -48,6 +51,32 @@ def check_resize(
     if init is not None and init not in INITS:
         problems.add(f"init={init!r} does not exist{nearest(init, INITS)}")
     problems.raise_if_any()
+
+
+def check_size(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit: AnyEdit, most: int | None) -> None:
+    """Refuse an edit after which a network would hold more than `most` numbers, before anything is allocated.
+
+    Args:
+        model: The network.
+        layout: Its structure.
+        widths: The widths of all groups before the edit.
+        edit: What is to be carried out.
+        most: The limit; None for none.
+
+    Raises:
+        InputError: It would.
+    """
+    if most is None:
+        return
+    if isinstance(edit, Insert) and edit.width > max(widths.values(), default=0):
+        raise InputError(f"a part of {edit.width} hidden channels in {edit.module!r} is wider than the whole network")
+    if isinstance(edit, Edit) and len(edit.sources) > widths.get(edit.group, len(edit.sources)):
+        numbers = numbers_after(model, plan_edit(model, layout, widths, edit))
+        if numbers > most:
+            raise InputError(
+                f"with {len(edit.sources)} channels in {edit.group!r} the network would hold {numbers} numbers; at "
+                f"most {most} are believed"
+            )
 
 
 def channels(numbers: Iterable[int]) -> tuple[int, ...]:

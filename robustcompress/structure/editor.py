@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from robustcompress.errors import InputError
-from robustcompress.structure.checks import channels, check_resize
+from robustcompress.structure.checks import channels, check_resize, check_size
 from robustcompress.structure.depth import BypassProof
 from robustcompress.structure.factorisation import (
     carry_out_factors,
@@ -283,19 +283,7 @@ class StructuralEditor:
             InputError: A layer that cannot be factorised so, or that the model does more with than to call it; all are
                 named. Nothing has changed then.
         """
-        edits = tuple(layers)
-        if not edits:
-            return ()
-        check_factors(self.model, edits)
-        with torch.inference_mode(False):
-            made = make_factors(self.model, edits)
-            prove_factors(self.model, self._image_shape, self.layout.auxiliary, made)
-            found = survey_factorised(self.model, self._example(), made, self.groups)
-            carry_out_factors(self.model, self._followers, made)
-        self.layout, self._broken, self._widths = found.layout, found.broken, found.layout.widths()
-        self._bypassable = self._insertable = None
-        self._edits.extend(edits)
-        return edits
+        return self._factorise(tuple(layers), blank=False)
 
     def gates(self, scores: Mapping[str, torch.Tensor], rule: MaskRule | None = None) -> Gates:
         """Open a context in which the groups named in `scores` are gated where they are read.
@@ -329,8 +317,10 @@ class StructuralEditor:
         return twin
 
     @classmethod
-    def replay(cls, model: nn.Module, example: torch.Tensor, edits: Iterable[AnyEdit]) -> StructuralEditor:
-        """Carry a list of edits out on a fresh reference model, in place.
+    def replay(
+        cls, model: nn.Module, example: torch.Tensor, edits: Iterable[AnyEdit], *, most: int | None = None
+    ) -> StructuralEditor:
+        """Carry a list of edits out on a fresh reference model, in place; `most` bounds how many numbers it may hold.
 
         New channels get arbitrary values: load the saved weights afterwards, with `strict=True`.
 
@@ -338,27 +328,29 @@ class StructuralEditor:
             The editor, ready for more edits.
 
         Raises:
-            InputError: If an edit does not fit this model.
+            InputError: If an edit does not fit this model, or makes it larger than `most`.
         """
         editor = cls(model, example)
         for kind, group in itertools.groupby(edits, type):
-            if kind is Insert:  # what was inserted in a row is traced once, and so are factors
-                editor._insert([(edit.module, edit.kind, edit.width) for edit in group if isinstance(edit, Insert)])
-            elif kind is Factorise:
-                editor.factorise(edit for edit in group if isinstance(edit, Factorise))
-            else:
-                for edit in group:
-                    editor._repeat(edit)
+            row = list(group)
+            for batch in [row] if kind in (Insert, Factorise) else [[edit] for edit in row]:
+                for edit in batch:
+                    check_size(model, editor.layout, editor._widths, edit, most)
+                editor._repeat(batch)
         return editor
 
-    def _repeat(self, edit: AnyEdit) -> None:
-        if isinstance(edit, Bypass):
-            self.bypass(edit.module)
-        elif isinstance(edit, Edit):
-            if edit.group not in self.layout.outputs or not self.layout.output:
-                # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
-                check_resize(self.groups, 1, edit.group, edit.sources, None)
-            self._carry_out(edit)
+    def _repeat(self, batch: Sequence[AnyEdit]) -> None:
+        """Carry out one edit, or several of a kind that are traced at once."""
+        self._insert([(edit.module, edit.kind, edit.width) for edit in batch if isinstance(edit, Insert)])
+        self._factorise([edit for edit in batch if isinstance(edit, Factorise)], blank=True)
+        for edit in batch:
+            if isinstance(edit, Bypass):
+                self.bypass(edit.module)
+            elif isinstance(edit, Edit):
+                if edit.group not in self.layout.outputs or not self.layout.output:
+                    # A clone's sources were resolved when it was made, so it is replayed as the gather it became.
+                    check_resize(self.groups, 1, edit.group, edit.sources, None)
+                self._carry_out(edit)
 
     @torch.inference_mode(False)
     def _carry_out(self, edit: Edit) -> Edit:
@@ -384,6 +376,19 @@ class StructuralEditor:
         edits = tuple(new.edit for new in plan)
         self._edits.extend(edits)
         return edits
+
+    @torch.inference_mode(False)
+    def _factorise(self, edits: Sequence[Factorise], *, blank: bool) -> tuple[Factorise, ...]:
+        if edits:
+            check_factors(self.model, edits)
+            made = make_factors(self.model, edits, blank=blank)
+            prove_factors(self.model, self._image_shape, self.layout.auxiliary, made)
+            found = survey_factorised(self.model, self._example(), made, self.groups)
+            carry_out_factors(self.model, self._followers, made)
+            self.layout, self._broken, self._widths = found.layout, found.broken, found.layout.widths()
+            self._bypassable = self._insertable = None
+            self._edits.extend(edits)
+        return tuple(edits)
 
     def _example(self) -> torch.Tensor:
         return next(self.model.parameters()).detach().new_zeros((2, *self._image_shape))

@@ -115,9 +115,11 @@ def survey_factorised(model: nn.Module, example: Tensor, made: Factors, before: 
     return keep_names(survey(twin, example), before, moved=moved, fresh=fresh, title=_REFUSED)
 
 
-def make_factors(model: nn.Module, wanted: Sequence[Factorise]) -> dict[str, Factorised]:
-    """The factors that take the place of layers, by the layers' names."""
-    return {edit.module: factorise(model.get_submodule(edit.module), edit.kind, edit.ranks) for edit in wanted}
+def make_factors(model: nn.Module, wanted: Sequence[Factorise], *, blank: bool = False) -> dict[str, Factorised]:
+    """The factors that take the place of layers, by the layers' names; `blank` ones of arbitrary values."""
+    return {
+        edit.module: factorise(model.get_submodule(edit.module), edit.kind, edit.ranks, blank=blank) for edit in wanted
+    }
 
 
 def carry_out_factors(model: nn.Module, followers: Iterable[Twin], made: Factors) -> None:

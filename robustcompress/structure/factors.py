@@ -26,6 +26,9 @@ FIRST, LAST = "first", "last"
 RANKS: Mapping[str, int] = {"tucker": 2, "cp": 1, "svd": 1}
 """How many ranks each kind of decomposition has: of outputs and of inputs, or one."""
 
+LARGEST = 4
+"""Factors that hold more times the weights of their layer are refused: they are a mistake, or somebody's malice."""
+
 _SWEEPS = {"tucker": 20, "cp": 100}
 _RIDGE = 1e-9
 
@@ -47,6 +50,9 @@ def complaint(layer: nn.Module, kind: str, ranks: Sequence[int]) -> str:
     most = largest_ranks(layer, kind)
     if any(type(rank) is not int or not 1 <= rank <= top for rank, top in zip(ranks, most, strict=True)):
         return f"ranks={list(ranks)}: must lie between 1 and {list(most)}"
+    made, whole = _layers(layer, kind, ranks).values(), layer.get_parameter("weight").numel()
+    if (held := sum(module.get_parameter("weight").numel() for module in made)) > LARGEST * whole:
+        return f"ranks={list(ranks)}: the factors would hold {held} weights, and the layer has {whole}; give lower ones"
     return ""
 
 
@@ -65,17 +71,22 @@ def spectrum(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return torch.linalg.svdvals(weight.flatten(1)), torch.linalg.svdvals(weight.transpose(0, 1).flatten(1))
 
 
-def factorise(layer: nn.Module, kind: str, ranks: Sequence[int]) -> Factorised:
+def factorise(layer: nn.Module, kind: str, ranks: Sequence[int], *, blank: bool = False) -> Factorised:
     """The factors of a layer, in its mode, type and place, trained where it is trained; its bias is shared.
 
     Args:
         layer: Convolution or linear layer for which there is no `complaint`.
         kind: Of the decomposition.
         ranks: Its ranks.
+        blank: Give the factors arbitrary values: others will be loaded.
     """
-    weight = layer.get_parameter("weight")
-    found = _DECOMPOSE[kind](weight.detach().double().cpu(), *ranks)
-    made = _layers(layer, kind, found)
+    weight, made = layer.get_parameter("weight"), _layers(layer, kind, ranks)
+    if blank:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [module.get_parameter("weight").shape for module in made.values()]
+        found = [torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5 for shape in shapes]
+    else:
+        found = _DECOMPOSE[kind](weight.detach().double().cpu(), *ranks)
     for module, values in zip(made.values(), found, strict=True):
         fitting = values.to(weight).contiguous()
         module.register_parameter("weight", nn.Parameter(fitting, requires_grad=weight.requires_grad))
@@ -152,12 +163,13 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     return u * torch.where(lead == 0, 1.0, lead)
 
 
-def _layers(layer: nn.Module, kind: str, weights: Sequence[Tensor]) -> OrderedDict[str, nn.Module]:
-    """Layers of the right shapes, whose values do not matter."""
+def _layers(layer: nn.Module, kind: str, ranks: Sequence[int]) -> OrderedDict[str, nn.Module]:
+    """Layers of the right shapes, without values."""
+    wide, narrow = ranks[0], ranks[-1]
     if isinstance(layer, nn.Linear):
-        (rank, inputs), outputs = weights[0].shape, len(weights[-1])
         with torch.device("meta"):
-            return OrderedDict([(FIRST, nn.Linear(inputs, rank)), (LAST, nn.Linear(rank, outputs))])
+            first, last = nn.Linear(layer.in_features, narrow), nn.Linear(wide, layer.out_features)
+        return OrderedDict([(FIRST, first), (LAST, last)])
     assert isinstance(layer, nn.Conv2d)
 
     def conv(inputs: int, outputs: int, *along: int, groups: int = 1) -> nn.Conv2d:
@@ -179,7 +191,7 @@ def _layers(layer: nn.Module, kind: str, weights: Sequence[Tensor]) -> OrderedDi
                 padding_mode=layer.padding_mode if along else "zeros",
             )
 
-    inputs, outputs, narrow, wide = layer.in_channels, layer.out_channels, len(weights[0]), weights[-1].shape[1]
+    inputs, outputs = layer.in_channels, layer.out_channels
     if kind == "svd":
         # A stride leaves images out: before the first factor, so that none is computed for nothing.
         return OrderedDict([(FIRST, conv(inputs, narrow, 0, 1)), (LAST, conv(narrow, outputs))])

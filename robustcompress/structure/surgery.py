@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -86,8 +87,21 @@ def plan_edit(model: nn.Module, layout: Layout, widths: Mapping[str, int], edit:
 
 def _sharing(edit: Edit) -> torch.Tensor:
     sources = torch.tensor(edit.sources)
-    counts = (sources[:, None] == sources[None, :]).sum(1)
-    return torch.where(sources == NEW, 1.0, 1.0 / counts.double())
+    _, which, counts = torch.unique(sources, return_inverse=True, return_counts=True)
+    return torch.where(sources == NEW, 1.0, 1.0 / counts[which].double())
+
+
+def numbers_after(model: nn.Module, plan: Sequence[TensorEdit]) -> int:
+    """How many numbers the parameters will hold once a plan is carried out; nothing is allocated."""
+    shapes: dict[tuple[str, str], list[int]] = {}
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for tensor in plan:
+        key = tensor.owner, tensor.tensor
+        if key not in shapes:
+            shapes[key] = list(getattr(model.get_submodule(tensor.owner), tensor.tensor).shape)
+            count -= math.prod(shapes[key])
+        shapes[key][tensor.dim] = len(tensor.index)
+    return count + sum(math.prod(shape) for shape in shapes.values())
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 import robustcompress as rc
-from robustcompress.commands.run import _without_places
 from robustcompress.errors import InputError
 from robustcompress.recipe import RunRecipe, merged, read_yaml
+from robustcompress.recipe_text import without_places
 from robustcompress.strategies import STRATEGIES
 from tests.cli.conftest import Run
 
@@ -151,7 +151,8 @@ def test_run_proves_what_the_recipe_asks_for(run: Run, tmp_path: Path) -> None:
 
 def test_a_result_keeps_no_directory_of_this_machine() -> None:
     data = {"source": "/home/somebody/photos", "root": "/data", "seed": 3}
-    assert _without_places({"data": data, "seed": 1}) == {"data": {"source": "photos", "seed": 3}, "seed": 1}
+    said = {"source": "MISSING: the directory with the images (photos)", "seed": 3}
+    assert without_places({"data": data, "seed": 1}) == {"data": said, "seed": 1}
 
 
 def test_check_runs_nothing(run: Run, tmp_path: Path) -> None:

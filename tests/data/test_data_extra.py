@@ -190,7 +190,7 @@ def test_what_does_not_fit_into_memory_is_told_how_to_stay_on_the_disk(
 ) -> None:
     image, label = jittered(data, 12)
     np.savez_compressed(tmp_path / "c.npz", image=image, label=label)
-    monkeypatch.setattr("robustcompress.data.extra.spare_memory", lambda: 1000)
+    monkeypatch.setattr("robustcompress.data.extra.room", lambda: 1000)
     with pytest.raises(InputError, match=r"write it with numpy\.savez, not savez_compressed"):
         load_data(data, extra=tmp_path / "c.npz")
 
