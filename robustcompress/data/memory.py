@@ -9,14 +9,6 @@ _CGROUP = Path("/sys/fs/cgroup")  # version 2, as containers see it
 _UNKNOWN = 8 << 30
 
 
-def spare_memory() -> int:
-    """Bytes that may be taken at once: half of what is free."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (ValueError, OSError, AttributeError):  # not on every system
-        return _UNKNOWN // 2
-
-
 def whole_memory() -> int:
     """Bytes that there are, taken or free: the same whenever it is asked."""
     try:

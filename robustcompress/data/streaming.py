@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Literal
 
 from robustcompress.data.decoding import DamagedImageError
-from robustcompress.data.memory import spare_memory, whole_memory
+from robustcompress.data.memory import whole_memory
 from robustcompress.data.pools import Pool, Source, stored_pool
 from robustcompress.data.stored import Stored
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.untrusted import room
 
 Stream = bool | Literal["auto"]
 
@@ -76,11 +77,11 @@ def check_held_out(train: Pool, training: int, val: Pool, validation: int, test:
         InputError: There are too many of them.
     """
     assert train.stored is not None
-    needed, room = _needed(train.stored, validation + tests), spare_memory()
-    if needed > room:
+    needed, free = _needed(train.stored, validation + tests), room()
+    if needed > free:
         raise InputError(
             f"cannot load the data: {validation} validation and {tests} test images take {needed / 1e9:.1f} GB of "
-            f"memory, and {room / 1e9:.1f} GB may be taken: pass a smaller test_limit or image_size"
+            f"memory, and {free / 1e9:.1f} GB may be taken: pass a smaller test_limit or image_size"
         )
     said = [f"{training:,} training images stay on the disk and are decoded while training"]
     for name, pool, count in (("validation", val, validation), ("test", test, tests)):

@@ -270,8 +270,7 @@ class StructuralEditor:
 
             editor.factorise([Factorise("layers.1.0.conv1", "tucker", (16, 16))])
 
-        A convolution of C channels in and out has 9 C^2 weights, its Tucker factors of rank r have 2 C r + 9 r^2. Ranks
-        are channel groups from then on, under the names of the factors that write them.
+        Ranks are channel groups from then on, under the names of the factors that write them.
 
         Args:
             layers: Each once; plain convolutions without groups, and linear layers (see `factors`).

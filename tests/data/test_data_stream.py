@@ -140,7 +140,7 @@ def test_who_is_asked_to_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         load_data("digits", stream=True)
     with pytest.raises(InputError, match=r"stream='sometimes'.*\n.*workers=0"):
         load_data(folder, stream="sometimes", workers=0)  # type: ignore[arg-type]
-    monkeypatch.setattr(streaming, "spare_memory", lambda: 1000)
+    monkeypatch.setattr(streaming, "room", lambda: 1000)
     with pytest.raises(InputError, match=r"6 validation and 12 test images take .* pass a smaller test_limit"):
         load_data(folder, image_size=SIZE, stream=True)
 
