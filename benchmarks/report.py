@@ -63,6 +63,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     overfitting.MODULE: overfitting.markdown,
     regularisers.MODULE: regularisers.markdown,
     factorised.MODULE: factorised.markdown,
+    endurance.MODULE: endurance.markdown,
 }
 SPEED = (training_scaling, training_memory, distributed_step, streaming, strong_attack, evaluation_speed)
 GRIDS = ROOT / "benchmarks" / "grids"
