@@ -17,7 +17,7 @@ from robustcompress.calibration import final_latency, limit_latency
 from robustcompress.checkpoint import Journal, remove
 from robustcompress.data import TEACHER, DataSplits
 from robustcompress.distributed import World, start
-from robustcompress.errors import InputError
+from robustcompress.errors import DiskError, InputError
 from robustcompress.export.timing import Stopwatch
 from robustcompress.identity import check_alike, identity_of, parts_for, take_weights, with_parts
 from robustcompress.lock import held
@@ -345,10 +345,10 @@ def _saved(result: CompressResult, request: Request, shown: Progress) -> Path:
     assert request.out is not None
     try:
         return save_beside(result, request.out, shown)
-    except InputError as error:
+    except DiskError as error:
         if request.checkpoint is None:
             raise
-        raise InputError(
+        raise DiskError(
             f"{error}; the checkpoint in {request.checkpoint} is kept: the same call then has little left to do"
         ) from error
 

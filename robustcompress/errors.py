@@ -15,6 +15,10 @@ class InputError(RobustCompressError, ValueError):
     """The caller passed something that cannot work; the message names the value and the remedy."""
 
 
+class DiskError(InputError):
+    """The disk does not take a result: it is full, read-only, or gone. The work is not at fault, nor lost."""
+
+
 class UnsupportedModelError(InputError):
     """The network holds layers or shapes that cannot be edited; all of them are listed, each with its reason."""
 

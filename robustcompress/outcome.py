@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,4 +118,13 @@ def save_beside(result: CompressResult, out: Path, progress: Progress) -> Path:
         target = out.with_name(f"{out.name}-{number}")
     if target != out:
         progress.say(f"{out} came to be during the training; the result is saved to {target}")
+    sweep(target)
     return result.save(target)
+
+
+def sweep(out: Path) -> None:
+    """Remove what an earlier save to the same place left half written when it was killed; nobody else writes there."""
+    left = re.compile(rf"\.{re.escape(out.name)}-[a-z0-9_]{{8}}")  # as `tempfile` names what `save` asks it for
+    for path in out.parent.iterdir():
+        if left.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)

@@ -16,7 +16,7 @@ from torch import nn
 from robustcompress.api import carry_out
 from robustcompress.budget import Budget, Cost, measure
 from robustcompress.checkpoint import same_run
-from robustcompress.errors import InputError, OutOfTime, Problems, ResultError, RobustCompressError
+from robustcompress.errors import DiskError, InputError, OutOfTime, Problems, ResultError, RobustCompressError
 from robustcompress.export.timing import Stopwatch
 from robustcompress.front import Front, Point, accuracies_of
 from robustcompress.front_plot import plot_front
@@ -260,7 +260,7 @@ class _Run:
         try:
             network, cost, report = self._network(point, strategy, budget)
             ms = point.onnx_ms if point.onnx_ms is not None else self._time(network)
-        except OutOfTime:
+        except (OutOfTime, DiskError):  # neither is the network's fault: the same call goes on
             raise
         except RobustCompressError as error:
             if budget is None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.checkpoint.disk import reason, save_tensors, sync_directory, write_text
-from robustcompress.errors import InputError, ResultError
+from robustcompress.errors import DiskError, InputError, ResultError
 from robustcompress.hub import fetch, is_address
 from robustcompress.min_robust import lines_of, trials_of
 from robustcompress.models import ModelSpec
@@ -98,7 +98,8 @@ class CompressResult:
             The directory.
 
         Raises:
-            InputError: The directory exists, its parent does not, or it cannot be written.
+            InputError: The directory exists, or its parent does not.
+            DiskError: It cannot be written.
         """
         directory = Path(directory)
         check_target(directory, overwrite=overwrite)
@@ -212,8 +213,8 @@ class CompressResult:
         return f"<h4>{title}</h4><table>{head}{body}</table>{report}"
 
 
-def _unwritten(directory: Path, error: OSError) -> InputError:
-    return InputError(f"{directory} could not be written ({reason(error)}): make room, or choose another directory")
+def _unwritten(directory: Path, error: OSError) -> DiskError:
+    return DiskError(f"{directory} could not be written ({reason(error)}): make room, or choose another directory")
 
 
 def _put_in_place(new: Path, directory: Path) -> None:

@@ -262,7 +262,7 @@ def check_directory(directory: Path, *, also: str = "") -> None:
     else:
         place = directory
         known = {AUTOATTACK, LOCK, *(name + end for name in (INDEX, BEFORE) for end in ("", ".part"))}
-        strange = (path for path in directory.iterdir() if path.name not in known and _ours(path) is None)
+        strange = (path for path in directory.iterdir() if path.name not in known and not _is_ours(path))
         others = sorted(path.name for path in strange if not re.fullmatch(also, path.name))
         if others:
             raise InputError(
@@ -276,6 +276,11 @@ def _ours(path: Path) -> re.Match[str] | None:
     return re.fullmatch(r"state-(\d+)-\d+\.safetensors(?:\.part)?", path.name)
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether it holds tensors of a checkpoint, or is what safetensors leaves where it was killed while it wrote."""
+    return _ours(path) is not None or re.fullmatch(r"\.tmp\w{6}", path.name) is not None
+
+
 def _tidy(directory: Path) -> None:
     """Remove the tensors of older checkpoints than the two, and what a kill left half written."""
     keep: set[str] = set()
@@ -285,7 +290,7 @@ def _tidy(directory: Path) -> None:
             keep |= {item["name"] for item in json.loads((directory / name).read_text())["files"]}
     if directory.is_dir():
         for path in directory.iterdir():
-            if _ours(path) and path.name not in keep:
+            if _is_ours(path) and path.name not in keep:
                 path.unlink(missing_ok=True)
 
 

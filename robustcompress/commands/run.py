@@ -21,8 +21,9 @@ from robustcompress.commands.keeping import (
 )
 from robustcompress.data import DataSplits
 from robustcompress.distributed import World, current, start
-from robustcompress.errors import InputError
+from robustcompress.errors import DiskError, InputError
 from robustcompress.lock import held
+from robustcompress.outcome import sweep
 from robustcompress.recipe import RunRecipe, merged, read_yaml
 from robustcompress.resolve import Request
 from robustcompress.result import CompressResult, check_target, load
@@ -166,11 +167,12 @@ def _judged(
 
 
 def _save(result: CompressResult, out: Path, checkpoint: Path | None) -> None:
+    sweep(out)
     try:
         result.save(out, overwrite=checkpoint is None)
-    except InputError as error:
+    except DiskError as error:
         kept = "" if checkpoint is None else f"; the checkpoint in {checkpoint} is kept: repeat the command then"
-        raise InputError(f"{error}{kept}") from error
+        raise DiskError(f"{error}{kept}") from error
 
 
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustcompress.data.pools import Pool, Source, pixel_pool
+from robustcompress.distributed import launched
 from robustcompress.errors import Problems
 
 # The class in torchvision.datasets, and the values of its split argument for training and test.
@@ -44,7 +48,8 @@ def vision_source(
     kind, train, test = _SETS[name]
     dataset_class = getattr(torchvision.datasets, kind)
     try:
-        opened = [dataset_class(str(root), download=download, **split) for split in (train, test)]
+        with _in_turn(root) if download else nullcontext():
+            opened = [dataset_class(str(root), download=download, **split) for split in (train, test)]
     except ImportError as error:
         problems.add(f"{name} needs a package that is not installed: {error}")
     except (RuntimeError, OSError) as error:
@@ -58,6 +63,20 @@ def vision_source(
         pools = [_pool(dataset, image_size) for dataset in opened]
         return Source(name=name, classes=_classes(opened[0]), train=pools[0], test=pools[1])
     return None
+
+
+@contextmanager
+def _in_turn(root: Path) -> Iterator[None]:
+    """Have the processes of a machine fetch one after the other: the first fetches, and the others find it there."""
+    if not launched() or sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".download.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _pool(dataset: Any, image_size: int | None) -> Pool:

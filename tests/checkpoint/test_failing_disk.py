@@ -10,6 +10,7 @@ import pytest
 
 import robustcompress as rc
 from robustcompress.checkpoint import Journal, files, read
+from robustcompress.errors import DiskError
 from tests.strategies.nets import QUICK_RECIPE, build, same, small_data, state
 
 
@@ -67,6 +68,36 @@ def test_a_run_that_cannot_be_saved_keeps_its_checkpoint_and_ends_when_it_is_cal
         patch.setattr("robustcompress.train.loop._note", None)  # training again would fail
         compress(**kept)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_save_that_was_killed_leaves_nothing_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(self: rc.CompressResult, directory: Path) -> None:
+        (directory / "half").write_text("")
+        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+        raise Killed
+
+    kept: dict[str, Any] = {"checkpoint": tmp_path / "c", "out": tmp_path / "out"}
+    with monkeypatch.context(), pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rc.CompressResult, "_write", dying)
+        compress(**kept)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / ".out-notes").mkdir()  # not of that form
+    compress(**kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out-notes", "out"]
+
+
+def test_a_front_does_not_hold_a_full_disk_against_its_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"data": small_data(), "recipe": QUICK_RECIPE, "progress": False, "picture": ""}
+    settings |= {"pretrained": True, "budgets": 0.5, "epochs": 1.0, "attacks": ("clean", "pgd-2")}
+    with monkeypatch.context() as patch:
+        patch.setattr("robustcompress.result.save_tensors", refuse)
+        with pytest.raises(DiskError, match="No space left"):
+            rc.pareto(build("chain"), "magnitude", out=tmp_path / "f", **settings)
+    front = rc.pareto(build("chain"), "magnitude", out=tmp_path / "f", **settings)
+    assert len(front.made) == 2 and not any(point.failed for point in front.points)
 
 
 def test_a_run_goes_on_from_the_one_before_where_the_newest_is_damaged(

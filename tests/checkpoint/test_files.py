@@ -152,6 +152,14 @@ def test_places_that_cannot_hold_a_checkpoint_are_refused(tmp_path: Path) -> Non
     check_directory(tmp_path / "new")
 
 
+def test_what_the_writer_of_tensors_leaves_when_it_is_killed_is_no_stranger(tmp_path: Path) -> None:
+    write(tmp_path / "c", {"n": 1}, {"x": torch.ones(3)})
+    (tmp_path / "c" / ".tmpzlSj1b").write_bytes(b"half")
+    check_directory(tmp_path / "c")
+    write(tmp_path / "c", {"n": 2}, {"x": torch.ones(3)})
+    assert not (tmp_path / "c" / ".tmpzlSj1b").exists()
+
+
 # Two are kept.
 
 
