@@ -32,6 +32,7 @@ _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", 
 _LABELS = (".cls", ".json")
 _KEYS = ("cls", "label", "class")  # of a .json
 _LONGEST = 1 << 20  # bytes of a label: more is none
+_DIGITS = 12  # of a class's number: more is a name, or nonsense
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,10 +215,15 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> int 
     text = "" if file is None else file.read().decode("utf-8", "replace").strip()
     value: object = text
     if kind == ".json":
-        held = json.loads(text)
+        try:
+            held = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{member.name} is no JSON") from error
         value = next((held[key] for key in _KEYS if key in held), None) if isinstance(held, dict) else held
-    if isinstance(value, str) and value.isdecimal():
+    if isinstance(value, str) and value.isdecimal() and len(value) < _DIGITS:
         return int(value)
+    if isinstance(value, int) and abs(value) >= 10**_DIGITS:
+        raise ValueError(f"{member.name} says a class of more than {_DIGITS} digits")
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         keys = " or ".join(repr(key) for key in _KEYS)
         raise ValueError(f"{member.name} says no class: a number or a name, in a .json under {keys}")

@@ -107,6 +107,15 @@ def test_what_is_wrong_with_shards_is_said_at_once(tmp_path: Path) -> None:
         assert part in said, (part, said)
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 100_000, '{"label": 1' + "0" * 30 + "}", '{"label": null}', '{"label": 1.5}']
+)
+def test_labels_that_say_nothing_are_named(text: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "s" / "0.tar", [("a.jpg", jpeg(1)), ("a.json", text.encode())])
+    with pytest.raises(InputError, match=r"a\.json (is no JSON|says)"):
+        load_data(tmp_path / "s")
+
+
 def test_a_compressed_shard_and_a_member_that_lies(tmp_path: Path) -> None:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
