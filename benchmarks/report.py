@@ -21,6 +21,7 @@ from benchmarks import (
     compare_report,
     deployment,
     distributed_step,
+    endurance,
     evaluation_speed,
     factorised,
     latency,
