@@ -172,10 +172,7 @@ def _explain(error: RobustCompressError | OSError) -> tuple[int, str]:
     """Return exit code and message; errors that no user caused are raised again, with their traceback."""
     if isinstance(error, OSError):
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-            return (
-                BAD_INPUT,
-                f"a file could not be written ({error.strerror}): make room and repeat the command",
-            )
+            return BAD_INPUT, f"a file could not be written ({error.strerror}): make room and repeat the command"
         if error.filename is None:  # not about a path that anybody named
             raise error
         return BAD_INPUT, f"{error.filename}: {error.strerror}"

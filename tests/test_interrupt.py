@@ -57,6 +57,7 @@ def test_what_is_ignored_stays_ignored_and_other_threads_change_nothing() -> Non
     assert seen == [signal.getsignal(signal.SIGTERM)]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # of later Pythons
 def test_a_forked_child_dies_of_its_signal() -> None:
     with graceful():
         child = os.fork()

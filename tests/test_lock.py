@@ -83,6 +83,7 @@ def test_the_same_thread_may_take_it_again_and_another_may_not(tmp_path: Path) -
     assert "another thread of this process" in said[0] and said[1:] == ["held"]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # of later Pythons
 def test_a_forked_child_does_not_inherit_it(tmp_path: Path) -> None:
     with held(tmp_path / "c"):
         child = os.fork()

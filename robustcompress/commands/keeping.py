@@ -12,6 +12,7 @@ from robustcompress.resolve import Request
 from robustcompress.result import RESULT, check_target
 from robustcompress.series import CHECKPOINT, REQUEST, digest_of, read_json
 from robustcompress.smallest import clear
+from robustcompress.terminal import say
 
 NONE = "none"
 
@@ -73,6 +74,10 @@ def _is_finished(request: Request, out: Path | None, **also: Any) -> bool:
 
 def discard(checkpoint: Path | None) -> None:
     """Remove what was kept of a run, or of a search for the smallest network, once its result is safe."""
-    if checkpoint is not None and checkpoint.is_dir():
+    if checkpoint is None or not checkpoint.is_dir():
+        return
+    try:
         clear(checkpoint)
         remove(checkpoint)
+    except OSError as error:  # no reason to end in an error
+        say(f"{checkpoint} could not be removed ({error.strerror}): remove it by hand")

@@ -87,6 +87,7 @@ def test_a_save_that_was_killed_leaves_nothing_for_long(tmp_path: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out-notes", "out"]
 
 
+@pytest.mark.slow
 def test_a_front_does_not_hold_a_full_disk_against_its_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 import robustcompress as rc
 from robustcompress import Recipe
 from robustcompress.checkpoint import Journal, read
+from robustcompress.robust.memory import is_out_of_memory
 from robustcompress.robust.objectives import PGDAT, FreeAT, Objective, ObjectiveStep
 from robustcompress.train import Care, TrainingError
 from robustcompress.train.care import IN_A_ROW, LEAST, RECOVERY
@@ -150,7 +151,7 @@ class Hungry(PGDAT):
         return super().loss(model, x, *args, **settings)
 
 
-@pytest.mark.parametrize("device", [True, False], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("device", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["gpu", "cpu"])
 def test_where_memory_runs_out_it_goes_on_in_parts_as_if_it_had_begun_so(
     device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +188,13 @@ def test_an_objective_that_needs_the_whole_batch_says_so(monkeypatch: pytest.Mon
     monkeypatch.setattr("robustcompress.robust.objectives.free.FreeEpoch.loss", full)
     with pytest.raises(TrainingError, match="a batch of 32, which this objective needs as a whole"):
         fit(build("residual"), objective=FreeAT(replays=2))
+
+
+def test_errors_of_memory_are_told_from_others() -> None:
+    cpu = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+    assert is_out_of_memory(torch.OutOfMemoryError("x")) and is_out_of_memory(RuntimeError(cpu))
+    assert is_out_of_memory(MemoryError()) and not is_out_of_memory(ValueError(cpu))
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
