@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,8 @@ def test_four_processes_that_stop_are_two_that_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["fp16", "bf16", "powersgd"])
 def test_gradients_that_travel_compressed_train_nearly_the_same(compression: str) -> None:
-    case = Case("magnitude", epochs=4.0, recipe={"gradient_compression": compression})
+    epochs = 12.0 if compression == "powersgd" else 4.0  # it begins after ten steps of a phase
+    case = Case("magnitude", epochs=epochs, recipe={"gradient_compression": compression})
     (mine,), (other,) = together(2, compress_all, [case])
     for name, values in mine["weights"].items():
         assert np.array_equal(values, other["weights"][name]), "both processes end alike"
@@ -75,12 +74,15 @@ def test_sigterm_stops_all_processes_after_the_same_step_and_the_command_goes_on
         start_new_session=True,
         **settings,
     )
-    time.sleep(40)
+    assert first.stderr is not None
+    told = ""
+    while "magnitude: pretrain" not in told:  # the line that a phase leaves behind
+        told += first.stderr.readline()
+        assert first.poll() is None, told
     first.send_signal(signal.SIGTERM)
-    _, told = first.communicate(timeout=120)
+    told += first.communicate(timeout=120)[1]
     assert first.returncode != 0 and "stopped in phase" in told and "the same torchrun command" in told
     assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoint").is_dir()
     subprocess.run([*command, "--out", str(tmp_path / "out")], check=True, timeout=600, **settings)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert files[0] == files[1]
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["history"]
