@@ -100,7 +100,7 @@ def _change(rng: Random, owner: Any, key: Any) -> None:
     elif kind == 3:
         owner[key] = rng.choice(([item], {"a": item}, str(item), [item, item]))
     elif kind == 4 and isinstance(item, int | float):
-        owner[key] = rng.choice((item + 1, -item, item * 10**6, float(item), str(item), item + 0.5))
+        owner[key] = rng.choice((item + 1, -item, item * 10**6, f"{item}", [item], -item - 1))
     elif kind == 4 and isinstance(item, str):
         owner[key] = rng.choice((item.upper(), item + "x", item[:-1], item * 1000, f" {item}", f"../{item}"))
     else:

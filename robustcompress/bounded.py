@@ -29,7 +29,7 @@ GROWN = 4
 
 MOST_EDITS = 10_000
 
-MOST_TENSORS = 20_000
+MOST_TENSORS = 10_000
 
 
 def build_bounded(spec: ModelSpec, image_shape: Sequence[int], kept: int) -> nn.Module:

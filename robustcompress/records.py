@@ -7,7 +7,7 @@ from typing import Any
 
 from robustcompress.budget import Cost
 
-MAX_PIXELS = 1 << 24
+MAX_PIXELS = 1 << 22
 """An image read from a file may not be larger: a damaged record must not exhaust the memory."""
 
 

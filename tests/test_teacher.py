@@ -243,19 +243,19 @@ def test_from_the_shell(run: Run, tmp_path: Path, wise: nn.Module) -> None:
 
 
 def test_recipes_name_teachers(tmp_path: Path) -> None:
-    from robustcompress.commands.run import _without_places
     from robustcompress.recipe import RunRecipe
+    from robustcompress.recipe_text import without_places
 
     base = {"model": "resnet8", "strategy": "hydra", "finetune": {"name": "rslad", "steps": 3}}
     recipe = RunRecipe.from_mapping(base | {"teacher": "/data/runs/wide"})
     assert recipe.finetune == RSLAD(steps=3) and recipe.teacher == "/data/runs/wide"
     assert RunRecipe.from_mapping(recipe.to_json()) == recipe
-    assert _without_places(recipe.to_json())["teacher"] == "wide"
+    assert without_places(recipe.to_json())["teacher"].endswith("(wide)")
     told = {"model": {"name": "resnet8", "width": 2}, "weights": "/data/w.safetensors"}
     recipe = RunRecipe.from_mapping(base | {"teacher": told})
     assert isinstance(recipe.teacher, tuple) and recipe.teacher[1] == "/data/w.safetensors"
     assert RunRecipe.from_mapping(recipe.to_json()) == recipe
-    assert _without_places(recipe.to_json())["teacher"]["weights"] == "w.safetensors"
+    assert without_places(recipe.to_json())["teacher"]["weights"].endswith("(w.safetensors)")
     for teacher, said in ((3, "teacher=3: give"), ({"model": "resnet8"}, "'model' and 'weights'")):
         with pytest.raises(rc.InputError, match=said):
             RunRecipe.from_mapping(base | {"teacher": teacher})

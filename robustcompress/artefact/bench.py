@@ -156,8 +156,9 @@ def bench_onnx(
         A row for each file and setting.
 
     Raises:
-        InputError: A file, a number or the provider cannot be used; all that is wrong is said before any timing.
-        RobustCompressError: A file cannot be run.
+        InputError: A file, a number or the provider cannot be used, which is said before any timing; or a file cannot
+            be run.
+        RobustCompressError: onnxruntime takes another provider than it was asked for.
     """
     problems = Problems("bench cannot start")
     given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
@@ -274,7 +275,7 @@ class _Child:
         line = self._process.stdout.readline()
         if not line:
             said = self._process.stderr.read().strip().splitlines() or ["it ended without a word"]
-            raise RobustCompressError(f"{self._name} cannot be timed: {said[-1][:300]}")
+            raise InputError(f"{self._name} cannot be timed: {said[-1][:300]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -153,7 +153,8 @@ def _precision(weights: Mapping[str, int]) -> str:
 def _type(number: int) -> str:
     import onnx
 
-    name = onnx.TensorProto.DataType.Name(number).lower()
+    kinds = onnx.TensorProto.DataType
+    name = kinds.Name(number).lower() if number in kinds.values() else "unknown"
     return {"float": "float32", "double": "float64"}.get(str(name), str(name))
 
 

@@ -269,6 +269,6 @@ class Severity:
             counts = tuple((float(distance), int(count)) for distance, count in data)
         except (TypeError, ValueError) as error:
             raise ResultError(f"these are no distances of mistakes: {error}") from error
-        if any(distance <= 0 or count < 1 for distance, count in counts):
+        if any(not 0 < distance < math.inf or count < 1 for distance, count in counts):
             raise ResultError("these are no distances of mistakes: a distance or a count is not positive")
         return cls(counts)

@@ -103,8 +103,8 @@ class AttackResult:
             result = cls(
                 name=_text(data["name"]),
                 correct=unpack_flags(data["correct"]),
-                seconds=float(data["seconds"]),
-                max_perturbation=float(data["max_perturbation"]),
+                seconds=_number(data["seconds"]),
+                max_perturbation=_number(data["max_perturbation"]),
                 suite=str(data["suite"]),
                 broken_by={str(key): int(count) for key, count in data["broken_by"].items()},
                 severity=Severity.from_json(data["mistakes"]) if "mistakes" in data else None,
@@ -121,6 +121,12 @@ class AttackResult:
         if result.severity is not None and result.severity.errors != result.n - int(result.correct.sum()):
             raise ResultError(f"{result.name!r} has not as many distances as mistakes: the file was changed")
         return result
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
 
 
 def _text(value: object) -> str:

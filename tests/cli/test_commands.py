@@ -111,7 +111,9 @@ def test_evaluate_repeats_and_replaces_the_report(run: Run, grape: Path) -> None
     assert after.report is not None and ran.document["report"] == after.report.to_json() and ran.document["saved"]
     assert [result.name for result in after.report.attacks] == ["clean", "pgd-3"] and after.report.n == 50
     assert after.after == before.after and after.edits == before.edits
-    assert {path.name for path in grape.iterdir()} == {"result.json", "model.safetensors", "history.jsonl"}
+    assert {path.name for path in grape.iterdir()} == {
+        *("result.json", "model.safetensors", "history.jsonl", "recipe.yaml")
+    }
 
 
 def test_evaluate_compares_on_the_same_images(run: Run, saved: Path) -> None:

@@ -278,8 +278,8 @@ def test_a_batch_too_small_to_divide_is_refused_before_training(data: DataSplits
 
 
 def test_from_the_shell_and_in_recipes(run: Run, tmp_path: Path) -> None:
-    from robustcompress.commands.run import _without_places
     from robustcompress.recipe import RunRecipe
+    from robustcompress.recipe_text import without_places
 
     digits = load_data("digits", train_limit=200, test_limit=20)
     image, label = jittered(digits, 60)
@@ -295,4 +295,4 @@ def test_from_the_shell_and_in_recipes(run: Run, tmp_path: Path) -> None:
     recipe = RunRecipe.from_mapping({"model": "resnet8", "strategy": "grape", "data": keys})
     assert recipe.load_data().extra is not None
     assert RunRecipe.from_mapping(recipe.to_json()) == recipe
-    assert _without_places(recipe.to_json())["data"]["extra"] == "more.npz"
+    assert without_places(recipe.to_json())["data"]["extra"].endswith("(more.npz)")
