@@ -192,7 +192,7 @@ def use_checkpoint(folder: Path) -> None:
     """Read it as a resumed run does."""
     for name in ("whole", "small"):
         read_checkpoint(folder / name)
-        Journal(folder / name, {"seed": 0}, versions={"torch": "2"})
+        Journal(folder / name, lambda held: {"seed": 0}, versions={"torch": "2"})
 
 
 # All others.

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from robustcompress.artefact import open_onnx
-from robustcompress.data.folder import decode
+from robustcompress.data.decoding import decoded
 from robustcompress.data.pools import resized
 from robustcompress.errors import InputError, ParityError
 from robustcompress.export import ends as ends_module
@@ -122,7 +122,8 @@ def test_the_resize_is_within_one_of_255_of_pillows(tmp_path: Path) -> None:
     export_onnx(trained(), path, image_shape=(3, SIZE, SIZE), input="uint8", resize=True, verify=False)
     raw = pixels(1, 45, 70)
     Image.fromarray(raw[0]).save(tmp_path / "image.png")
-    by_pillow = decode([str(tmp_path / "image.png")], image_size=SIZE).float()
+    whole = decoded((tmp_path / "image.png").read_bytes(), "image.png", size=SIZE)
+    by_pillow = torch.from_numpy(whole.copy()).permute(2, 0, 1)[None].float()
     inside = torch.from_numpy(_session(preprocessing_of(onnx.load(path))).run(None, {"images": raw})[0])
     assert float((inside * 255 - by_pillow).abs().max()) < 1.01
 

@@ -61,7 +61,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     try:
         save_file(tensors, part, metadata=metadata)
     except SafetensorError as error:  # as which errors of the disk come
-        raise OSError(f"{part}: {error}") from error
+        raise OSError(f"{error} ({part.name})") from error
     with part.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())

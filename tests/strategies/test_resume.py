@@ -14,6 +14,7 @@ import torch
 
 import robustcompress as rc
 from robustcompress.checkpoint import Journal, files, journal, read, shrink
+from robustcompress.distributed import ALONE
 from robustcompress.robust.objectives import PGDAT
 from robustcompress.session import Session
 from robustcompress.shapes import uniform_widths
@@ -337,7 +338,7 @@ def test_what_a_strategy_keeps_and_draws_comes_back(tmp_path: Path) -> None:
 
 def test_decisions_are_plain() -> None:
     session = Session.__new__(Session)
-    session._journal = None
+    session._journal, session.world = None, ALONE
     assert session.decide("d", lambda: {"a": (1, 2.5)}) == {"a": [1, 2.5]}
     tensor = torch.tensor([1 / 3, 2.0], dtype=torch.float32)
     assert torch.equal(session.decide("d", lambda: [tensor])[0], tensor)
