@@ -14,6 +14,7 @@ power supply leaves on a disk is not tried here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -185,11 +186,12 @@ def _kill_once(
 def _half_written(directory: Path) -> set[str]:
     """Names, each with its moment, of files that are being written."""
     found = set()
-    for path in directory.glob("*/*.part*"):
-        try:
-            found.add(f"{path.name} {path.stat().st_ctime_ns}")
-        except OSError:
-            continue
+    for _ in range(3):  # a directory that is removed meanwhile ends a search of it
+        with contextlib.suppress(OSError):
+            for path in directory.glob("*/*.part*"):
+                with contextlib.suppress(OSError):
+                    found.add(f"{path.name} {path.stat().st_ctime_ns}")
+            break
     return found
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +33,13 @@ class Server:
         command = [sys.executable, "-m", "benchmarks.endurance_jobs"]
         place = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": place}
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": log,
+            "text": True,
+            "start_new_session": True,
+        }
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
     def begin(self, directory: Path, job: str, *arguments: str, **settings: Any) -> int:
@@ -57,6 +64,11 @@ class Server:
         if status is None:
             raise RuntimeError(f"{job} {arguments} hangs in {directory}")
         return status
+
+    def kill(self) -> None:
+        """End it at once, with its child."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def close(self) -> None:
         """End it."""
@@ -85,7 +97,6 @@ class Servers:
     def __init__(self, directory: Path, workers: int) -> None:
         self._log = (directory / "servers.log").open("w")
         self._free = [Server(self._log) for _ in range(workers)]
-        self._all = list(self._free)
 
     @contextmanager
     def borrowed(self) -> Iterator[Server]:
@@ -93,12 +104,16 @@ class Servers:
         server = self._free.pop()
         try:
             yield server
+        except BaseException:  # its child may still run, and its answers would be taken for those of the next one
+            server.kill()
+            server = Server(self._log)
+            raise
         finally:
             self._free.append(server)
 
     def close(self) -> None:
         """End them all."""
-        for server in self._all:
+        for server in self._free:
             server.close()
         self._log.close()
 
