@@ -51,7 +51,8 @@ def run(*, quick: bool, seed: int) -> dict[str, Any]:
     Returns:
         "runs": compressions carried out; "equal" of "compared" ended with the bits of one process; "near" of
         "compared_near" within `NEAR` and with the same channels; "largest_difference" and "median_difference" of a
-        weight among these; "kills" processes killed, "killed_equal" of "killed" runs then ended with the same bits; "resized_near" of "resized" runs.
+        weight among these; "kills" processes killed, "killed_equal" of "killed" runs then ended with the same bits;
+        "resized_near" of "resized" runs.
     """
     import robustcompress as rc
 
