@@ -6,7 +6,7 @@ import json
 import os
 import random
 import signal
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,13 @@ def _until_checkpoint(server: Server, directory: Path, steps: int) -> None:
     raise RuntimeError(f"it was done before it could be killed: {log_of(directory)}")
 
 
+def _wait(server: Server, directory: Path, ready: Callable[[], bool]) -> None:
+    """Wait for something that a job does on its way."""
+    while not ready():
+        if server.ended(0.001) is not None:
+            raise RuntimeError(f"it ended too soon: {log_of(directory)}")
+
+
 def damaged_newest(case: Case) -> dict[str, int]:
     """The newest checkpoint truncated, changed or gone: the one before it must be used, and the end be the same."""
     counts = {"runs": 0, "noticed": 0, "identical": 0}
@@ -75,13 +82,14 @@ def damaged_newest(case: Case) -> dict[str, int]:
 
 def sigterm(case: Case) -> dict[str, int]:
     """SIGTERM at a random time: exit code 143 with a checkpoint, and the same end when begun again."""
-    counts = {"runs": 0, "exit_143": 0, "identical": 0}
+    counts = {"runs": 0, "exit_143": 0, "identical": 0, "done_before": 0}
     for number in range(case.times):
         directory = fresh(case.place / str(number))
         pid = case.server.begin(directory, "graceful", STRATEGY)
-        while "listening" not in log_of(directory):
-            time.sleep(0.001)
-        time.sleep(case.dice.uniform(0, case.length / 2))
+        _wait(case.server, directory, lambda directory=directory: "listening" in log_of(directory))
+        if case.server.ended(case.dice.uniform(0, case.length / 2)) is not None:
+            counts["done_before"] += 1
+            continue
         os.kill(pid, signal.SIGTERM)
         status = case.server.ended(PATIENCE_S)
         counts["runs"] += 1
@@ -114,8 +122,7 @@ def read_only(case: Case) -> dict[str, int]:
     for number in range(case.times):
         directory = fresh(case.place / str(number))
         case.server.begin(directory, "humble", STRATEGY)
-        while standing(directory) is None:
-            time.sleep(0.001)
+        _wait(case.server, directory, lambda directory=directory: standing(directory) is not None)
         (directory / "checkpoint").chmod(0o555)
         status = case.server.ended(PATIENCE_S)
         (directory / "checkpoint").chmod(0o755)
@@ -131,8 +138,7 @@ def second_process(case: Case) -> dict[str, int]:
     for number in range(case.times):
         directory = fresh(case.place / str(number))
         pid = case.server.begin(directory, "compress", STRATEGY)
-        while standing(directory) is None:
-            time.sleep(0.001)
+        _wait(case.server, directory, lambda directory=directory: standing(directory) is not None)
         counts["runs"] += 1
         try:
             with held(directory / "checkpoint"):

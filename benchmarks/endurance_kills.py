@@ -77,7 +77,7 @@ def run(*, quick: bool, seed: int, workers: int = 1, kills: int | None = None) -
         quick: A few kills of a few jobs, in seconds.
         seed: Of the instants.
         workers: Jobs that run at a time, each on a core of its own.
-        kills: Of each job; by default 30, or 2 of a quick run.
+        kills: Of each job, a third of it where that is several compressions; by default 30, or 2 of a quick run.
 
     Returns:
         Counts: "kills", "runs", "identical"; of each strategy, of the other long commands, and of each way to fail.
@@ -102,7 +102,9 @@ def run(*, quick: bool, seed: int, workers: int = 1, kills: int | None = None) -
                 dice = random.Random(f"{seed}/{number}")
                 if number < len(jobs):
                     job, arguments = jobs[number]
-                    return killed(server, directory, job, arguments, kills=wanted_kills, dice=dice)
+                    few = max(2, wanted_kills // 3)  # of what is several compressions
+                    times = few if job in ("front", "smallest") else wanted_kills
+                    return killed(server, directory, job, arguments, kills=times, dice=dice)
                 case = Case(
                     server, directory, dice, times=1 if quick else min(10, wanted_kills), wanted=wanted, length=length
                 )
