@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,8 +26,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-NEAR = 1e-3
-"""Largest difference of a weight that sums in another order may make over a run of some ten steps."""
+NEAR = 2e-2
+"""Largest difference of a weight that sums in another order may make over a run of some twenty steps.
+
+Most runs stay within 1e-5. Now and then a gradient that is nearly zero changes its sign by it, and an attack makes a
+whole step of that.
+"""
 
 FEWER: dict[str, dict[str, Any]] = {"rcnas": {"evaluations": 4, "finalists": 2, "recovery_steps": 1}}
 """Where a strategy's defaults would take most of the time: the same in all else."""
@@ -45,8 +50,9 @@ def run(*, quick: bool, seed: int) -> dict[str, Any]:
 
     Returns:
         "runs": compressions carried out; "equal" of "compared" ended with the bits of one process; "near" of
-        "compared_near" within `NEAR` and with the same channels; "largest_difference" among these; "kills" processes
-        killed, "killed_equal" of "killed" runs then ended with the same bits; "resized_near" of "resized" runs.
+        "compared_near" within `NEAR` and with the same channels; "largest_difference" and "median_difference" of a
+        weight among these; "kills" processes killed, "killed_equal" of "killed" runs then ended with the same bits;
+        "resized_near" of "resized" runs.
     """
     import robustcompress as rc
 
@@ -71,6 +77,7 @@ def run(*, quick: bool, seed: int) -> dict[str, Any]:
             "near": sum(distance <= NEAR for distance in distances.values()),
             "distances": distances,
             "largest_difference": max(distances.values()),
+            "median_difference": statistics.median(distances.values()),
         }
         killed, kills = _killed(place / "killed", names, seed)
         found |= {"killed": len(names), "kills": kills, "killed_equal": sum(_same(pair, killed, n) for n in names)}

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from robustcompress.distributed.world import ALONE, DistributedError, World
 from robustcompress.errors import InputError
@@ -56,6 +54,9 @@ def start() -> World:
         return current()
     if not dist.is_available():
         raise InputError("this torch is built without torch.distributed: start one process, without torchrun")
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus:
         if local >= gpus:

@@ -41,7 +41,7 @@ def test_four_processes_that_stop_are_two_that_go_on(tmp_path: Path) -> None:
     together(4, stopped_after_an_epoch, [case], 1)
     (mine,), other = together(2, compress_all, [case])
     assert not (tmp_path / "c").exists() and other[0]["edits"] == mine["edits"]
-    close(mine, compressed(Case("grape"), parts=4), 1e-3)
+    close(mine, compressed(Case("grape"), parts=4), endurance_distributed.NEAR)
 
 
 @pytest.mark.parametrize("compression", ["fp16", "bf16", "powersgd"])
