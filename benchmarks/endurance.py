@@ -34,6 +34,7 @@ from benchmarks.common import (
 )
 
 MODULE = "endurance"
+BEFORE = "done_before"
 SUITES: dict[str, Callable[..., dict[str, Any]]] = {
     "kills": endurance_kills.run,
     "fuzz": endurance_fuzz.run,
@@ -66,7 +67,9 @@ def faults(name: str, found: Mapping[str, Any]) -> int:
         return int(found["failed"])
     if name == "kills":
         ways = [counts for counts in found.values() if isinstance(counts, Mapping) and "runs" in counts]
-        lost = sum(way["runs"] - min(way.values()) for way in ways)  # each counts runs, and what of them went well
+        # Each counts runs, and what of them went well; a run may be over before its signal comes.
+        good = [(way["runs"], min(n for key, n in way.items() if key != BEFORE), way.get(BEFORE, 0)) for way in ways]
+        lost = sum(max(0, runs - least - before) for runs, least, before in good)
         return int(found["runs"] - found["identical"] + lost)
     pairs = (("compared", "equal"), ("compared_near", "near"), ("killed", "killed_equal"), ("resized", "resized_near"))
     return sum(int(found[whole] - found[good]) for whole, good in pairs if whole in found)

@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import endurance
 
-KILLS = {"kills": 4, "runs": 3, "identical": 3, "by_strategy": {"grape": {}}, "sigterm": {"runs": 2, "exit_143": 2}}
+SIGTERM = {"runs": 3, "exit_143": 2, "identical": 3, "done_before": 1}
+KILLS = {"kills": 4, "runs": 3, "identical": 3, "by_strategy": {"grape": {}}, "sigterm": SIGTERM}
 FUZZ = {"cases": 10, "loaded": 3, "refused": 7, "failed": 0, "slowest_s": 0.25}
 PAIR = {"runs": 2, "compared": 1, "equal": 1, "killed": 2, "killed_equal": 2, "largest_difference": 1e-7}
 
@@ -38,7 +39,7 @@ def test_suites_are_written_one_by_one_and_added_to_what_is_there(
     ("name", "counts"),
     [
         ("kills", KILLS | {"identical": 2}),
-        ("kills", KILLS | {"sigterm": {"runs": 2, "exit_143": 1}}),
+        ("kills", KILLS | {"sigterm": SIGTERM | {"done_before": 0}}),
         ("fuzz", FUZZ | {"failed": 1}),
         ("distributed", PAIR | {"equal": 0}),
         ("distributed", PAIR | {"killed_equal": 1}),
