@@ -22,7 +22,6 @@ from robustcompress.data import DataSplits
 from robustcompress.errors import RobustCompressError
 from robustcompress.recipe import RunRecipe
 from robustcompress.robust import AutoAttackConfig
-from robustcompress.strategies import make_strategy
 
 FAILED = "failed"
 STATE = ".state"
@@ -137,16 +136,18 @@ def settings_of(recipe: RunRecipe, data: DataSplits, device: str = "cpu") -> dic
 
 
 def as_read_today(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an older cell with the options that its strategy has since been given, at their defaults.
+    """Settings of an older cell with the keys and options that recipes have been given since, at their defaults.
 
-    So whoever gives a strategy an option owes it a default that leaves its runs as they were.
+    So whoever gives anything an option owes it a default that leaves runs as they were.
     """
-    options = dict(settings["strategy"])
+    aside = {key: settings[key] for key in ("data", "device") if key in settings}
     try:
-        strategy = make_strategy(options.pop("name"), **options)
+        recipe = RunRecipe.from_mapping({key: value for key, value in settings.items() if key not in aside})
     except RobustCompressError:  # an option that is gone: whatever that run was, it is none of today's
         return dict(settings)
-    return {**settings, "strategy": json.loads(json.dumps(strategy.to_json()))}
+    value: dict[str, Any] = json.loads(json.dumps(recipe.to_json()))
+    del value["about"], value["training"]["compile"]
+    return value | aside
 
 
 def measure_cell(job: Job) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from robustcompress.publish.artefacts import artefacts
 from robustcompress.publish.page import build_page
 from robustcompress.recipe import RunRecipe, merged
 from robustcompress.robust import chunks, hierarchy_from
+from robustcompress.robust.kept import Kept
 from robustcompress.search.policy import Policy
 from robustcompress.untrusted import read_json
 
@@ -237,8 +238,9 @@ def use_onnx(folder: Path) -> None:
 
 def use_kept(folder: Path) -> None:
     """What long evaluations keep of themselves: what cannot be relied on is made again."""
-    chunks._read_chunk(folder / "chunk.json", 20, ())
-    jury._read(folder / "jury.json", 20)
+    kept = Kept(folder)
+    chunks.as_chunk(kept.read(folder / "chunk.json"), 20, "fgsm")
+    jury.as_kept(kept.read(folder / "jury.json"), 20)
     with contextlib.suppress(rc.ResultError):
         try:
             value = read_json(folder / "certificate.json")

@@ -278,6 +278,8 @@ def _judge(
         autoattack_config=config,
         device="cpu",
         seed=seed,
+        # Never reached; under a limit a chunk's survivors stay in it, so that the next round finds them again.
+        time_limit_s=86400,
         resume_dir=Path(kept),
     )
     return report.to_json()

@@ -72,6 +72,16 @@ def test_committed_grids_can_be_used(path: Path) -> None:
     assert set(grid.baselines) <= set(grid.arms)
 
 
+@pytest.mark.parametrize("path", [path for path in GRIDS if path.stem.startswith("digits")], ids=lambda path: path.stem)
+def test_committed_cells_are_those_that_their_grid_would_run_today(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An option that is new anywhere must leave runs from before as they were, and the grid must see that."""
+    assert compare.main([str(path), "--minutes", "0"]) == 0
+    said = capsys.readouterr().err
+    assert "other settings" not in said and not said.startswith("0 of")
+
+
 def test_the_cells_of_a_grid(tmp_path: Path) -> None:
     grid = read_grid(write(tmp_path, SMALL | {"axes": {"budget": [0.5, 0.25], "seed": [3, 4]}}))
     names = [cell.name for cell in grid.cells]

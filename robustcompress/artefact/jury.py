@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,11 @@ from robustcompress.artefact.file import OnnxFile
 from robustcompress.artefact.rounding import within
 from robustcompress.artefact.square import generator_of, square
 from robustcompress.errors import ResultError
+from robustcompress.interrupt import stop_if_asked
 from robustcompress.robust import AttackResult, AttackSpec, EvaluationProgress, ThreatModel
 from robustcompress.robust.autoattack import autoattack, suite_for
 from robustcompress.robust.judge import hash_of
-from robustcompress.untrusted import read_json
+from robustcompress.robust.kept import Kept
 
 CHUNK = 32
 """Images that are attacked together: so often results are kept."""
@@ -42,7 +40,7 @@ class Jury:
         threat: What the adversary may do.
         seed: Of the attacks.
         progress: Called after each chunk.
-        keep: Where finished chunks are kept; nowhere where None.
+        keep: Where finished chunks are kept.
         identity: What a kept chunk depends on beside the attack: the file's hash and more.
     """
 
@@ -53,7 +51,7 @@ class Jury:
     threat: ThreatModel
     seed: int
     progress: Callable[[EvaluationProgress], None] | None = None
-    keep: Path | None = None
+    keep: Kept = field(default_factory=Kept)
     identity: Mapping[str, Any]
 
     def clean(self) -> AttackResult:
@@ -117,12 +115,12 @@ class Jury:
                 continue
             x, y, indices = self.images[which], self.labels[which], self.indices[which]
             path = self._path({"attack": name, "of": depends_on, "images": hash_of(x, y, indices)})
-            kept = _read(path, len(which))
+            kept = as_kept(self.keep.read(path), len(which))
             if kept is None:
+                stop_if_asked(f"stopped after {at} of {len(clean)} images of {name}{self.keep}")
                 start = time.perf_counter()
                 kept = attack(x, y, indices) | {"seconds": time.perf_counter() - start}
-                if path is not None:
-                    _write(path, kept)
+                self.keep.write(path, kept)
             correct[which] = torch.tensor(kept["right"])
             furthest, done = max(furthest, kept["furthest"]), done + kept["seconds"]
             chunks.append(kept)
@@ -138,11 +136,7 @@ class Jury:
         return size
 
     def _path(self, what: Mapping[str, Any]) -> Path | None:
-        if self.keep is None:
-            return None
-        settings = {**self.identity, "threat": self.threat.to_json(), "seed": self.seed, **what}
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-        return self.keep / f"{key}.json"
+        return self.keep.path({**self.identity, "threat": self.threat.to_json(), "seed": self.seed, **what})
 
     def _tell(self, name: str, judged: Tensor, total: int, began: float) -> None:
         if self.progress is not None and len(judged):
@@ -175,20 +169,11 @@ def suite_of(spec: AttackSpec, num_classes: int) -> str:
     return suite_for(num_classes).name if spec.kind == "autoattack" else ""
 
 
-def _read(path: Path | None, n: int) -> dict[str, Any] | None:
-    """A kept chunk, or None where there is none or it cannot be relied on: then it is made again."""
-    if path is None:
-        return None
+def as_kept(kept: Any, n: int) -> dict[str, Any] | None:
+    """What is kept of a chunk of `n` images; None where it cannot be relied on: then it is made again."""
     try:
-        kept: dict[str, Any] = read_json(path)
         if len(kept["right"]) != n or not all(type(flag) is bool for flag in kept["right"]):
             raise ResultError("not the flags of these images")
         return {**kept, "furthest": float(kept["furthest"]), "seconds": float(kept["seconds"])}
-    except (OSError, ValueError, KeyError, TypeError, ResultError):
+    except (ValueError, KeyError, TypeError, ResultError, OverflowError):
         return None
-
-
-def _write(path: Path, kept: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(kept), encoding="utf-8")
-    partial.replace(path)

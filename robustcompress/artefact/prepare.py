@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from robustcompress.robust import AttackSpec, ThreatModel, attack_by_name, sanit
 from robustcompress.robust.autoattack import check_autoattack
 from robustcompress.robust.evaluate import chosen_images
 from robustcompress.robust.judge import as_float
+from robustcompress.robust.kept import Kept
 
 Twin = nn.Module | CompressResult
 _NAMES = ("clean", "fgsm", "pgd-20", "apgd-fast", "autoattack", "square", "square-5000")
@@ -43,6 +44,7 @@ class Plan:
         budgets: Queries of each Square.
         sources: Other models by name, prepared as the twin is; or open files.
         attack_images: How many images the costly attacks judge.
+        kept: Where finished chunks are kept.
     """
 
     file: OnnxFile
@@ -57,6 +59,7 @@ class Plan:
     budgets: tuple[int, ...]
     sources: Mapping[str, nn.Module | OnnxFile]
     attack_images: int
+    kept: Kept
 
 
 def prepare(
@@ -71,8 +74,9 @@ def prepare(
     attack_images: int | None,
     threads: int | None,
     keep: str | Path | None,
+    warn: Callable[[str], None],
 ) -> Plan:
-    """Check everything at once. The arguments are those of `verify_artefact`.
+    """Check everything at once. The arguments are those of `verify_artefact`; `warn` is told what goes wrong later.
 
     Raises:
         InputError: Naming everything that cannot work, each with its remedy.
@@ -112,8 +116,9 @@ def prepare(
         else _network(source, name, images[:2], labels, num_classes, problems)
         for name, source in transfer_from.items()
     }
-    if keep is not None and not problems.items:  # nothing is left behind by a call that cannot work
-        problems.attempt(lambda: _directory(Path(keep)))
+    kept = Kept()
+    if not problems.items:  # nothing is left behind by a call that cannot work
+        kept = problems.attempt(lambda: Kept(keep, warn, option="keep")) or kept
     problems.raise_if_any()
     return Plan(
         file=file,
@@ -128,6 +133,7 @@ def prepare(
         budgets=budgets,
         sources={key: source for key, source in sources.items() if source is not None},
         attack_images=len(labels) if attack_images is None else min(attack_images, len(labels)),
+        kept=kept,
     )
 
 
@@ -218,13 +224,6 @@ def _other(source: OnnxFile, what: str, file: OnnxFile, problems: Problems) -> O
     elif source.classes is not None and file.classes is not None and source.classes != file.classes:
         problems.add(f"{what} tells other classes apart than the file")
     return source
-
-
-def _directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"keep={str(path)!r} cannot be made ({error.strerror}): name another directory") from error
 
 
 def _size(shape: Sequence[int]) -> str:

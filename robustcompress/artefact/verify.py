@@ -20,6 +20,7 @@ from robustcompress.artefact.report import ArtefactReport, CurvePoint
 from robustcompress.artefact.square import QUERIES, square
 from robustcompress.artefact.twin import parity_of
 from robustcompress.data import DataSplits, Images
+from robustcompress.interrupt import stop_if_asked
 from robustcompress.robust import AttackResult, EvaluationProgress, RobustReport, ThreatModel, attack_by_name, sanity
 from robustcompress.robust.chunks import model_sha256
 from robustcompress.robust.judge import hash_of
@@ -85,6 +86,7 @@ def verify_artefact(
     Raises:
         InputError: The file, the images, the twin or the attacks cannot work; all of it is listed, before any attack.
     """
+    troubles: list[str] = []
     plan = prepare(
         path,
         data,
@@ -96,6 +98,7 @@ def verify_artefact(
         attack_images=attack_images,
         threads=threads,
         keep=keep,
+        warn=troubles.append,
     )
     file, threat = plan.file, plan.threat
     identity = {"file": file.sha256(), "onnxruntime": machine.versions().get("onnxruntime")}
@@ -107,7 +110,7 @@ def verify_artefact(
         threat=threat,
         seed=seed,
         progress=progress,
-        keep=None if keep is None else Path(keep),
+        keep=plan.kept,
         identity=identity,
     )
     clean = jury.clean()
@@ -136,7 +139,7 @@ def verify_artefact(
             attacks=(clean, *found),
             images_sha256=hash_of(plan.images, plan.labels),
             indices=plan.indices,
-            warnings=tuple(warnings),
+            warnings=(*warnings, *troubles),
         ),
         parity=parity,
         queries={name: tuple(spent) for name, spent in queries.items()},
@@ -213,6 +216,7 @@ def _corrupted(plan: Plan, seed: int) -> dict[str, tuple[float, ...]]:
     pixels = plan.images.mul(255).round().to(torch.uint8)
     rows: dict[str, tuple[float, ...]] = {}
     for name in CORRUPTIONS:
+        stop_if_asked(f"stopped before corruption {name!r}")
         shares = []
         for severity in SEVERITIES:
             answers = plan.file.scores(corrupt(pixels, name, severity, seed=seed).float() / 255).argmax(1)

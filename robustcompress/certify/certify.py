@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from robustcompress.certify.report import METHODS, CertificateReport, Method
 from robustcompress.certify.smoothing import Smoothed
 from robustcompress.data import DataSplits, Images
 from robustcompress.errors import InputError, Problems, nearest
+from robustcompress.interrupt import stop_if_asked
 from robustcompress.result import CompressResult
 from robustcompress.robust import EvaluationProgress, ThreatModel
 from robustcompress.robust.bounds import certified_by_bounds
@@ -107,6 +109,7 @@ def certify(
     ledger = Ledger(
         None if resume_dir is None else Path(resume_dir),
         {**facts, "model": model_sha256(network) if resume_dir is not None else None},
+        lambda line: warnings.warn(line, RuntimeWarning, stacklevel=3),
     )
     if method == "smoothing":
         draws = {"n0": int(settings["n0"]), "n": int(settings["n"])}
@@ -132,6 +135,7 @@ def certify(
         at = len(found)
         kept = ledger.get(at)
         if kept is None:
+            stop_if_asked(f"stopped after {at} of {len(labels)} images{ledger.kept}")
             with _undisturbed():
                 for offset, entry in enumerate(judge(at)):
                     if ledger.get(at + offset) is None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from robustcompress.errors import InputError
+from robustcompress.robust.kept import Kept
 from robustcompress.untrusted import parse_json
 
 
@@ -19,23 +18,22 @@ class Ledger:
     Args:
         directory: Where it is kept, made if missing; None for nowhere.
         settings: All that decides what is found: the file is named after their hash.
+        warn: Told once where a line cannot be written; the run goes on.
 
     Raises:
         InputError: The directory cannot be made.
     """
 
-    def __init__(self, directory: Path | None, settings: Mapping[str, Any]) -> None:
-        self._path: Path | None = None
+    def __init__(
+        self,
+        directory: Path | None,
+        settings: Mapping[str, Any],
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self.kept = Kept(directory, warn)
+        self._path = self.kept.path(settings, f"{settings['method']}-{{}}.jsonl")
         self._found: dict[int, tuple[int, float, float]] = {}
-        if directory is None:
-            return
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"resume_dir={str(directory)!r} cannot be made: {error}") from error
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-        self._path = directory / f"{settings['method']}-{key}.jsonl"
-        content = self._path.read_bytes() if self._path.is_file() else b""
+        content = self._path.read_bytes() if self._path is not None and self._path.is_file() else b""
         for line in content.splitlines():
             with contextlib.suppress(ValueError, TypeError, OverflowError):
                 number, prediction, radius, seconds = parse_json(line.decode())
@@ -49,6 +47,6 @@ class Ledger:
         """Keep what was found of an image."""
         self._found[number] = (prediction, radius, seconds)
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with self.kept.trying(), self._path.open("a", encoding="utf-8") as file:
                 # A leading break: what a crash left of the line before must not swallow this one.
                 file.write(f"\n{json.dumps([number, prediction, radius, seconds])}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ smoothing certifies the network's majority vote under Gaussian noise, in l2: any
 trained with `--objective smoothing`. ibp and crown-ibp certify the network itself, in linf: worth something for those
 trained with `--objective ibp` or `crown-ibp`.
 
-Smoothing takes n draws an image: the images that are done are kept in DIR/.certify, so that a stopped run goes on
-where it was when the same command is given again."""
+The images that are done are kept in DIR/.certify: a stopped run goes on where it was when the same command is given
+again."""
 EXAMPLES = """\
 examples:
   robustcompress certify runs/smoothed --method smoothing --sigma 0.25 --images 100
@@ -69,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser, default="the embedded digits, for what was trained on them")
 
 
+def if_stopped(arguments: argparse.Namespace) -> str:
+    """What is lost when the command is stopped: nothing but the image it is at, or where nothing can be kept."""
+    return "" if os.access(arguments.directory, os.W_OK) else "nothing is kept of it: the result may not be written to"
+
+
 def run(arguments: argparse.Namespace) -> Output:
     """Certify one result."""
     directory: Path = arguments.directory
@@ -88,7 +94,7 @@ def run(arguments: argparse.Namespace) -> Output:
             max_images=arguments.images,
             seed=arguments.seed,
             device=arguments.device,
-            resume_dir=_cache(directory) if method == "smoothing" else None,
+            resume_dir=_cache(directory),
             progress=progress,
             **options,
         )

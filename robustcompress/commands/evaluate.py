@@ -107,10 +107,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_file.add_arguments(parser)
 
 
-def if_stopped(arguments: argparse.Namespace) -> str | None:
-    """What is lost when the command is stopped; None for a file, where it cannot be stopped midway."""
+def if_stopped(arguments: argparse.Namespace) -> str:
+    """What is lost when the command is stopped."""
     if evaluate_file.is_file(arguments.directory):
-        return None
+        return evaluate_file.if_stopped(arguments)
     kept = "autoattack" in (arguments.attacks or ATTACKS)
     return "" if kept else "nothing is kept of it: these attacks are made anew"
 

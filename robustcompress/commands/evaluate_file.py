@@ -81,6 +81,11 @@ def refuse(arguments: argparse.Namespace) -> None:
     _refuse(arguments, _OURS, "is for ONNX files; export the result first, and evaluate that file")
 
 
+def if_stopped(arguments: argparse.Namespace) -> str:
+    """What is lost when the command is stopped."""
+    return "" if os.access(arguments.directory.parent, os.W_OK) else "nothing is kept of it: its directory is read-only"
+
+
 def run(arguments: argparse.Namespace) -> Output:
     """Check everything, attack the file, say what withstood."""
     _refuse(arguments, _THEIRS, "is for saved results, not for files")

@@ -41,8 +41,8 @@ class AutoAttackConfig:
         fab_iterations: Iterations of each FAB run.
         square_queries: Queries of Square.
         target_classes: Most wrong classes that the targeted attacks try; never more than there are.
-        chunk_size: Images attacked together, which is also how often results are saved and the time is
-            looked at. None means 64, or 16 under a time limit. The random numbers depend on it.
+        chunk_size: Images attacked together, never more than the evaluation's `batch_size`. None means 64 (on a GPU
+            as many as `batch_size`), or 16 under a time limit. The random numbers depend on it.
     """
 
     apgd_iterations: int = 100
@@ -50,6 +50,15 @@ class AutoAttackConfig:
     square_queries: int = 5000
     target_classes: int = 9
     chunk_size: int | None = None
+
+    def passes(self, attack: str, num_classes: int) -> int:
+        """Passes through the network that one image costs an attack which it withstands, roughly."""
+        targets = min(self.target_classes, num_classes - 1)
+        return {
+            "apgd-t": 2 * self.apgd_iterations * targets,
+            "fab-t": 2 * self.fab_iterations * targets,
+            "square": self.square_queries,
+        }.get(attack, 2 * self.apgd_iterations)
 
     def __post_init__(self) -> None:
         problems = Problems("this AutoAttack cannot run")
@@ -160,27 +169,58 @@ def autoattack(
     config = config or AutoAttackConfig()
     suite = suite_for(num_classes, config)
     check_autoattack(threat, x.shape[-2:]).raise_if_any()
-    x = x.detach().contiguous()  # the package views images as rows
+    x = x.detach()
     best = x.clone()
     broken_by = dict.fromkeys(suite.attacks, 0)
     with torch.no_grad():
         standing = model(x).argmax(1) == y
-    with _undisturbed(model, x.device):
-        adversary = _adversary(model, threat, suite, config, seed, x.device)
-        for name in suite.attacks:
-            alive = standing.nonzero().flatten()
-            if not len(alive):
-                break
-            adversary.attacks_to_run = [name]
-            found, _ = adversary.run_standard_evaluation(x[alive], y[alive], batch_size=len(alive))
-            with torch.no_grad():
-                found = torch.where(found.isfinite(), found, x[alive])
-                found = threat.project(found, x[alive])
-                fooled = model(found).argmax(1) != y[alive]
-            best[alive[fooled]] = found[fooled]
-            standing[alive[fooled]] = False
-            broken_by[name] = int(fooled.sum())
+    for name in suite.attacks:
+        alive = standing.nonzero().flatten()
+        if not len(alive):
+            break
+        found = attack_once(model, x[alive], y[alive], threat, name, num_classes=num_classes, seed=seed, config=config)
+        with torch.no_grad():
+            fooled = model(found).argmax(1) != y[alive]
+        best[alive[fooled]] = found[fooled]
+        standing[alive[fooled]] = False
+        broken_by[name] = int(fooled.sum())
     return AutoAttackOutcome(best, standing, broken_by)
+
+
+def attack_once(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    name: str,
+    *,
+    num_classes: int,
+    seed: int = 0,
+    config: AutoAttackConfig | None = None,
+) -> Tensor:
+    """Run one attack of the cascade on one batch.
+
+    Args:
+        model: As for `autoattack`.
+        x: Images in [0, 1], float32 [N, C, H, W], at least one.
+        y: Labels, int64 [N].
+        threat: linf or l2 with bounds (0, 1).
+        name: One of `suite_for(num_classes, config).attacks`.
+        num_classes: Number of logits.
+        seed: Seed of the attack.
+        config: What to change of the standard.
+
+    Returns:
+        What it found, for whoever judges: detached, in the ball and the bounds, finite.
+    """
+    config = config or AutoAttackConfig()
+    x = x.detach().contiguous()  # the package views images as rows
+    with _undisturbed(model, x.device):
+        adversary = _adversary(model, threat, suite_for(num_classes, config), config, seed, x.device)
+        adversary.attacks_to_run = [name]
+        found, _ = adversary.run_standard_evaluation(x, y, batch_size=len(x))
+        with torch.no_grad():
+            return threat.project(torch.where(found.isfinite(), found, x), x)
 
 
 def check_autoattack(threat: ThreatModel, size: tuple[int, ...]) -> Problems:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustcompress.errors import InputError, ResultError
+from robustcompress.distributed import ALONE, World
+from robustcompress.errors import ResultError
 from robustcompress.interrupt import listen, stop_if_asked
-from robustcompress.robust.autoattack import AutoAttackConfig, autoattack, suite_for, version
+from robustcompress.robust.autoattack import AutoAttackConfig, Suite, attack_once, suite_for, version
 from robustcompress.robust.judge import Judge, hash_of
+from robustcompress.robust.kept import Kept
 from robustcompress.robust.memory import memory_of_all
-from robustcompress.robust.report import AttackResult, pack_flags
-from robustcompress.untrusted import read_json
+from robustcompress.robust.report import AttackResult
 
 CHUNK = 64
-"""Images that are attacked together where nobody says otherwise."""
+"""Images that are attacked together on the CPU where nobody says otherwise."""
+_TIMED_CHUNK = 16  # under a time limit, which is looked at after each
 
 
 def autoattack_in_chunks(
@@ -37,7 +36,11 @@ def autoattack_in_chunks(
     resume_dir: Path | None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> AttackResult:
-    """Judge the first images with AutoAttack, chunk after chunk.
+    """Judge the first images with AutoAttack.
+
+    Each attack of the cascade takes what all before it left standing, packed into full chunks anew: the price falls
+    with what is broken, and batches stay full. Under a time limit one chunk after another goes through the whole
+    cascade, so that something is known of the first images whenever time ends.
 
     Args:
         judge: The evaluation this is part of.
@@ -45,7 +48,8 @@ def autoattack_in_chunks(
         num_classes: Number of logits.
         config: What to change of the standard.
         time_limit_s: Start no chunk that would not end in time, going by the slowest so far; but run one at least.
-        resume_dir: Where finished chunks are kept, one JSON file each, and found again; each process keeps its own.
+        resume_dir: Where finished chunks are kept, a JSON file for each attack of each, and found again; each process
+            keeps its own.
         warn: Told once where they cannot be kept; the attack goes on.
 
     Returns:
@@ -54,99 +58,184 @@ def autoattack_in_chunks(
     Raises:
         InputError: `resume_dir` cannot be made, or is not a directory.
     """
-    began = time.perf_counter()
-    size = min(config.chunk_size or (CHUNK if time_limit_s is None else 16), judge.batch_size)
-    suite = suite_for(num_classes, config)
-    settings = {
-        "suite": asdict(suite),
-        "config": {**asdict(config), "chunk_size": size},
-        "threat": judge.threat.to_json(),
-        "seed": judge.seed,
-        "pyautoattack": version(),
-        "model": model_sha256(judge.model) if resume_dir is not None else None,
-    }
-    if judge.hierarchy is not None:
-        settings["hierarchy"] = judge.hierarchy.to_json()
-    if resume_dir is not None:
-        try:
-            resume_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"resume_dir={str(resume_dir)!r} cannot be made: {error}") from error
-    parts: list[Tensor] = []
-    broken_by = dict.fromkeys(suite.attacks, 0)
-    furthest = seconds = slowest = 0.0
-    severity, warned = judge.no_mistakes(), False
-    # As many chunks at a time as there are processes.
-    for first in range(0, len(clean), size * judge.world.size):
-        at = first + size * judge.world.rank
-        flags = clean[at : at + size]
-        path: Path | None = None
-        if resume_dir is not None and len(flags):
-            images = hash_of(judge.pixels[at : at + size], judge.labels[at : at + size])
-            path = resume_dir / f"autoattack-{_key({**settings, 'images': images, 'clean': pack_flags(flags)})}.json"
-        kept = None if path is None else _read_chunk(path, len(flags), suite.attacks)
-        missing = [number for number, done in enumerate(judge.world.gather(bool(kept) or not len(flags))) if not done]
-        elapsed = time.perf_counter() - began
-        late = bool(slowest) and time_limit_s is not None and elapsed + slowest > time_limit_s
-        stopped = bool(missing) and judge.world.broadcast(late)
-        listen(judge.world)
-        if missing and not stopped:
-            place = "" if resume_dir is None else f"; what it has found so far is kept in {resume_dir}"
-            stop_if_asked(f"stopped after {first} of {len(clean)} images of AutoAttack{place}")
-        with memory_of_all(judge.world):
-            if kept is None and len(flags) and not stopped:
-                kept = _attack_chunk(judge, flags, at, num_classes, config)
-                if path is not None:
-                    warned = warned or _keep(path, kept, warn)
-        for number, told in enumerate(judge.world.gather(None if kept is None else kept.to_json())):
-            if told is None:  # of this chunk, and all behind it, nothing is known
-                break
-            chunk = AttackResult.from_json(told)
-            slowest = max(slowest, chunk.seconds if number in missing else 0.0)
-            parts.append(chunk.correct)
-            furthest = max(furthest, chunk.max_perturbation)
-            seconds += chunk.seconds
-            if severity is not None and chunk.severity is not None:
-                severity = severity + chunk.severity
-            for name, count in chunk.broken_by.items():
-                broken_by[name] += count
-            judge.report("autoattack", torch.cat(parts), len(clean), began)
-        if stopped:
+    usual = _TIMED_CHUNK if time_limit_s is not None else judge.batch_size if judge.device.type == "cuda" else CHUNK
+    cascade = _Cascade(
+        judge=judge,
+        clean=clean,
+        num_classes=num_classes,
+        config=config,
+        size=min(config.chunk_size or usual, judge.batch_size),
+        kept=Kept(resume_dir, warn),
+        model_sha256=None if resume_dir is None else model_sha256(judge.model),
+        timed=time_limit_s is not None,
+    )
+    if time_limit_s is None:
+        return cascade.run(0, len(clean), judge.world)
+    return _in_time(cascade, time_limit_s)
+
+
+def _in_time(cascade: _Cascade, time_limit_s: float) -> AttackResult:
+    """Put chunk after chunk through the cascade while there is time; as many at once as there are processes."""
+    judge, world, total = cascade.judge, cascade.judge.world, len(cascade.clean)
+    began, slowest = time.perf_counter(), 0.0
+    found: list[AttackResult] = []
+    for first in range(0, total, cascade.size * world.size):
+        late = bool(slowest) and time.perf_counter() - began + slowest > time_limit_s
+        if world.broadcast(late):
             break
+        if world.size > 1:  # alone, the cascade itself listens
+            listen(world)
+            stop_if_asked(f"stopped after {first} of {total} images of AutoAttack{cascade.kept}")
+        since, at, mine = time.perf_counter(), first + cascade.size * world.rank, None
+        with memory_of_all(world):
+            if at < total:
+                mine = cascade.run(at, min(at + cascade.size, total), ALONE if world.size > 1 else world).to_json()
+        row: list[Any] = [time.perf_counter() - since, mine]
+        told = world.gather(row)
+        slowest = max(slowest, *(float(seconds) for seconds, _ in told))
+        found += [AttackResult.from_json(part) for _, part in told if part is not None]
+        judge.report("autoattack", torch.cat([part.correct for part in found]), total, began)
+    severity = judge.no_mistakes()
+    for part in found:
+        severity = None if severity is None or part.severity is None else severity + part.severity
     return AttackResult(
         name="autoattack",
-        correct=torch.cat(parts),
-        seconds=seconds,
-        max_perturbation=furthest,
-        suite=suite.name,
-        broken_by=broken_by,
+        correct=torch.cat([part.correct for part in found]),
+        seconds=sum(part.seconds for part in found),
+        max_perturbation=max(part.max_perturbation for part in found),
+        suite=cascade.suite.name,
+        broken_by={name: sum(part.broken_by[name] for part in found) for name in cascade.suite.attacks},
         severity=severity,
     )
 
 
-def _attack_chunk(judge: Judge, clean: Tensor, at: int, num_classes: int, config: AutoAttackConfig) -> AttackResult:
-    """Attack the chunk that begins `at`. Its result is an `AttackResult` of its own, and is kept as one."""
+@dataclass(slots=True, kw_only=True)
+class _Cascade:
+    """AutoAttack as one evaluation asks for it.
+
+    Attributes:
+        judge: The evaluation.
+        clean: Flags without an attack, bool [n], of all images that may be judged.
+        num_classes: Number of logits.
+        config: What to change of the standard.
+        size: Images attacked together.
+        kept: Where what is finished is kept.
+        model_sha256: Of the model, where anything is kept.
+        timed: Whether it goes through the images in parts: then whoever does it tells of progress.
+    """
+
+    judge: Judge
+    clean: Tensor
+    num_classes: int
+    config: AutoAttackConfig
+    size: int
+    kept: Kept
+    model_sha256: str | None
+    timed: bool
+
+    @property
+    def suite(self) -> Suite:
+        """The attacks."""
+        return suite_for(self.num_classes, self.config)
+
+    def run(self, first: int, last: int, world: World) -> AttackResult:
+        """Attack the images from `first` to before `last`, the chunks of each attack dealt over the processes."""
+        judge, suite, began = self.judge, self.suite, time.perf_counter()
+        standing = self.clean[first:last].clone()
+        furthest = seconds = 0.0
+        severity, broken_by = judge.no_mistakes(), dict.fromkeys(suite.attacks, 0)
+        for at in range(first, last, judge.batch_size):
+            severity = judge.wrong_anyway(severity, at, self.clean[at : min(at + judge.batch_size, last)])
+        costs = {name: self.config.passes(name, self.num_classes) for name in suite.attacks}
+        spent = 0
+
+        def report(passed: int, left: int) -> None:
+            """Tell how much of the work is done, as a number of images: what is broken is done."""
+            if not self.timed:
+                work = spent * left + (costs[name] * passed if left else 0)
+                done = len(standing) - left + work // sum(costs.values())
+                judge.report("autoattack", standing, len(standing), began, done=done)
+
+        name = suite.attacks[0]
+        report(0, int(standing.sum()))
+        for name in suite.attacks:
+            left = standing.nonzero().flatten()
+            pieces, stand = torch.split(left, self.size) if len(left) else (), 0
+            for number in range(0, len(pieces), world.size):
+                mine = pieces[number + world.rank] if number + world.rank < len(pieces) else None
+                for which, part in self._together(name, first, mine, world, done=number * self.size, total=len(left)):
+                    standing[which] = part.correct
+                    furthest, seconds = max(furthest, part.max_perturbation), seconds + part.seconds
+                    broken_by[name] += part.n - int(part.correct.sum())
+                    severity = None if severity is None or part.severity is None else severity + part.severity
+                    stand += int(part.correct.sum())
+                report(stand, int(standing.sum()))
+            spent += costs[name]
+        return AttackResult(
+            name="autoattack",
+            correct=standing,
+            seconds=seconds,
+            max_perturbation=furthest,
+            suite=suite.name,
+            broken_by=broken_by,
+            severity=severity,
+        )
+
+    def _together(
+        self, name: str, first: int, mine: Tensor | None, world: World, *, done: int, total: int
+    ) -> list[tuple[Tensor, AttackResult]]:
+        """Attack one chunk in each process: positions behind `first`, and what came of them, of all processes."""
+        path = kept = None
+        if mine is not None:
+            path = self._path(name, first + mine)
+            kept = as_chunk(self.kept.read(path), len(mine), name)
+            if kept is not None and (kept.severity is None) != (self.judge.hierarchy is None):
+                kept = None
+        if world is self.judge.world:
+            missing = not all(world.gather(mine is None or kept is not None))
+            listen(world)
+            if missing:
+                stop_if_asked(f"stopped in AutoAttack's {name} after {done} of {total} images{self.kept}")
+        with memory_of_all(world):
+            if mine is not None and kept is None:
+                kept = _attack_chunk(self.judge, first + mine, name, self.num_classes, self.config)
+                self.kept.write(path, kept.to_json())
+        row: list[Any] | None = None if mine is None or kept is None else [mine, kept.to_json()]
+        told = world.gather(row)
+        return [(part[0], AttackResult.from_json(part[1])) for part in told if part is not None]
+
+    def _path(self, name: str, which: Tensor) -> Path | None:
+        """The file of a chunk, named after all that decides what is found."""
+        if self.kept.directory is None:
+            return None
+        judge, index = self.judge, which.to(self.judge.pixels.device)
+        settings = {
+            "suite": asdict(self.suite),
+            "attack": name,
+            "config": {**asdict(self.config), "chunk_size": self.size},
+            "threat": judge.threat.to_json(),
+            "seed": judge.seed,
+            "pyautoattack": version(),
+            "model": self.model_sha256,
+            "images": hash_of(judge.pixels[index], judge.labels[index.to(judge.labels.device)]),
+        }
+        if judge.hierarchy is not None:
+            settings["hierarchy"] = judge.hierarchy.to_json()
+        return self.kept.path(settings, "autoattack-{}.json")
+
+
+def _attack_chunk(judge: Judge, which: Tensor, name: str, num_classes: int, config: AutoAttackConfig) -> AttackResult:
+    """Run one attack on the images `which`, that all attacks before left standing. Its result is kept as it is."""
     began = time.perf_counter()
-    suite = suite_for(num_classes, config)
-    correct, furthest, broken_by = clean.clone(), 0.0, dict.fromkeys(suite.attacks, 0)
-    which = at + clean.nonzero().flatten()
-    severity = judge.wrong_anyway(judge.no_mistakes(), at, clean)
-    if len(which):
-        x, y = judge.batch(which)
-        outcome = autoattack(judge.model, x, y, judge.threat, num_classes=num_classes, seed=judge.seed, config=config)
-        furthest = judge.furthest(outcome.x_adv, x)
-        correct[clean] = outcome.correct.cpu()
-        broken_by = outcome.broken_by
-        if severity is not None:
-            severity = severity + judge.look(outcome.x_adv, y)[1]
+    x, y = judge.batch(which)
+    found = attack_once(judge.model, x, y, judge.threat, name, num_classes=num_classes, seed=judge.seed, config=config)
+    correct, severity = judge.look(found, y)
     return AttackResult(
-        name="autoattack",
+        name=name,
         correct=correct,
         seconds=time.perf_counter() - began,
-        max_perturbation=furthest,
-        suite=suite.name,
-        broken_by=broken_by,
-        severity=severity,
+        max_perturbation=judge.furthest(found, x),
+        severity=None if judge.hierarchy is None else severity,
     )
 
 
@@ -158,28 +247,10 @@ def model_sha256(model: nn.Module) -> str:
     return hashlib.sha256(f"{model!r}\n{names}\n{tensors}".encode()).hexdigest()
 
 
-def _key(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _read_chunk(path: Path, n: int, attacks: tuple[str, ...]) -> AttackResult | None:
-    """Return a kept chunk, or None where there is none or it cannot be relied on: then it is made again."""
+def as_chunk(value: Any, n: int, name: str) -> AttackResult | None:
+    """What is kept of a chunk of `n` images; None where it cannot be relied on: then it is made again."""
     try:
-        chunk = AttackResult.from_json(read_json(path))
-    except (OSError, ValueError, ResultError):
+        chunk = AttackResult.from_json(value)
+    except (TypeError, ResultError):
         return None
-    return chunk if chunk.n == n and set(chunk.broken_by) == set(attacks) else None
-
-
-def _keep(path: Path, chunk: AttackResult, warn: Callable[[str], None]) -> bool:
-    """Write so that a reader, also after a crash, sees the whole file or none; return whether it had to be given up."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(chunk.to_json()), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        warn(f"finished chunks of AutoAttack could not be kept in {path.parent} ({error.strerror})")
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        return True
-    return False
+    return chunk if (chunk.n, chunk.name) == (n, name) else None

@@ -72,7 +72,8 @@ def evaluate(
         max_images: Judge so many images only; None means all.
         autoattack_images: Judge so many of those with AutoAttack, the costly one; None means all.
         time_limit_s: Start no chunk of AutoAttack that would not end within so many seconds, going by the
-            slowest so far; the first always runs. The report then says how many images were judged.
+            slowest so far; the first always runs. The report then says how many images were judged. Without a limit
+            each of its attacks goes over all images before the next, in full chunks of what is left, which is faster.
         progress: Called after every batch and chunk.
         resume_dir: Where the chunks of AutoAttack are kept, made if missing; a second run with the same
             model, images, threat, seed and settings takes them from there.

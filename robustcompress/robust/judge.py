@@ -28,9 +28,10 @@ class EvaluationProgress:
 
     Attributes:
         attack: Name of the attack that runs.
-        done: Images it has judged.
+        done: Images it has judged. AutoAttack's attacks each go over all images that are left: of it, the share of the
+            work that is done, as a number of images.
         total: Images it is to judge.
-        accuracy: Share of the judged images that are still right.
+        accuracy: Share of the judged images that are still right; of AutoAttack, of all images, so it only falls.
         seconds: Wall time since this attack began.
     """
 
@@ -162,13 +163,13 @@ class Judge:
         assert low <= float(x_adv.min()) and float(x_adv.max()) <= high, "an attack left the bounds"
         return size
 
-    def report(self, name: str, judged: Tensor, total: int, began: float) -> None:
-        """Tell `progress` about the flags `judged` so far."""
+    def report(self, name: str, judged: Tensor, total: int, began: float, *, done: int | None = None) -> None:
+        """Tell `progress` about the flags `judged` so far; `done` is how many count as done, where not all of them."""
         if self.progress is not None and len(judged):
             self.progress(
                 EvaluationProgress(
                     attack=name,
-                    done=len(judged),
+                    done=len(judged) if done is None else done,
                     total=total,
                     accuracy=float(judged.float().mean()),
                     seconds=time.perf_counter() - began,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,21 @@ def test_the_curve_falls_to_nothing_and_is_drawn(
     with pytest.raises(InputError, match="no security curve"):
         plot_curve(verify(file, data, attacks=["square-2"], max_images=2), tmp_path / "none.png")
     assert unbounded(rc.ThreatModel("l2", 0.5), torch.Size([3, 4, 4])) == pytest.approx(math.sqrt(48) / 2)
+
+
+def test_a_signal_stops_it_after_its_chunk(tmp_path: Path, file: Path, data: tuple[Tensor, Tensor, Tensor]) -> None:
+    seen: list[str] = []
+
+    def ask(step: rc.robust.EvaluationProgress) -> None:
+        seen.append(step.attack)
+        if seen.count("square-40") == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    options = {"twin": Linear(), "attacks": ["pgd-3", "square-40"], "keep": tmp_path / "kept"}
+    with rc.graceful(), pytest.raises(rc.Interrupted, match=r"after 32 of .* images of square-40; .* is kept in"):
+        verify(file, data, progress=ask, **options)
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+    assert verify(file, data, **options).robust.result("square-40").n == len(data[2])
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, file: Path, data: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -160,23 +160,24 @@ def test_an_objective_with_penalties_is_trained(run: Run) -> None:
 def test_autoattack_goes_on_from_its_cache(run: Run, grape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import robustcompress.robust.chunks as chunks
 
-    calls: list[int] = []
+    calls: list[tuple[str, int]] = []
 
-    def quick(judge, clean, which, num_classes, config):  # type: ignore[no-untyped-def]
+    def quick(judge, which, name, num_classes, config):  # type: ignore[no-untyped-def]
         from robustcompress.robust import AttackResult
 
-        calls.append(len(clean))
-        suite = chunks.suite_for(num_classes, config)
-        broken = dict.fromkeys(suite.attacks, 0)
-        return AttackResult(name="autoattack", correct=clean, seconds=1.0, suite=suite.name, broken_by=broken)
+        calls.append((name, len(which)))
+        return AttackResult(name=name, correct=torch.ones(len(which), dtype=torch.bool), seconds=1.0)
 
     monkeypatch.setattr(chunks, "_attack_chunk", quick)
-    command = ["evaluate", grape, "--data", "digits", "--attacks", "clean,autoattack", "--autoattack-images", "70"]
+    command = ["evaluate", grape, "--data", "digits", "--attacks", "clean,autoattack", "--autoattack-images", "all"]
     first = run(*command, "--json")
     assert first.code == 0, first.err
-    assert calls == [64, 6] and any((grape / ".autoattack").iterdir())
+    right = round(first.document["report"]["clean_accuracy"] * first.document["report"]["n"])
+    sizes = [64] * (right // 64) + [right % 64] * (right % 64 > 0)
+    assert calls == [(name, size) for name in chunks.suite_for(10).attacks for size in sizes]
+    assert any((grape / ".autoattack").iterdir())
     assert run(*command, "--json").document["report"]["robust_accuracy"] == first.document["report"]["robust_accuracy"]
-    assert calls == [64, 6]
+    assert len(calls) == 4 * len(sizes)
 
 
 def test_export_compares_on_test_images(run: Run, grape: Path) -> None:

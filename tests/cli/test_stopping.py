@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import robustcompress as rc
+from robustcompress.certify.smoothing import Smoothed
 from robustcompress.checkpoint import Journal
 from robustcompress.robust import chunks
 from tests.cli.conftest import SMALL, Run
@@ -81,7 +83,7 @@ def recipe(tmp_path: Path) -> Path:
                 "epochs": 0.5,
                 "objective": {"name": "pgd-at", "steps": 1},
                 "training": {"batch_size": 64},
-                "evaluate": {"attacks": ["clean", "autoattack"], "autoattack_images": 4},
+                "evaluate": {"attacks": ["clean", "autoattack"], "autoattack_images": 20},
             }
         )
     )
@@ -91,31 +93,50 @@ def recipe(tmp_path: Path) -> Path:
 def test_run_is_stopped_in_autoattack_and_repeats_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attacked: list[int] = []
+    attacked: list[tuple[str, list[int]]] = []
 
-    def quick(judge: Any, flags: Any, at: int, *rest: Any) -> rc.robust.AttackResult:
-        attacked.append(at)
-        signal.raise_signal(signal.SIGINT)
-        return rc.robust.AttackResult(
-            name="autoattack", correct=flags, seconds=1.0, suite="standard", broken_by=dict.fromkeys(SUITE, 0)
-        )
+    def quick(judge: Any, which: torch.Tensor, name: str, *rest: Any) -> rc.robust.AttackResult:
+        attacked.append((name, which.tolist()))
+        if len(attacked) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return rc.robust.AttackResult(name=name, correct=torch.ones(len(which), dtype=torch.bool), seconds=1.0)
 
     monkeypatch.setattr(chunks, "_attack_chunk", quick)
-    monkeypatch.setattr(chunks, "min", lambda *sizes: 2, raising=False)  # two chunks of two
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     trained: list[str] = []
     enter = Journal.enter
     monkeypatch.setattr(Journal, "enter", lambda self, *rest: (trained.append(rest[0]), enter(self, *rest))[1])
     command, out = ["run", recipe(tmp_path), "--out", tmp_path / "out", "--quiet", "--json"], tmp_path / "out"
     stopped = run(*command)
-    assert stopped.code == 130 and "stopped after 2 of 4 images of AutoAttack" in stopped.err
-    assert not out.exists() and attacked == [0]
+    assert stopped.code == 130 and "stopped in AutoAttack's apgd-ce after 1 of" in stopped.err
+    assert not out.exists() and len(attacked) == 1
     monkeypatch.setattr("robustcompress.train.loop._note", None)  # training again would fail
     resumed = run(*command)
     assert resumed.code == 0, resumed.err
-    assert attacked == [0, 2], "the first chunk was kept"
+    assert 4 < len(attacked) == len({(name, *which) for name, which in attacked}), "the first chunk was kept"
+    everything = list(attacked)
     assert rc.load(out).report is not None and not (tmp_path / "out.checkpoint").exists()
     again = run(*command)
-    assert again.code == 0 and again.document["report"] == resumed.document["report"] and attacked == [0, 2]
+    assert again.code == 0 and again.document["report"] == resumed.document["report"] and attacked == everything
 
 
-SUITE = ("apgd-ce", "apgd-t", "fab-t", "square")
+def test_certify_is_stopped_and_goes_on_with_the_next_image(
+    run: Run, grape: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certified: list[int] = []
+    certify = Smoothed.certify
+
+    def signalled(self: Smoothed, image: torch.Tensor, number: int) -> Any:
+        certified.append(number)
+        if len(certified) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return certify(self, image, number)
+
+    monkeypatch.setattr(Smoothed, "certify", signalled)
+    command = ["certify", grape, "--data", "digits", "--n", "100", "--images", "4", "--json"]
+    stopped = run(*command)
+    assert stopped.code == 143 and "stopped after 2 of 4 images; what it has found so far is kept" in stopped.err
+    assert shlex.split(stopped.document["resume"])[1:] == [*map(str, command)]
+    done = run(*command)
+    assert done.code == 0 and done.document["certificate"]["n"] == 4
+    assert len(certified) == 4 == len(set(certified))

@@ -75,13 +75,17 @@ def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(pair: list[
             assert np.array_equal(found["weights"][name], values), name
 
 
-def test_evaluation_dealt_over_processes_is_that_of_one(pair: list[dict[str, Any]]) -> None:
-    whole = judged(ALONE)
+def test_evaluation_dealt_over_processes_is_that_of_one(pair: list[dict[str, Any]], tmp_path: Path) -> None:
+    whole = judged(ALONE, str(tmp_path))
+    files = len(list(tmp_path.iterdir()))
+    assert files >= 6, "20 images in chunks of 3, and what is left of them"
+    in_time = judged(ALONE, time_limit_s=1000)
+    assert whole[-1] != in_time[-1], "survivors stay in their chunks"
     assert [len(attack["correct"]) for attack in whole] == [40, 40, 40, 40, 20]
     assert whole[0]["accuracy"] > 0 and whole[0]["mistakes"]
     for mine in pair:
-        assert mine["judged"] == whole
-        assert mine["judged again"] == [whole, whole] and mine["files"] == 7, "20 images in chunks of 3, each kept once"
+        assert mine["judged"] == whole and mine["judged in time"] == in_time
+        assert mine["judged again"] == [whole, whole] and mine["files"] == files, "each chunk is kept once"
 
 
 def test_processes_tell_each_other(pair: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from robustcompress.errors import InputError
 from robustcompress.robust import AutoAttackConfig, ThreatModel, evaluate
-from robustcompress.robust.autoattack import autoattack, suite_for
+from robustcompress.robust.autoattack import attack_once, autoattack, suite_for
 from robustcompress.robust.chunks import model_sha256
 
 QUICK = AutoAttackConfig(apgd_iterations=8, fab_iterations=5, square_queries=40)
@@ -164,57 +164,100 @@ def test_only_images_still_right_are_attacked(mlp, images, count):
     assert counter.calls == 1
 
 
-def test_chunks_are_what_the_adapter_gives_for_each(mlp, images):
+SIXES = AutoAttackConfig(apgd_iterations=8, fab_iterations=5, square_queries=40, chunk_size=6)
+
+
+def oracle(model, x, y, size):
+    """Each attack over what all before it left standing, in chunks: flags, how many each broke, sizes of chunks."""
+    standing, broken, chunks = model(x).argmax(1) == y, {}, []
+    for name in suite_for(4).attacks:
+        left = standing.nonzero().flatten()
+        for which in left.split(size) if len(left) else ():
+            found = attack_once(model, x[which], y[which], THREAT, name, num_classes=4, config=SIXES)
+            standing[which] = model(found).argmax(1) == y[which]
+            chunks.append(len(which))
+        broken[name] = len(left) - int(standing.sum())
+    return standing, broken, chunks
+
+
+def test_each_attack_takes_what_is_left_in_full_chunks(mlp, images):
     model = mlp(4, gain=3.0)
-    config = AutoAttackConfig(apgd_iterations=8, fab_iterations=5, square_queries=40, chunk_size=7)
-    report = quick(model, images, autoattack_config=config)
+    report = quick(model, images, autoattack_config=SIXES)
+    x = images[report.indices]
+    flags, broken, chunks = oracle(model, x, model(x).argmax(1), 6)
+    found = report.result("autoattack")
+    assert torch.equal(found.correct, flags) and found.broken_by == broken
+    assert sum(count > 0 for count in broken.values()) >= 2, "the second attack has fewer images than the first"
+    assert 4 < len(chunks) < 16, "fewer chunks than if survivors stayed in theirs"
+    assert 0 < found.max_perturbation <= THREAT.limit
+
+
+def test_one_chunk_is_what_the_adapter_gives(mlp, images):
+    model = mlp(4, gain=3.0)
+    report = quick(model, images)
+    x = images[report.indices]
+    outcome = autoattack(model, x, model(x).argmax(1), THREAT, num_classes=4, config=QUICK)
+    found = report.result("autoattack")
+    assert torch.equal(found.correct, outcome.correct) and found.broken_by == outcome.broken_by
+
+
+def test_under_a_time_limit_each_chunk_goes_through_the_whole_cascade(mlp, images):
+    model = mlp(4, gain=3.0)
+    report = quick(model, images, autoattack_config=SIXES, time_limit_s=1000)
     x = images[report.indices]
     y = model(x).argmax(1)
-    flags = torch.cat(
-        [
-            autoattack(model, x[at : at + 7], y[at : at + 7], THREAT, num_classes=4, config=config).correct
-            for at in range(0, 24, 7)
-        ]
-    )
-    assert torch.equal(report.result("autoattack").correct, flags)
-    assert 0 < report.result("autoattack").max_perturbation <= THREAT.limit
+    outcomes = [
+        autoattack(model, x[at : at + 6], y[at : at + 6], THREAT, num_classes=4, config=SIXES) for at in range(0, 24, 6)
+    ]
+    found = report.result("autoattack")
+    assert torch.equal(found.correct, torch.cat([outcome.correct for outcome in outcomes]))
+    assert found.broken_by == {name: sum(o.broken_by[name] for o in outcomes) for name in suite_for(4).attacks}
 
 
-def test_a_stopped_evaluation_goes_on(mlp, images, count, tmp_path):
+@pytest.mark.parametrize("limit", [None, 1000.0])
+def test_a_stopped_evaluation_goes_on(mlp, images, count, tmp_path, limit):
     model = mlp(4, gain=3.0)
-    config = AutoAttackConfig(apgd_iterations=8, fab_iterations=5, square_queries=40, chunk_size=6)
-    whole = quick(model, images, autoattack_config=config)
+    options = {"autoattack_config": SIXES, "time_limit_s": limit}
+    whole = quick(model, images, **options)
+    reports = []
 
     def stop(progress):
-        if progress.attack == "autoattack" and progress.done == 12:
+        reports.append(progress)
+        if [p.attack for p in reports].count("autoattack") == 3:
             raise KeyboardInterrupt
 
     folder = tmp_path / "new" / "folder"
     with pytest.raises(KeyboardInterrupt):
-        quick(model, images, autoattack_config=config, resume_dir=folder, progress=stop)
-    assert len(list(folder.glob("autoattack-*.json"))) == 2
+        quick(model, images, **options, resume_dir=folder, progress=stop)
+    # Without a limit the first report comes before the first attack, then one after each chunk of an attack.
+    kept = len(list(folder.glob("autoattack-*.json")))
+    assert kept == 2 if limit is None else kept > 2
 
     counter = count(model)
-    rest = quick(model, images, autoattack_config=config, resume_dir=folder)
+    rest = quick(model, images, **options, resume_dir=folder)
     second_half = counter.calls
     counter.calls = 0
-    again = quick(model, images, autoattack_config=config, resume_dir=folder)
+    again = quick(model, images, **options, resume_dir=folder)
     nothing = counter.calls
     assert nothing < 10 < second_half  # the clean pass and the checks are all that is left
     for report in (rest, again):
-        assert torch.equal(report.result("autoattack").correct, whole.result("autoattack").correct)
-        assert report.result("autoattack").broken_by == whole.result("autoattack").broken_by
+        found, expected = report.result("autoattack"), whole.result("autoattack")
+        assert torch.equal(found.correct, expected.correct) and found.broken_by == expected.broken_by
+        assert found.max_perturbation == expected.max_perturbation
     assert not list(folder.glob("*.partial"))
 
 
-def test_more_images_reuse_the_chunks_of_fewer(mlp, images, count, tmp_path):
+def test_more_images_reuse_the_full_chunks_of_fewer(mlp, images, tmp_path):
     model = mlp(4)
     config = AutoAttackConfig(apgd_iterations=4, fab_iterations=2, square_queries=5, chunk_size=6)
-    quick(model, images, autoattack_config=config, resume_dir=tmp_path, autoattack_images=12)
+    y, weak = model(images).argmax(1), ThreatModel("linf", 1e-5)
+    options = {"attacks": ("autoattack",), "autoattack_config": config, "device": "cpu", "resume_dir": tmp_path}
+    fewer = evaluate(model, (images, y), weak, **options, autoattack_images=12)
+    assert fewer.result("autoattack").correct.all()
     kept = {path: path.read_text() for path in tmp_path.iterdir()}
-    report = quick(model, images, autoattack_config=config, resume_dir=tmp_path)
+    report = evaluate(model, (images, y), weak, **options)
     assert report.result("autoattack").n == 24
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(kept) == 2 * 4 and len(list(tmp_path.iterdir())) == 4 * 4
     assert all(path.read_text() == text for path, text in kept.items())
 
 
@@ -222,6 +265,7 @@ def test_more_images_reuse_the_chunks_of_fewer(mlp, images, count, tmp_path):
 def test_kept_chunks_are_of_this_very_evaluation(mlp, images, tmp_path, change):
     model = mlp(4)
     quick(model, images, resume_dir=tmp_path)
+    before = set(tmp_path.iterdir())
     options = {"resume_dir": tmp_path}
     if change == "weights":
         with torch.no_grad():
@@ -234,18 +278,21 @@ def test_kept_chunks_are_of_this_very_evaluation(mlp, images, tmp_path, change):
     else:
         options["autoattack_config"] = AutoAttackConfig(apgd_iterations=8, fab_iterations=5, square_queries=41)
     quick(model, images, **options)
-    assert len(list(tmp_path.iterdir())) == 2
+    made = set(tmp_path.iterdir()) - before
+    assert "apgd-ce" in {json.loads(path.read_text())["name"] for path in made}
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[1]", "not json", "flags"])
 def test_a_damaged_chunk_is_made_again(mlp, images, tmp_path, damage):
     model = mlp(4)
     first = quick(model, images, resume_dir=tmp_path)
-    (path,) = tmp_path.iterdir()
+    path = next(path for path in sorted(tmp_path.iterdir()) if json.loads(path.read_text())["name"] == "fab-t")
     data = json.loads(path.read_text())
     data["correct"] = data["correct"].translate({48: 49, 49: 48})
+    whole = path.read_text()
     path.write_text(json.dumps(data) if damage == "flags" else damage)
     second = quick(model, images, resume_dir=tmp_path)
+    assert json.loads(path.read_text()) | {"seconds": 0} == json.loads(whole) | {"seconds": 0}
     assert torch.equal(first.result("autoattack").correct, second.result("autoattack").correct)
 
 
@@ -271,10 +318,28 @@ def test_one_chunk_is_judged_however_short_the_time(mlp, images):
 def test_progress_after_each_chunk(mlp, images):
     seen = []
     config = AutoAttackConfig(apgd_iterations=4, fab_iterations=2, square_queries=5, chunk_size=10)
-    report = quick(mlp(4), images, autoattack_config=config, progress=seen.append)
-    steps = [step for step in seen if step.attack == "autoattack"]
-    assert [(step.done, step.total) for step in steps] == [(10, 24), (20, 24), (24, 24)]
-    assert steps[-1].accuracy == pytest.approx(report.robust_accuracy)
+    for limit, model in ((None, mlp(4, gain=3.0)), (1000, mlp(4))):
+        seen.clear()
+        report = quick(model, images, autoattack_config=config, progress=seen.append, time_limit_s=limit)
+        steps = [step for step in seen if step.attack == "autoattack"]
+        done = [step.done for step in steps]
+        assert done == sorted(done) and done[-1] == 24 and {step.total for step in steps} == {24}
+        if limit is not None:
+            assert done == [10, 20, 24]
+        else:
+            accuracies = [step.accuracy for step in steps]
+            assert done[0] == 0 and accuracies[0] == 1, "it begins with what is right without an attack"
+            assert accuracies == sorted(accuracies, reverse=True)
+            assert len(set(done)) > 4, "the bar moves"
+        assert steps[-1].accuracy == pytest.approx(report.robust_accuracy)
+
+
+def test_nothing_to_attack(mlp, images):
+    model, seen = mlp(4), []
+    wrong = (model(images).argmax(1) + 1) % 4
+    report = evaluate(model, (images, wrong), THREAT, attacks=("autoattack",), device="cpu", progress=seen.append)
+    assert report.robust_accuracy == 0 and not any(report.result("autoattack").broken_by.values())
+    assert (seen[-1].attack, seen[-1].done) == ("autoattack", 24)
 
 
 def test_resume_dir_that_is_a_file(mlp, images, tmp_path):
