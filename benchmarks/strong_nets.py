@@ -64,11 +64,11 @@ NETS = (
 
 
 @functools.lru_cache
-def images_of(net: Net, root: Path) -> DataSplits:
-    """What it was trained on; `root` holds CIFAR-10 as a directory of images."""
+def images_of(net: Net, root: Path, *, test_limit: int = CIFAR_TEST) -> DataSplits:
+    """What it was trained on; `root` holds CIFAR-10 as a directory of images, of which so many are for testing."""
     if not net.photos:
         return load_data("digits")
-    return load_data(str(root), train_limit=CIFAR_TRAIN, test_limit=CIFAR_TEST)
+    return load_data(str(root), train_limit=CIFAR_TRAIN, test_limit=test_limit)
 
 
 def trained(net: Net, directory: Path, data: DataSplits, *, seed: int, epochs: float | None = None) -> Any:

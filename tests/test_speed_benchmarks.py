@@ -69,7 +69,7 @@ def test_strong_attack(tmp_path: Path) -> None:
 def test_evaluation_speed(tmp_path: Path) -> None:
     value = run(evaluation_speed, tmp_path, "--nets", str(tmp_path / "nets"))
     found = value["results"]["rivals"]
-    assert list(found) == ["reference", "ours", "ours, whole", "apgd-fast", "pgd-20"]
+    assert list(found) == ["reference", "ours", "ours, 250", "ours, timed", "apgd-fast", "pgd-20"]
     for row in found.values():
         assert row["seconds"] > 0 and 0 < row["a_batch"] <= 12
         assert row["speed_up"] == pytest.approx(found["reference"]["seconds"] / row["seconds"], rel=0.05)
