@@ -2,9 +2,9 @@
 
 A small convolutional network without batch norms is trained on the digits for certificates, by HYDRA and without a cut:
 by "smoothing" (sigma 1.0: 16 x 3 equal values stand for one pixel of the scan, and noise averages out over them), by
-"ibp" (linf 0.1), and by "natural" as the control. Of the smoothed networks the majority vote is certified in l2; of the
-others the network itself in linf, by IBP and by CROWN-IBP, beside PGD-20 on the same images. With --keep finished cells
-are kept, and a stopped run goes on. No figure is a time.
+"ibp" and "crown-ibp" (linf 0.1), and by "natural" as the control. Of the smoothed networks the majority vote is
+certified in l2; of the others the network itself in linf, by IBP and by CROWN-IBP, beside PGD-20 on the same images and
+AutoAttack on the first of them. With --keep finished cells are kept, and a stopped run goes on. No figure is a time.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from benchmarks.common import (
     write_json,
 )
 from robustcompress import Budget, CompressResult, DataSplits, Recipe, ThreatModel, certify, compress, load_data
-from robustcompress.robust import IBP, Natural, Objective, Smoothing, evaluate
+from robustcompress.robust import IBP, AutoAttackConfig, CrownIBP, Natural, Objective, Smoothing, evaluate
 
 MODULE = "certified"
 EPS, SIGMA = 0.1, 1.0
 RADII = (0.0, 1.0, 2.0)
 STRATEGIES = ("none", "hydra")
+BOUNDS = ("clean", "ibp", "crown-ibp", "autoattack", "pgd-20")
+QUICK = AutoAttackConfig(apgd_iterations=2, fab_iterations=1, square_queries=2, target_classes=1)
 EXAMPLE = "python -m benchmarks.certified --keep runs/certified"
 
 
@@ -60,7 +62,7 @@ class Small(nn.Module):
 
 def objectives() -> dict[str, Objective]:
     """What is trained for, by name."""
-    made: tuple[Objective, ...] = (Smoothing(sigma=SIGMA), IBP(), Natural())
+    made: tuple[Objective, ...] = (Smoothing(sigma=SIGMA), IBP(), CrownIBP(), Natural())
     return {objective.name: objective for objective in made}
 
 
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = out_path(options, MODULE)
     if options.quick:
         options.epochs, options.seeds, options.draws, options.images = 0.2, 1, 20, 4
+        options.autoattack_images = 2
     data = load_data("digits")
     cells = []
     with threads(options.threads):
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in objectives():
                 cells += [_kept(options, data, name, strategy, seed) for strategy in STRATEGIES]
     results = {"epochs": options.epochs, "draws": options.draws, "eps": EPS, "sigma": SIGMA, "cells": cells}
+    results["autoattack_images"] = options.autoattack_images
     value = record(MODULE, options, argv, results, data={"name": data.name, "sha256": data.sha256})
     write_json(path, value)
     print(markdown(value))
@@ -119,12 +123,16 @@ def _bounds(options: argparse.Namespace, result: CompressResult, data: DataSplit
         result.model,
         data.test,
         ThreatModel("linf", EPS),
-        attacks=("pgd-20",),
+        attacks=("pgd-20", "autoattack"),
         max_images=options.images,
+        autoattack_images=options.autoattack_images,
         device="cpu",
+        autoattack_config=QUICK if options.quick else None,
     )
-    assert found["crown-ibp"] <= attacked.worst_case.accuracy, "what is proven was broken"
-    found |= {name: attacked.result(name).accuracy for name in ("clean", "pgd-20")}
+    held = report.certified(EPS)
+    for attack in attacked.attacks:
+        assert not bool((held[: attack.n] & ~attack.correct).any()), "what is proven was broken"
+    found |= {name: attacked.result(name).accuracy for name in ("clean", "pgd-20", "autoattack")}
     return {"n": attacked.n, **found}
 
 
@@ -132,21 +140,22 @@ def markdown(value: Mapping[str, Any]) -> str:
     """The tables of a record: means over seeds, with the lowest and the highest."""
     cells = value["results"]["cells"]
     rows, votes = [], []
-    for objective in ("ibp", "natural"):
+    for objective in ("ibp", "crown-ibp", "natural"):
         for strategy in STRATEGIES:
             mine = [cell for cell in cells if (cell["objective"], cell["strategy"]) == (objective, strategy)]
-            shown = [_spread([cell[key] for cell in mine]) for key in ("clean", "ibp", "crown-ibp", "pgd-20")]
+            shown = [_spread([cell[key] for cell in mine]) for key in BOUNDS]
             rows.append([f"{objective}, {strategy}", _macs(mine), *shown])
     for strategy in STRATEGIES:
         mine = [cell for cell in cells if (cell["objective"], cell["strategy"]) == ("smoothing", strategy)]
         shown = [_spread([cell["smoothing"][f"l2 {radius:g}"] for cell in mine]) for radius in RADII]
         votes.append([f"smoothing, {strategy}", _macs(mine), *shown, _spread([cell["abstained"] for cell in mine])])
     heads = [f"certified at l2 {radius:g} %" for radius in RADII]
-    first = table(["trained by", "MACs", "clean %", "IBP %", "CROWN-IBP %", "PGD-20 %"], rows)
+    first = table(["trained by", "MACs", "clean %", "IBP %", "CROWN-IBP %", "AutoAttack %", "PGD-20 %"], rows)
     second = table(["trained by", "MACs", *heads, "abstains %"], votes)
     n, seeds = cells[0]["n"], len({cell["seed"] for cell in cells})
     about = (
-        f"linf {EPS}, sigma {SIGMA}, {n} test images, {value['results']['draws']:,} draws; {seeds} seeds: mean (range)."
+        f"linf {EPS}, sigma {SIGMA}, {n} test images (AutoAttack: {value['results']['autoattack_images']}), "
+        f"{value['results']['draws']:,} draws; {seeds} seeds: mean (range)."
     )
     return "\n\n".join([first, second, f"{about} {provenance(value)}"])
 
@@ -162,7 +171,7 @@ def _macs(cells: Sequence[Mapping[str, Any]]) -> str:
 
 def _kept(options: argparse.Namespace, data: DataSplits, objective: str, strategy: str, seed: int) -> dict[str, Any]:
     """A cell, from --keep where it is there with the same settings."""
-    settings = {key: getattr(options, key) for key in ("epochs", "draws", "images")}
+    settings = {key: getattr(options, key) for key in ("epochs", "draws", "images", "autoattack_images")}
     path = None if options.keep is None else Path(options.keep) / f"{objective}-{strategy}-{seed}.json"
     if path is not None and path.is_file():
         value = read_json(path)
@@ -181,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=positive, default=3, help="how many, from --seed (default: %(default)s)")
     parser.add_argument("--draws", type=positive, default=2000, help="of smoothing, an image (default: %(default)s)")
     parser.add_argument("--images", type=positive, default=100, help="test images (default: %(default)s)")
+    parser.add_argument(
+        "--autoattack-images", type=positive, default=64, help="of those for AutoAttack (default: %(default)s)"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep finished cells here, and take them from here")
     add_out(parser, MODULE)
     return parser

@@ -147,7 +147,9 @@ def test_certified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_anonymous(out, str(tmp_path))
     cells = value["results"]["cells"]
     assert [(cell["objective"], cell["strategy"]) for cell in cells] == [
-        (objective, strategy) for objective in ("smoothing", "ibp", "natural") for strategy in ("none", "hydra")
+        (objective, strategy)
+        for objective in ("smoothing", "ibp", "crown-ibp", "natural")
+        for strategy in ("none", "hydra")
     ]
     assert all(cell["ibp"] <= cell["crown-ibp"] <= cell["pgd-20"] <= cell["clean"] for cell in cells[2:])
     assert cells[1]["macs"] <= cells[0]["macs"] / 2
