@@ -3,7 +3,7 @@
 Every row trains resnet8 on the digits at linf 0.1 from the same first weights, for the same epochs: `uniform`, a narrow
 network from scratch; `magnitude`, trained, cut and fine-tuned; `tucker` and `cp`, trained, factorised and fine-tuned in
 the same phases (`low_rank.py`: one share of energy, or of multiply-adds, for all layers, the largest that meets the
-budget); `tucker-scratch`, the ranks that `tucker` found, from the first weights on. Nothing was tuned. Differences are
+budget); `tucker-scratch` and `cp-scratch`, the ranks that those found, from the first weights on. Nothing was tuned. Differences are
 paired over images and seeds; intervals cover both (see intervals.py).
 
 Equal multiply-adds are not equal time, since a factorised layer is three layers. "time" is onnxruntime's for one image
@@ -43,7 +43,7 @@ from robustcompress.strategies import make_strategy
 from robustcompress.structure import Factorise
 
 MODULE = "factorised"
-ARMS = ("none", "uniform", "magnitude", "tucker", "cp", "tucker-scratch")
+ARMS = ("none", "uniform", "magnitude", "tucker", "cp", "tucker-scratch", "cp-scratch")
 BASES = ("uniform", "magnitude")
 BUDGETS = (0.5, 0.25)
 MODEL = ModelSpec("resnet8", {"stem_stride": 4})
@@ -84,9 +84,10 @@ def run(
 ) -> dict[str, Any]:
     """Train one network, and attack it."""
     start = time.perf_counter()
-    if arm == "tucker-scratch":
-        (parent,) = (c for c in cells if (c["arm"], c["budget"], c["seed"]) == ("tucker", budget, seed))
-        strategy: Any = LowRank(pretrain=0.0, ranks=parent["ranks"])
+    if arm.endswith("-scratch"):
+        kind = arm.removesuffix("-scratch")
+        (parent,) = (c for c in cells if (c["arm"], c["budget"], c["seed"]) == (kind, budget, seed))
+        strategy: Any = LowRank(kind=kind, pretrain=0.0, ranks=parent["ranks"])
     else:
         strategy = LowRank(kind=arm) if arm in ("tucker", "cp") else make_strategy(arm)
     result = compress(
