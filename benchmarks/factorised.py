@@ -3,8 +3,8 @@
 Every row trains resnet8 on the digits at linf 0.1 from the same first weights, for the same epochs: `uniform`, a narrow
 network from scratch; `magnitude`, trained, cut and fine-tuned; `tucker` and `cp`, trained, factorised and fine-tuned in
 the same phases (`low_rank.py`: one share of energy, or of multiply-adds, for all layers, the largest that meets the
-budget); `tucker-scratch` and `cp-scratch`, the ranks that those found, from the first weights on. Nothing was tuned. Differences are
-paired over images and seeds; intervals cover both (see intervals.py).
+budget); `tucker-scratch` and `cp-scratch`, the ranks that those found, from the first weights on. Nothing was tuned.
+Differences are paired over images and seeds; intervals cover both (see intervals.py).
 
 Equal multiply-adds are not equal time, since a factorised layer is three layers. "time" is onnxruntime's for one image
 of the same cut of a ResNet-18 (32 x 32) with random weights, against the dense network in turns.
