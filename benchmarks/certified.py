@@ -3,8 +3,8 @@
 A small convolutional network without batch norms is trained on the digits for certificates, by HYDRA and without a cut:
 by "smoothing" (sigma 1.0: 16 x 3 equal values stand for one pixel of the scan, and noise averages out over them), by
 "ibp" and "crown-ibp" (linf 0.1), and by "natural" as the control. Of the smoothed networks the majority vote is
-certified in l2; of the others the network itself in linf, by IBP and by CROWN-IBP, beside PGD-20 on the same images and
-AutoAttack on the first of them. With --keep finished cells are kept, and a stopped run goes on. No figure is a time.
+certified in l2; of the others the network itself in linf, by IBP and by CROWN-IBP, beside PGD-20 and AutoAttack on
+the same images. With --keep finished cells are kept, and a stopped run goes on. No figure is a time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = out_path(options, MODULE)
     if options.quick:
         options.epochs, options.seeds, options.draws, options.images = 0.2, 1, 20, 4
-        options.autoattack_images = 2
     data = load_data("digits")
     cells = []
     with threads(options.threads):
@@ -80,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in objectives():
                 cells += [_kept(options, data, name, strategy, seed) for strategy in STRATEGIES]
     results = {"epochs": options.epochs, "draws": options.draws, "eps": EPS, "sigma": SIGMA, "cells": cells}
-    results["autoattack_images"] = options.autoattack_images
     value = record(MODULE, options, argv, results, data={"name": data.name, "sha256": data.sha256})
     write_json(path, value)
     print(markdown(value))
@@ -125,7 +123,6 @@ def _bounds(options: argparse.Namespace, result: CompressResult, data: DataSplit
         ThreatModel("linf", EPS),
         attacks=("pgd-20", "autoattack"),
         max_images=options.images,
-        autoattack_images=options.autoattack_images,
         device="cpu",
         autoattack_config=QUICK if options.quick else None,
     )
@@ -154,8 +151,7 @@ def markdown(value: Mapping[str, Any]) -> str:
     second = table(["trained by", "MACs", *heads, "abstains %"], votes)
     n, seeds = cells[0]["n"], len({cell["seed"] for cell in cells})
     about = (
-        f"linf {EPS}, sigma {SIGMA}, {n} test images (AutoAttack: {value['results']['autoattack_images']}), "
-        f"{value['results']['draws']:,} draws; {seeds} seeds: mean (range)."
+        f"linf {EPS}, sigma {SIGMA}, {n} test images, {value['results']['draws']:,} draws; {seeds} seeds: mean (range)."
     )
     return "\n\n".join([first, second, f"{about} {provenance(value)}"])
 
@@ -171,7 +167,7 @@ def _macs(cells: Sequence[Mapping[str, Any]]) -> str:
 
 def _kept(options: argparse.Namespace, data: DataSplits, objective: str, strategy: str, seed: int) -> dict[str, Any]:
     """A cell, from --keep where it is there with the same settings."""
-    settings = {key: getattr(options, key) for key in ("epochs", "draws", "images", "autoattack_images")}
+    settings = {key: getattr(options, key) for key in ("epochs", "draws", "images")}
     path = None if options.keep is None else Path(options.keep) / f"{objective}-{strategy}-{seed}.json"
     if path is not None and path.is_file():
         value = read_json(path)
@@ -190,9 +186,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=positive, default=3, help="how many, from --seed (default: %(default)s)")
     parser.add_argument("--draws", type=positive, default=2000, help="of smoothing, an image (default: %(default)s)")
     parser.add_argument("--images", type=positive, default=100, help="test images (default: %(default)s)")
-    parser.add_argument(
-        "--autoattack-images", type=positive, default=64, help="of those for AutoAttack (default: %(default)s)"
-    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep finished cells here, and take them from here")
     add_out(parser, MODULE)
     return parser

@@ -240,7 +240,8 @@ def use_kept(folder: Path) -> None:
     """What long evaluations keep of themselves: what cannot be relied on is made again."""
     kept = Kept(folder)
     chunks.as_chunk(kept.read(folder / "chunk.json"), 20, "fgsm")
-    jury.as_kept(kept.read(folder / "jury.json"), 20)
+    for counted in (False, True):
+        jury.as_kept(kept.read(folder / "jury.json"), 20, counted=counted)
     with contextlib.suppress(rc.ResultError):
         try:
             value = read_json(folder / "certificate.json")

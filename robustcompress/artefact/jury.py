@@ -101,11 +101,18 @@ class Jury:
             spent = found.queries[~right].tolist()
             return {"right": right.tolist(), "furthest": self._furthest(found.x_adv, x), "queries": spent}
 
-        result, chunks = self._in_chunks(name, chunk, clean, {"queries": queries}, "")
+        result, chunks = self._in_chunks(name, chunk, clean, {"queries": queries}, "", counted=True)
         return result, [count for kept in chunks for count in kept["queries"]]
 
     def _in_chunks(
-        self, name: str, attack: Callable[..., dict[str, Any]], clean: Tensor, depends_on: Any, suite: str
+        self,
+        name: str,
+        attack: Callable[..., dict[str, Any]],
+        clean: Tensor,
+        depends_on: Any,
+        suite: str,
+        *,
+        counted: bool = False,
     ) -> tuple[AttackResult, list[dict[str, Any]]]:
         began, done = time.perf_counter(), 0.0
         correct, furthest, chunks = clean.clone(), 0.0, []
@@ -115,7 +122,7 @@ class Jury:
                 continue
             x, y, indices = self.images[which], self.labels[which], self.indices[which]
             path = self._path({"attack": name, "of": depends_on, "images": hash_of(x, y, indices)})
-            kept = as_kept(self.keep.read(path), len(which))
+            kept = as_kept(self.keep.read(path), len(which), counted=counted)
             if kept is None:
                 stop_if_asked(f"stopped after {at} of {len(clean)} images of {name}{self.keep}")
                 start = time.perf_counter()
@@ -169,11 +176,21 @@ def suite_of(spec: AttackSpec, num_classes: int) -> str:
     return suite_for(num_classes).name if spec.kind == "autoattack" else ""
 
 
-def as_kept(kept: Any, n: int) -> dict[str, Any] | None:
-    """What is kept of a chunk of `n` images; None where it cannot be relied on: then it is made again."""
+def as_kept(kept: Any, n: int, *, counted: bool = False) -> dict[str, Any] | None:
+    """What is kept of a chunk of `n` images; None where it cannot be relied on: then it is made again.
+
+    Args:
+        kept: As it was read.
+        n: How many flags there must be.
+        counted: Whether there must be the queries that each broken image took.
+    """
     try:
         if len(kept["right"]) != n or not all(type(flag) is bool for flag in kept["right"]):
             raise ResultError("not the flags of these images")
+        if counted:
+            queries = kept["queries"]
+            if len(queries) != kept["right"].count(False) or not all(type(count) is int for count in queries):
+                raise ResultError("not the queries of these images")
         return {**kept, "furthest": float(kept["furthest"]), "seconds": float(kept["seconds"])}
-    except (ValueError, KeyError, TypeError, ResultError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, ResultError, OverflowError):
         return None

@@ -216,7 +216,7 @@ def _corrupted(plan: Plan, seed: int) -> dict[str, tuple[float, ...]]:
     pixels = plan.images.mul(255).round().to(torch.uint8)
     rows: dict[str, tuple[float, ...]] = {}
     for name in CORRUPTIONS:
-        stop_if_asked(f"stopped before corruption {name!r}")
+        stop_if_asked(f"stopped before corruption {name!r}; those before it are made anew")
         shares = []
         for severity in SEVERITIES:
             answers = plan.file.scores(corrupt(pixels, name, severity, seed=seed).float() / 255).argmax(1)

@@ -106,10 +106,11 @@ def certify(
     pixels, labels = pixels[indices.to(pixels.device)], labels[indices.to(labels.device)].long().cpu()
     sha = hash_of(pixels, labels)
     facts = {"method": method, **settings, "images": sha, "seed": seed, "batch_size": batch_size, "device": target.type}
+    troubles: list[str] = []
     ledger = Ledger(
         None if resume_dir is None else Path(resume_dir),
         {**facts, "model": model_sha256(network) if resume_dir is not None else None},
-        lambda line: warnings.warn(line, RuntimeWarning, stacklevel=3),
+        troubles.append,
     )
     if method == "smoothing":
         draws = {"n0": int(settings["n0"]), "n": int(settings["n"])}
@@ -147,6 +148,8 @@ def certify(
         if progress is not None:
             said = {"attack": method, "done": len(found), "total": len(labels), "accuracy": right / len(found)}
             progress(EvaluationProgress(**said, seconds=time.perf_counter() - began))  # type: ignore[arg-type]
+    for trouble in troubles:
+        warnings.warn(trouble, RuntimeWarning, stacklevel=2)
     return CertificateReport(
         method=cast(Method, method),
         norm="l2" if method == "smoothing" else "linf",

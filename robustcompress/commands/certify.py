@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> Output:
             max_images=arguments.images,
             seed=arguments.seed,
             device=arguments.device,
-            resume_dir=_cache(directory),
+            resume_dir=kept_in(directory),
             progress=progress,
             **options,
         )
@@ -140,7 +140,7 @@ def _asked(arguments: argparse.Namespace, result: CompressResult) -> tuple[str, 
     return method, options
 
 
-def _cache(directory: Path) -> Path | None:
+def kept_in(directory: Path) -> Path | None:
     """Where finished images are kept; nowhere for a result that may be read and not written."""
     cache = directory / CACHE
     try:

@@ -111,8 +111,9 @@ def if_stopped(arguments: argparse.Namespace) -> str:
     """What is lost when the command is stopped."""
     if evaluate_file.is_file(arguments.directory):
         return evaluate_file.if_stopped(arguments)
-    kept = "autoattack" in (arguments.attacks or ATTACKS)
-    return "" if kept else "nothing is kept of it: these attacks are made anew"
+    if "autoattack" not in (arguments.attacks or ATTACKS):
+        return "nothing is kept of it: these attacks are made anew"
+    return "" if os.access(arguments.directory, os.W_OK) else "nothing is kept of it: the result may not be written to"
 
 
 def run(arguments: argparse.Namespace) -> Output:

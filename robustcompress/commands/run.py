@@ -10,6 +10,7 @@ from typing import Any
 
 from robustcompress.api import carry_out
 from robustcompress.certify import save_certificate
+from robustcompress.commands.certify import kept_in
 from robustcompress.commands.certify import shown as shown_certificate
 from robustcompress.commands.keeping import (
     add_keeping_arguments,
@@ -20,8 +21,9 @@ from robustcompress.commands.keeping import (
     is_result,
 )
 from robustcompress.data import DataSplits
-from robustcompress.distributed import World, current, start
+from robustcompress.distributed import ALONE, World, current, start
 from robustcompress.errors import DiskError, InputError
+from robustcompress.interrupt import listen
 from robustcompress.lock import held
 from robustcompress.outcome import sweep
 from robustcompress.recipe import RunRecipe, merged, parse_yaml, read_yaml
@@ -101,8 +103,12 @@ def _carried_out(recipe: RunRecipe, arguments: argparse.Namespace, world: World)
     if arguments.out is not None:
         saved = f"saved to {arguments.out}; next: robustcompress export --onnx {arguments.out}"
     # After the report is safe: a network that cannot be bounded is refused here.
+    listen(ALONE)  # the other processes have gone home
+    place = None if checkpoint is None else checkpoint / AUTOATTACK
+    if arguments.out is not None and recipe.evaluate.certify is not None:
+        place = kept_in(arguments.out)
     with contextlib.nullcontext() if arguments.quiet else evaluation_bar(recipe.strategy.name) as advance:
-        certificate = recipe.certify(result, data, device=request.device, progress=advance)
+        certificate = recipe.certify(result, data, device=request.device, progress=advance, resume_dir=place)
     if certificate is not None and arguments.out is not None:
         save_certificate(arguments.out, certificate)
     discard(checkpoint)

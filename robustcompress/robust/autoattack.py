@@ -41,8 +41,8 @@ class AutoAttackConfig:
         fab_iterations: Iterations of each FAB run.
         square_queries: Queries of Square.
         target_classes: Most wrong classes that the targeted attacks try; never more than there are.
-        chunk_size: Images attacked together, never more than the evaluation's `batch_size`. None means 64 (on a GPU
-            as many as `batch_size`), or 16 under a time limit. The random numbers depend on it.
+        chunk_size: Images attacked together, never more than the evaluation's `batch_size`. None means 64 (128 on a
+            GPU), or 16 under a time limit. The random numbers depend on it.
     """
 
     apgd_iterations: int = 100

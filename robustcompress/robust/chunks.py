@@ -21,9 +21,9 @@ from robustcompress.robust.kept import Kept
 from robustcompress.robust.memory import memory_of_all
 from robustcompress.robust.report import AttackResult
 
-CHUNK = 64
-"""Images that are attacked together on the CPU where nobody says otherwise."""
-_TIMED_CHUNK = 16  # under a time limit, which is looked at after each
+CHUNK, GPU_CHUNK, TIMED_CHUNK = 64, 128, 16
+"""Images that are attacked together where nobody says otherwise: on the CPU, on a GPU, and under a time limit, which is
+looked at after each. So many images at least are needed to keep each of several processes busy."""
 
 
 def autoattack_in_chunks(
@@ -58,13 +58,12 @@ def autoattack_in_chunks(
     Raises:
         InputError: `resume_dir` cannot be made, or is not a directory.
     """
-    usual = _TIMED_CHUNK if time_limit_s is not None else judge.batch_size if judge.device.type == "cuda" else CHUNK
     cascade = _Cascade(
         judge=judge,
         clean=clean,
         num_classes=num_classes,
         config=config,
-        size=min(config.chunk_size or usual, judge.batch_size),
+        size=chunk_size(judge, config, timed=time_limit_s is not None),
         kept=Kept(resume_dir, warn),
         model_sha256=None if resume_dir is None else model_sha256(judge.model),
         timed=time_limit_s is not None,
@@ -74,25 +73,37 @@ def autoattack_in_chunks(
     return _in_time(cascade, time_limit_s)
 
 
+def chunk_size(judge: Judge, config: AutoAttackConfig, *, timed: bool) -> int:
+    """How many images are attacked together; not a question of how many processes there are, as the answers are not."""
+    usual = TIMED_CHUNK if timed else GPU_CHUNK if judge.device.type == "cuda" else CHUNK
+    return min(config.chunk_size or usual, judge.batch_size)
+
+
 def _in_time(cascade: _Cascade, time_limit_s: float) -> AttackResult:
-    """Put chunk after chunk through the cascade while there is time; as many at once as there are processes."""
+    """Put chunk after chunk through the cascade while there is time; as many at once as there are processes.
+
+    What is known already is taken however late it is.
+    """
     judge, world, total = cascade.judge, cascade.judge.world, len(cascade.clean)
     began, slowest = time.perf_counter(), 0.0
     found: list[AttackResult] = []
     for first in range(0, total, cascade.size * world.size):
+        at = first + cascade.size * world.rank
+        end, mine = min(at + cascade.size, total), None
+        missing = world.any(at < total and not cascade.knows(at, end))
         late = bool(slowest) and time.perf_counter() - began + slowest > time_limit_s
-        if world.broadcast(late):
+        if missing and world.broadcast(late):
             break
-        if world.size > 1:  # alone, the cascade itself listens
+        if missing and world.size > 1:  # alone, the cascade itself listens
             listen(world)
             stop_if_asked(f"stopped after {first} of {total} images of AutoAttack{cascade.kept}")
-        since, at, mine = time.perf_counter(), first + cascade.size * world.rank, None
+        since = time.perf_counter()
         with memory_of_all(world):
             if at < total:
-                mine = cascade.run(at, min(at + cascade.size, total), ALONE if world.size > 1 else world).to_json()
+                mine = cascade.run(at, end, ALONE if world.size > 1 else world).to_json()
         row: list[Any] = [time.perf_counter() - since, mine]
         told = world.gather(row)
-        slowest = max(slowest, *(float(seconds) for seconds, _ in told))
+        slowest = max(slowest, *(float(seconds) for seconds, _ in told)) if missing else slowest
         found += [AttackResult.from_json(part) for _, part in told if part is not None]
         judge.report("autoattack", torch.cat([part.correct for part in found]), total, began)
     severity = judge.no_mistakes()
@@ -152,7 +163,7 @@ class _Cascade:
         def report(passed: int, left: int) -> None:
             """Tell how much of the work is done, as a number of images: what is broken is done."""
             if not self.timed:
-                work = spent * left + (costs[name] * passed if left else 0)
+                work = spent * left + costs[name] * passed
                 done = len(standing) - left + work // sum(costs.values())
                 judge.report("autoattack", standing, len(standing), began, done=done)
 
@@ -181,6 +192,24 @@ class _Cascade:
             severity=severity,
         )
 
+    def knows(self, first: int, last: int) -> bool:
+        """Whether all that happens to these images was kept."""
+        standing = self.clean[first:last].clone()
+        for name in self.suite.attacks:
+            left = standing.nonzero().flatten()
+            for which in torch.split(left, self.size) if len(left) else ():
+                kept = self._kept(self._path(name, first + which), len(which), name)
+                if kept is None:
+                    return False
+                standing[which] = kept.correct
+        return True
+
+    def _kept(self, path: Path | None, n: int, name: str) -> AttackResult | None:
+        """A chunk that an earlier run has finished."""
+        kept = as_chunk(self.kept.read(path), n, name)
+        asked = self.judge.hierarchy is not None
+        return kept if kept is not None and (kept.severity is not None) == asked else None
+
     def _together(
         self, name: str, first: int, mine: Tensor | None, world: World, *, done: int, total: int
     ) -> list[tuple[Tensor, AttackResult]]:
@@ -188,14 +217,15 @@ class _Cascade:
         path = kept = None
         if mine is not None:
             path = self._path(name, first + mine)
-            kept = as_chunk(self.kept.read(path), len(mine), name)
-            if kept is not None and (kept.severity is None) != (self.judge.hierarchy is None):
-                kept = None
+            kept = self._kept(path, len(mine), name)
         if world is self.judge.world:
             missing = not all(world.gather(mine is None or kept is not None))
             listen(world)
             if missing:
-                stop_if_asked(f"stopped in AutoAttack's {name} after {done} of {total} images{self.kept}")
+                place = f"in AutoAttack's {name} after {done} of {total} images"
+                if self.timed:
+                    place = f"after {first} of {len(self.clean)} images of AutoAttack"
+                stop_if_asked(f"stopped {place}{self.kept}")
         with memory_of_all(world):
             if mine is not None and kept is None:
                 kept = _attack_chunk(self.judge, first + mine, name, self.num_classes, self.config)
@@ -215,6 +245,7 @@ class _Cascade:
             "config": {**asdict(self.config), "chunk_size": self.size},
             "threat": judge.threat.to_json(),
             "seed": judge.seed,
+            "device": judge.device.type,  # which draws the random numbers
             "pyautoattack": version(),
             "model": self.model_sha256,
             "images": hash_of(judge.pixels[index], judge.labels[index.to(judge.labels.device)]),

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from robustcompress.errors import InputError, Problems
 from robustcompress.robust import sanity
 from robustcompress.robust.attacks import AttackSpec, attack_by_name, eval_mode
 from robustcompress.robust.autoattack import AutoAttackConfig, check_autoattack
-from robustcompress.robust.chunks import CHUNK, autoattack_in_chunks
+from robustcompress.robust.chunks import autoattack_in_chunks, chunk_size
 from robustcompress.robust.hierarchy import Hierarchy, hierarchy_from
 from robustcompress.robust.judge import Judge, Progress, as_float, hash_of
 from robustcompress.robust.memory import is_out_of_memory, release
@@ -145,15 +146,17 @@ def evaluate(
                 judge,
                 results[0].correct[:autoattack_images],
                 num_classes=num_classes,
-                config=autoattack_config or AutoAttackConfig(),
+                config=config,
                 time_limit_s=time_limit_s,
                 resume_dir=None if resume_dir is None else Path(resume_dir),
                 warn=warnings.append,
             )
 
+        config = autoattack_config or AutoAttackConfig()
         results: list[AttackResult] = []
         for spec in specs:
-            results.append(_in_memory(judge, spec, judged, warnings))
+            at_once = partial(chunk_size, config=config, timed=time_limit_s is not None)
+            results.append(_in_memory(judge, spec, judged, at_once, warnings))
         warnings += sanity.flag_order(results, specs)
     return RobustReport(
         threat=threat,
@@ -181,19 +184,35 @@ def _flags(judge: Judge) -> list[str]:
 
 
 def _in_memory(
-    judge: Judge, spec: AttackSpec, judged: Callable[[Judge, AttackSpec], AttackResult], warnings: list[str]
+    judge: Judge,
+    spec: AttackSpec,
+    judged: Callable[[Judge, AttackSpec], AttackResult],
+    chunk: Callable[[Judge], int],
+    warnings: list[str],
 ) -> AttackResult:
-    """Judge one attack; where memory runs out, once more from the beginning in batches of half as many images."""
+    """Judge one attack; where memory runs out, once more from the beginning in batches of half as many images.
+
+    Args:
+        judge: The evaluation.
+        spec: The attack.
+        judged: Judges it.
+        chunk: How many images AutoAttack takes at once, which may be fewer than a batch.
+        warnings: Told how small the batches had to be.
+    """
+    began = judge.batch_size
     while True:
         try:
-            return judged(judge, spec)
+            result = judged(judge, spec)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or judge.batch_size == 1:
                 raise
-        smaller = min(judge.batch_size, CHUNK) if spec.kind == "autoattack" else judge.batch_size
-        judge = replace(judge, batch_size=max(1, smaller // 2))
+        else:
+            if judge.batch_size < began:
+                warnings.append(f"memory ran out: {spec.name} was judged in batches of {judge.batch_size} images")
+            return result
+        size = chunk(judge) if spec.kind == "autoattack" else judge.batch_size
+        judge = replace(judge, batch_size=max(1, size // 2))
         release()
-        warnings.append(f"memory ran out: {spec.name} was judged in batches of {judge.batch_size} images")
 
 
 def chosen_images(total: int, max_images: int | None) -> Tensor:

@@ -24,14 +24,16 @@ _POOL = 4  # batches that `apgd-fast` draws from
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationProgress:
-    """Where an evaluation stands; handed to `progress` after each batch, and after each chunk of AutoAttack.
+    """Where an evaluation stands; handed to `progress` after each batch, and before and after each chunk of AutoAttack.
+
+    AutoAttack's attacks each go over all images that are left, unless there is a time limit. Then `done` is the share
+    of the work that is done, as a number of images, and `accuracy` is that of all images, and only falls.
 
     Attributes:
         attack: Name of the attack that runs.
-        done: Images it has judged. AutoAttack's attacks each go over all images that are left: of it, the share of the
-            work that is done, as a number of images.
+        done: Images it has judged.
         total: Images it is to judge.
-        accuracy: Share of the judged images that are still right; of AutoAttack, of all images, so it only falls.
+        accuracy: Share of the judged images that are still right.
         seconds: Wall time since this attack began.
     """
 

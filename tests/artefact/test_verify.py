@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import robustcompress as rc
 from robustcompress.artefact import ArtefactReport, CurvePoint, open_onnx, plot_curve, verify_artefact
+from robustcompress.artefact.corruptions import corrupt
 from robustcompress.artefact.curve import unbounded
 from robustcompress.artefact.doubts import flag_curve, flag_parity, flag_square, flag_stored
+from robustcompress.artefact.jury import as_kept
 from robustcompress.errors import InputError
 from robustcompress.export import ParityCheck
 from robustcompress.robust import AttackResult, RobustReport
@@ -112,6 +114,32 @@ def test_the_curve_falls_to_nothing_and_is_drawn(
     with pytest.raises(InputError, match="no security curve"):
         plot_curve(verify(file, data, attacks=["square-2"], max_images=2), tmp_path / "none.png")
     assert unbounded(rc.ThreatModel("l2", 0.5), torch.Size([3, 4, 4])) == pytest.approx(math.sqrt(48) / 2)
+
+
+def test_what_is_kept_of_a_chunk_has_all_that_is_needed() -> None:
+    kept = {"right": [True, False], "furthest": 0.1, "seconds": 1, "queries": [7]}
+    assert as_kept(kept, 2, counted=True) == kept
+    for broken in ({}, {"queries": []}, {"queries": [7.5]}, {"queries": None}, {"right": [1, 0]}, {"furthest": "x"}):
+        spoilt = {key: value for key, value in kept.items() if broken or key != "queries"} | broken
+        assert as_kept(spoilt, 2, counted=True) is None
+    assert as_kept(kept, 3) is None and as_kept([kept], 2) is None
+    assert as_kept({key: kept[key] for key in ("right", "furthest", "seconds")}, 2) is not None
+
+
+def test_corruptions_stop_too(file: Path, data: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustcompress.artefact import verify as verifying
+
+    asked: list[int] = []
+
+    def signalled(*rest: Any, **options: Any) -> Any:
+        if not asked:
+            asked.append(1)
+            signal.raise_signal(signal.SIGTERM)
+        return corrupt(*rest, **options)
+
+    monkeypatch.setattr(verifying, "corrupt", signalled)
+    with rc.graceful(), pytest.raises(rc.Interrupted, match=r"before corruption .*; those before it are made anew"):
+        verify(file, data, attacks=["square-2"], max_images=4, corruptions=True)
 
 
 def test_a_signal_stops_it_after_its_chunk(tmp_path: Path, file: Path, data: tuple[Tensor, Tensor, Tensor]) -> None:

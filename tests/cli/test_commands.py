@@ -170,6 +170,7 @@ def test_autoattack_goes_on_from_its_cache(run: Run, grape: Path, monkeypatch: p
 
     monkeypatch.setattr(chunks, "_attack_chunk", quick)
     command = ["evaluate", grape, "--data", "digits", "--attacks", "clean,autoattack", "--autoattack-images", "all"]
+    command += ["--device", "cpu"]
     first = run(*command, "--json")
     assert first.code == 0, first.err
     right = round(first.document["report"]["clean_accuracy"] * first.document["report"]["n"])

@@ -72,7 +72,7 @@ def test_without_a_checkpoint_it_says_that_nothing_is_kept(
     assert not list(tmp_path.iterdir())
 
 
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path: Path, **evaluate: Any) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -83,7 +83,7 @@ def recipe(tmp_path: Path) -> Path:
                 "epochs": 0.5,
                 "objective": {"name": "pgd-at", "steps": 1},
                 "training": {"batch_size": 64},
-                "evaluate": {"attacks": ["clean", "autoattack"], "autoattack_images": 20},
+                "evaluate": evaluate or {"attacks": ["clean", "autoattack"], "autoattack_images": 20},
             }
         )
     )
@@ -106,7 +106,10 @@ def test_run_is_stopped_in_autoattack_and_repeats_nothing(
     trained: list[str] = []
     enter = Journal.enter
     monkeypatch.setattr(Journal, "enter", lambda self, *rest: (trained.append(rest[0]), enter(self, *rest))[1])
-    command, out = ["run", recipe(tmp_path), "--out", tmp_path / "out", "--quiet", "--json"], tmp_path / "out"
+    command, out = (
+        ["run", recipe(tmp_path), "--device", "cpu", "--out", tmp_path / "out", "--quiet", "--json"],
+        tmp_path / "out",
+    )
     stopped = run(*command)
     assert stopped.code == 130 and "stopped in AutoAttack's apgd-ce after 1 of" in stopped.err
     assert not out.exists() and len(attacked) == 1
@@ -120,19 +123,23 @@ def test_run_is_stopped_in_autoattack_and_repeats_nothing(
     assert again.code == 0 and again.document["report"] == resumed.document["report"] and attacked == everything
 
 
-def test_certify_is_stopped_and_goes_on_with_the_next_image(
-    run: Run, grape: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    certified: list[int] = []
+@pytest.fixture
+def certified(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the images whose votes are counted; a signal comes with the second."""
+    numbers: list[int] = []
     certify = Smoothed.certify
 
     def signalled(self: Smoothed, image: torch.Tensor, number: int) -> Any:
-        certified.append(number)
-        if len(certified) == 2:
+        numbers.append(number)
+        if len(numbers) == 2:
             signal.raise_signal(signal.SIGTERM)
         return certify(self, image, number)
 
     monkeypatch.setattr(Smoothed, "certify", signalled)
+    return numbers
+
+
+def test_certify_is_stopped_and_goes_on_with_the_next_image(run: Run, grape: Path, certified: list[int]) -> None:
     command = ["certify", grape, "--data", "digits", "--n", "100", "--images", "4", "--json"]
     stopped = run(*command)
     assert stopped.code == 143 and "stopped after 2 of 4 images; what it has found so far is kept" in stopped.err
@@ -140,3 +147,17 @@ def test_certify_is_stopped_and_goes_on_with_the_next_image(
     done = run(*command)
     assert done.code == 0 and done.document["certificate"]["n"] == 4
     assert len(certified) == 4 == len(set(certified))
+
+
+@pytest.mark.parametrize("place", ["--out", "--checkpoint"])
+def test_run_is_stopped_in_its_certificate_and_goes_on_with_the_next_image(
+    place: str, run: Run, tmp_path: Path, certified: list[int]
+) -> None:
+    wanted = {"attacks": ["clean"], "certify": {"method": "smoothing", "n": 50, "images": 4}}
+    command = ["run", recipe(tmp_path, **wanted), place, tmp_path / "place", "--quiet", "--json"]
+    stopped = run(*command)
+    assert stopped.code == 143 and "stopped after 2 of 4 images; what it has found so far is kept" in stopped.err
+    assert stopped.document["resume"] is not None
+    done = run(*command)
+    assert done.code == 0, done.err
+    assert done.document["certificate"]["n"] == 4 and len(certified) == 4 == len(set(certified))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def compress_all(world: World, cases: list[Case], parts: int = 1) -> list[dict[s
     return [compressed(case, parts=parts) for case in cases]
 
 
-def judged(world: World, resume_dir: str | None = None, *, time_limit_s: float | None = None) -> list[dict[str, Any]]:
+def judged(
+    world: World, resume_dir: str | None = None, *, time_limit_s: float | None = None, progress: Any = None
+) -> list[dict[str, Any]]:
     """A report of an untrained network, without the times, on images most of which it gets right."""
     attacks = ("clean", "fgsm", "pgd-2x2", "apgd-fast-9", "autoattack")
     model, test = build().train(), small_data().test
@@ -87,9 +90,25 @@ def judged(world: World, resume_dir: str | None = None, *, time_limit_s: float |
         hierarchy="digits",
         resume_dir=resume_dir,
         time_limit_s=time_limit_s,
+        progress=progress,
         world=world,
     )
     return [{k: v for k, v in attack.to_json().items() if k != "seconds"} for attack in report.attacks]
+
+
+def stopped(world: World) -> str:
+    """What is said where one of them is asked to stop in the middle of AutoAttack."""
+
+    def ask(step: rc.robust.EvaluationProgress) -> None:
+        if world.rank == 1 and step.attack == "autoattack" and step.accuracy < 0.65:
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        with rc.graceful():
+            judged(world, progress=ask)
+    except rc.Interrupted as stop:
+        return str(stop)
+    return "not stopped"
 
 
 def agreement(world: World) -> dict[str, Any]:
@@ -204,6 +223,8 @@ def quick_checks(world: World, cases: list[Case], directory: str) -> dict[str, A
         "astray": astray(world),
         "judged": judged(world),
         "judged in time": judged(world, time_limit_s=1000),
+        "judged too late": judged(world, time_limit_s=1e-9)[-1],
+        "stopped": stopped(world),
         "judged again": [judged(world, directory), judged(world, directory)],
         "files": len(list(Path(directory).glob("*.json"))),
         "memory": troubled(world, 2, ["", "", "memory"] if world.rank else []),

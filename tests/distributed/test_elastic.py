@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -53,7 +54,8 @@ class Machine:
         """As when its power is lost."""
         children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
         for pid in (self.process.pid, *map(int, children.stdout.split())):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -82,6 +84,7 @@ def test_a_machine_dies_and_another_joins_and_the_result_is_that_of_one_process(
         machines.append(Machine(tmp_path, "third", port))
         first.wait_for("2 processes share", 2)
         assert first.process.wait(timeout=300) == 0, first.log.read_text()[-3000:]
+        assert machines[2].process.wait(timeout=60) == 0, machines[2].log.read_text()[-3000:]
         said = first.log.read_text()
     finally:
         for machine in machines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,14 @@ def test_evaluation_dealt_over_processes_is_that_of_one(pair: list[dict[str, Any
     assert files >= 6, "20 images in chunks of 3, and what is left of them"
     in_time = judged(ALONE, time_limit_s=1000)
     assert whole[-1] != in_time[-1], "survivors stay in their chunks"
+    late = pair[0]["judged too late"]
+    assert late["n"] == 6 and late["correct"] == in_time[-1]["correct"][:6], "the first chunk of each"
     assert [len(attack["correct"]) for attack in whole] == [40, 40, 40, 40, 20]
     assert whole[0]["accuracy"] > 0 and whole[0]["mistakes"]
     for mine in pair:
         assert mine["judged"] == whole and mine["judged in time"] == in_time
+        assert mine["judged too late"] == late
+        assert re.fullmatch(r"stopped in AutoAttack's apgd-ce after 6 of \d+ images", mine["stopped"])
         assert mine["judged again"] == [whole, whole] and mine["files"] == files, "each chunk is kept once"
 
 

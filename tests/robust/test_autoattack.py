@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustcompress.errors import InputError
+from robustcompress.errors import InputError, Interrupted
+from robustcompress.interrupt import graceful
 from robustcompress.robust import AutoAttackConfig, ThreatModel, evaluate
 from robustcompress.robust.autoattack import attack_once, autoattack, suite_for
 from robustcompress.robust.chunks import model_sha256
@@ -340,6 +343,33 @@ def test_nothing_to_attack(mlp, images):
     report = evaluate(model, (images, wrong), THREAT, attacks=("autoattack",), device="cpu", progress=seen.append)
     assert report.robust_accuracy == 0 and not any(report.result("autoattack").broken_by.values())
     assert (seen[-1].attack, seen[-1].done) == ("autoattack", 24)
+
+
+def test_what_was_kept_is_taken_however_short_the_time(mlp, images, tmp_path):
+    model = mlp(4)
+    options = {"autoattack_config": SIXES, "resume_dir": tmp_path}
+    whole = quick(model, images, **options, time_limit_s=1000)
+    again = quick(model, images, **options, time_limit_s=1e-9)
+    assert again.result("autoattack") == whole.result("autoattack") and whole.result("autoattack").n == 24
+
+
+def test_one_process_under_a_limit_says_how_far_it_came(mlp, images):
+    def ask(progress):
+        if (progress.attack, progress.done) == ("autoattack", 12):
+            signal.raise_signal(signal.SIGTERM)
+
+    with graceful(), pytest.raises(Interrupted, match="stopped after 12 of 24 images of AutoAttack"):
+        quick(mlp(4), images, autoattack_config=SIXES, time_limit_s=1000, progress=ask)
+
+
+def test_where_nothing_can_be_kept_it_is_said_once_in_the_report(mlp, images, tmp_path):
+    def remove(progress):
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+
+    report = quick(mlp(4), images, autoattack_config=SIXES, resume_dir=tmp_path / "gone", progress=remove)
+    assert [line for line in report.warnings if "could not be kept" in line] == [
+        f"what is finished could not be kept in {tmp_path / 'gone'} (No such file or directory)"
+    ]
 
 
 def test_resume_dir_that_is_a_file(mlp, images, tmp_path):

@@ -18,7 +18,7 @@ from robustcompress.robust.objectives import PGDAT, FreeAT, Objective, Objective
 from robustcompress.train import Care, TrainingError
 from robustcompress.train.care import IN_A_ROW, LEAST, RECOVERY
 from tests.strategies.nets import build, same, small_data, state
-from tests.train.test_loop import batches, fit
+from tests.train.test_loop import fit
 
 SKIP = Recipe(nonfinite="skip")
 
@@ -207,20 +207,36 @@ def test_other_errors_are_not_taken_for_it() -> None:
         fit(build("residual"), objective=objective)
 
 
+class Narrow(nn.Module):
+    """Room for a few images at a time."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.inner, self.most, self.widest = build("residual").eval(), most, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.widest = max(self.widest, len(x))
+        return self.inner(x)
+
+
 def test_an_evaluation_goes_on_in_smaller_batches() -> None:
-    class Narrow(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = build("residual").eval()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if len(x) > 10:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return self.inner(x)
-
-    model, data = Narrow().eval(), small_data().test
+    model, data = Narrow(10).eval(), small_data().test
     report = rc.evaluate(model, data, attacks=("clean", "pgd-2"), batch_size=20, device="cpu")
     small = rc.evaluate(model, data, attacks=("clean", "pgd-2"), batch_size=10, device="cpu")
     assert torch.equal(report.result("pgd-2").correct, small.result("pgd-2").correct)
     assert "memory ran out: clean was judged in batches of 10 images" in report.warnings
-    assert len(batches()) == 3
+
+
+@pytest.mark.parametrize(("limit", "chunk"), [(None, 20), (1000.0, 8)])
+def test_autoattack_halves_the_chunk_that_it_really_takes(limit: float | None, chunk: int) -> None:
+    """Its chunks may be smaller than a batch: to halve the batch alone would try the same chunk again."""
+    config = rc.robust.AutoAttackConfig(apgd_iterations=1, fab_iterations=1, square_queries=1, chunk_size=chunk)
+    model, data = Narrow(chunk // 2), small_data().test
+    answers = model.inner(data.as_float()).argmax(1)
+    options = {"attacks": ("autoattack",), "autoattack_config": config, "device": "cpu", "time_limit_s": limit}
+    report = rc.evaluate(model, (data.pixels, answers), **options, batch_size=32)
+    said = [line for line in report.warnings if "autoattack was judged" in line]
+    assert said == [f"memory ran out: autoattack was judged in batches of {chunk // 2} images"]
+    assert model.widest == chunk // 2
