@@ -87,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit",
         type=float,
         metavar="S",
-        help="of DIR: start no chunk of AutoAttack that would not end in S seconds; an image takes longer so, as chunks "
-        "are small and do not join",
+        help="of DIR: start no chunk of AutoAttack that would not end in S seconds (an image then takes longer, as "
+        "chunks are small and do not join)",
     )
     parser.add_argument("--eps", type=fraction, help="another radius than the model was trained for, such as 4/255")
     parser.add_argument("--norm", help="another norm: linf or l2")
