@@ -11,9 +11,9 @@ from robustcompress.terminal import Output
 NAME = "push"
 SUMMARY = "send a saved model to the Hugging Face Hub"
 DESCRIPTION = """\
-Send a saved result to a repository of the Hugging Face Hub, in one commit: its own files (JSON and safetensors), ONNX
-files and records of verification and timing that lie beside it, a model card and a report page. README.md and
-report.html are written where DIR has none, and sent as they are where it has.
+Send a saved result to a repository of the Hugging Face Hub, in one commit: its own files (JSON, safetensors, the
+recipe), ONNX files and records of verification and timing that lie beside it, a model card and a report page. README.md
+and report.html are written where DIR has none, and sent as they are where it has.
 
 A repository that is made is private, and one that exists must be, unless --public: what was public once cannot be taken
 back. The token is that of `hf auth login`, or HF_TOKEN."""

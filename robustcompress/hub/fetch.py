@@ -15,6 +15,7 @@ MB = 1_000_000
 LIMITS = {
     ".json": 64 * MB,
     ".jsonl": 256 * MB,
+    ".yaml": MB,
     ".safetensors": 8000 * MB,
     ".onnx": 2200 * MB,
     ".md": MB,

@@ -213,6 +213,10 @@ def _loading(result: CompressResult, repo: str, files: Sequence[str]) -> str:
             'session = onnxruntime.InferenceSession("model.onnx")\n'
             "outputs = session.run(None, {session.get_inputs()[0].name: images})\n```"
         )
+    if "recipe.yaml" in files:
+        parts.append(
+            "`recipe.yaml` says how it was made: `robustcompress run recipe.yaml --out again` does it once more."
+        )
     if "report.html" in files:
         parts.append("`report.html` shows everything that was measured.")
     return "\n\n".join(parts)

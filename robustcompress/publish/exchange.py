@@ -18,7 +18,7 @@ from robustcompress.publish.artefacts import KINDS
 from robustcompress.publish.card import model_card
 from robustcompress.publish.page import build_page
 from robustcompress.publish.reading import model_name, strategy_name
-from robustcompress.result import HISTORY, RESULT, WEIGHTS, CompressResult, load
+from robustcompress.result import HISTORY, RECIPE, RESULT, WEIGHTS, CompressResult, load
 
 CARD, PAGE = "README.md", "report.html"
 
@@ -89,7 +89,7 @@ def contents(
     data: DataSplits | Images | None = None,
 ) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
     """What is sent of a directory, by name, and what of it is written now."""
-    names = [name for name in (RESULT, WEIGHTS, HISTORY) if (directory / name).is_file()]
+    names = [name for name in (RESULT, WEIGHTS, HISTORY, RECIPE) if (directory / name).is_file()]
     names += sorted(path.name for pattern in BESIDE for path in directory.glob(pattern) if path.is_file())
     files: dict[str, Path | bytes] = {name: directory / name for name in names}
     made = tuple(name for name in (PAGE, CARD) if not (directory / name).is_file())
@@ -131,7 +131,7 @@ def pull(address: str, directory: str | Path, *, model: Reference = None) -> Pat
         raise InputError(f"{directory} exists; choose another directory, or remove it first")
     if not directory.parent.is_dir():
         raise InputError(f"{directory}: there is no directory {directory.parent}; create it first")
-    optional = (HISTORY, CARD, *BESIDE)
+    optional = (HISTORY, RECIPE, CARD, *BESIDE)
     cached = fetch(where, (RESULT, WEIGHTS), optional=optional)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

@@ -16,7 +16,7 @@ import torch
 import robustcompress as rc
 from robustcompress.cli import main
 from robustcompress.hub import Address
-from robustcompress.result import HISTORY, RESULT, WEIGHTS
+from robustcompress.result import HISTORY, RECIPE, RESULT, WEIGHTS
 from tests.publish.stand_in import TOKEN, Repo, StandIn, stand_in
 
 
@@ -73,12 +73,13 @@ def test_what_lies_beside_goes_along_and_nothing_else(
 ) -> None:
     (saved / "model.onnx").write_bytes(b"any bytes: they are sent and not run")
     (saved / "model.verify.json").write_text('{"ok": true}')
+    (saved / RECIPE).write_text("model: resnet8\n")
     (saved / "README.md").write_text("# mine\n")
     for private in ("notes.txt", ".env", "secrets.json", "weights.pkl"):
         (saved / private).write_text('{"password": "of-mine"}')
     pushed = rc.push(saved, "me/robust", private=False)
     there = hub.repos["me/robust"].commits[-1][1]
-    own = {RESULT, WEIGHTS, HISTORY}
+    own = {RESULT, WEIGHTS, HISTORY, RECIPE}
     assert set(there) == own | {"model.onnx", "model.verify.json", "README.md", "report.html"}
     assert there["README.md"] == b"# mine\n" and pushed.made == ("report.html",) and not pushed.sent.private
     assert b"model.onnx" in there["report.html"] and b"of-mine" not in there["report.html"]
