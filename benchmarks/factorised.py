@@ -200,13 +200,14 @@ def markdown(value: Mapping[str, Any]) -> str:
         for base in BASES:
             theirs = groups.get((budget, base), [])
             if arm == base or len(theirs) != len(found):
-                against.append("-")
+                against += ["-"] * len(ATTACKS)
                 continue
-            pairs = [
-                a.result("pgd-20").correct.double() - b.result("pgd-20").correct.double()
-                for a, b in zip(found, theirs, strict=True)
-            ]
-            against.append(estimate(pairs, low=-1).points(signed=True))
+            for attack in ATTACKS:
+                pairs = [
+                    a.result(attack).correct.double() - b.result(attack).correct.double()
+                    for a, b in zip(found, theirs, strict=True)
+                ]
+                against.append(estimate(pairs, low=-1).points(signed=True))
         cell = sizes[budget, arm]
         rows.append((arm, f"{cell['macs'] / 1e6:.3f}", f"{cell['params'] / 1e3:.1f}", *shown, *against))
     columns = (
@@ -216,7 +217,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         "clean %",
         "PGD-20 %",
         "AutoAttack %",
-        *(f"PGD-20 against {b}" for b in BASES),
+        *(f"{attack} against {b}" for b in BASES for attack in ("PGD-20", "AutoAttack")),
     )
     speed = [
         (r["variant"], f"{r['budget']:g}", f"{r['macs']:.3f}", f"{r['time']:.3f}") for r in value["results"]["times"]
