@@ -6,9 +6,10 @@ Two processes of one thread each (torchrun, gloo over the loopback) are measured
   side by side a step of each process with half of the batch, at once, that exchange nothing
   together     a step of both, which add up gradients and statistics
 The model is: side by side, plus for each tensor that is exchanged latency + bytes * 2 (W - 1) / W / bandwidth. It knows
-nothing of what DistributedDataParallel hides behind the backward pass, so it should be an upper bound where much is
-sent; "error" says by how much it misses. Memory is counted a process: parameters, gradients, optimizer (momentum), the
-average (EMA), the wrapper's buckets, and a batch of images as floats; activations are in benchmarks/training_memory.py.
+nothing of what DistributedDataParallel hides behind the backward pass, nor of the cores that gloo takes from what
+computes; "error" says by how much it misses. Memory is counted a process: parameters, gradients, optimizer (momentum),
+the average (EMA), the wrapper's buckets, and a batch of images as floats; activations are in
+benchmarks/training_memory.py.
 "on paper" applies the same model to 8 and 64 GPUs that nobody here has, with the rates that stand beside it: assumed,
 not measured.
 """
@@ -361,7 +362,8 @@ def plot(value: Mapping[str, Any], path: Path) -> Path:
     added = [row["communication_s"] for row in results["cells"]]
     right.bar([p + 0.2 for p in places], added, 0.4, bottom=below, label="model: exchange")
     right.set_xticks(list(places), names, fontsize=8)
-    right.set(ylabel="seconds a step", title="a step of two processes")
+    most = max(row["together_s"] for row in results["cells"])
+    right.set(ylabel="seconds a step", title="a step of two processes", ylim=(0, 1.3 * most))  # room for the legend
     right.legend(fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     return path
