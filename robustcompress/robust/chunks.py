@@ -155,8 +155,9 @@ class _Cascade:
         standing = self.clean[first:last].clone()
         furthest = seconds = 0.0
         severity, broken_by = judge.no_mistakes(), dict.fromkeys(suite.attacks, 0)
-        for at in range(first, last, judge.batch_size):
-            severity = judge.wrong_anyway(severity, at, self.clean[at : min(at + judge.batch_size, last)])
+        with memory_of_all(world):
+            for at in range(first, last, judge.batch_size):
+                severity = judge.wrong_anyway(severity, at, self.clean[at : min(at + judge.batch_size, last)])
         costs = {name: self.config.passes(name, self.num_classes) for name in suite.attacks}
         spent = 0
 
