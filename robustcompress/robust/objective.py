@@ -89,6 +89,8 @@ class Objective(ABC):
     def memory(self) -> dict[str, Tensor] | None:
         """What an epoch's objective remembers just now, for a checkpoint within the epoch.
 
+        What an objective only counts for its records belongs here too, also where `begin` gives the objective itself.
+
         Returns:
             Tensors by name. None, as here, where it does not tell: runs are then kept at the ends of epochs alone,
             unless there is nothing to remember (see `remembers`).

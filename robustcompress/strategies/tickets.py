@@ -106,10 +106,21 @@ class TangentDistance(Objective):
         Args:
             world: The processes that share the batches, all of which call this: the mean is over all of them.
         """
-        outputs, kernel, count = world.totals([*torch.stack(self._sums).sum(0).tolist(), len(self._sums)])
-        outputs, kernel = (outputs / count) ** 0.5, (kernel / count) ** 0.5
+        found = self.memory()["distances"]
+        found = found[found.isfinite().all(1)]  # a step that was left out has none
+        outputs, kernel, count = world.totals([*found.sum(0).tolist(), len(found)])
         self._sums.clear()
-        return {"output_distance": outputs, "kernel_distance": kernel}
+        if not count:
+            return {}
+        return {"output_distance": (outputs / count) ** 0.5, "kernel_distance": (kernel / count) ** 0.5}
+
+    def memory(self) -> dict[str, Tensor]:
+        """See `Objective.memory`: what `read` will tell the mean of, `[steps, 2]`."""
+        return {"distances": torch.stack(self._sums) if self._sums else torch.zeros(0, 2)}
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """See `Objective.remember`."""
+        self._sums = list(memory["distances"]) if memory else []
 
     def to_json(self) -> dict[str, Any]:
         """See `Objective.to_json`; it cannot be read back, since a network belongs to it."""

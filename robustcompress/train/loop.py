@@ -235,8 +235,9 @@ def train(
                     ascent.take_sums([then + more for then, more in zip(so_far, sums[3:], strict=True)])
             else:
                 undo()
-                for current in objectives:
-                    current.remember({})
+                if objective.remembers:
+                    for current in objectives:
+                        current.remember({})
             listen(parts.world)
             done += 1
             if done % LOOK_EVERY == 0 or done % len(batches) == 0 or done == steps:
@@ -274,8 +275,9 @@ def _stream(
         currents = [objective.begin() for _ in (parts.own if objective.remembers else range(1))]
         current = currents[0]
         # The memories of other processes are theirs.
-        midway.complete = not objective.remembers or (current.memory() is not None and parts.world.size == 1)
-        if objective.remembers:
+        tells = current.memory() is not None
+        midway.complete = parts.world.size == 1 if tells else not objective.remembers
+        if tells or objective.remembers:
             midway.hold("objective", _Memory(currents))
         else:
             midway.drop("objective")  # of an epoch before: what is trained on may have changed

@@ -75,7 +75,7 @@ def test_nearly_all_objectives_are_tried() -> None:
     assert len(QUICK) >= 8 and {"free-at", "fgsm-rs", "trades"} <= QUICK.keys()
 
 
-IN_CI = ("free-at", "fgsm-rs", "s2ap", "sam-swa", "auxiliary-free")
+IN_CI = ("free-at", "fgsm-rs", "s2ap", "awt", "sam-swa", "auxiliary-free")
 
 
 def some_in_ci(names: Iterable[str]) -> list[Any]:
@@ -97,6 +97,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"net": "imported"},
     "a-share-of-an-epoch": {"epochs": 1.7},
     "s2ap": {"strategy": rc.S2AP(host=rc.Hydra(pretrain=0.3, search=0.4)), "epochs": 4.0},
+    "awt": {"strategy": rc.AWT(search=0.5), "epochs": 4.0},
 }
 
 
