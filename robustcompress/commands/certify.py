@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from robustcompress.commands.arguments import (
     fraction,
     result_from,
 )
+from robustcompress.commands.keeping import if_unwritable, kept_in
 from robustcompress.errors import InputError
 from robustcompress.plots import check_picture
 from robustcompress.result import CompressResult
-from robustcompress.terminal import Output, evaluation_bar, say, table
+from robustcompress.terminal import Output, evaluation_bar, table
 
 NAME = "certify"
 SUMMARY = "prove a lower bound of a saved model's robust accuracy"
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def if_stopped(arguments: argparse.Namespace) -> str:
     """What is lost when the command is stopped: nothing but the image it is at, or where nothing can be kept."""
-    return "" if os.access(arguments.directory, os.W_OK) else "nothing is kept of it: the result may not be written to"
+    return if_unwritable(arguments.directory)
 
 
 def run(arguments: argparse.Namespace) -> Output:
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> Output:
             max_images=arguments.images,
             seed=arguments.seed,
             device=arguments.device,
-            resume_dir=kept_in(directory),
+            resume_dir=kept_in(directory, CACHE, "images"),
             progress=progress,
             **options,
         )
@@ -138,14 +138,3 @@ def _asked(arguments: argparse.Namespace, result: CompressResult) -> tuple[str, 
     if method == "smoothing" and "sigma" not in options and trained.get("name") == "smoothing":
         options["sigma"] = float(trained["sigma"])
     return method, options
-
-
-def kept_in(directory: Path) -> Path | None:
-    """Where finished images are kept; nowhere for a result that may be read and not written."""
-    cache = directory / CACHE
-    try:
-        cache.mkdir(exist_ok=True)
-    except OSError as error:
-        say(f"finished images are not kept: {cache} cannot be made ({error.strerror})")
-        return None
-    return cache

@@ -20,6 +20,7 @@ from robustcompress.commands.arguments import (
     names,
     result_from,
 )
+from robustcompress.commands.keeping import if_unwritable, kept_in
 from robustcompress.data import DataSplits
 from robustcompress.distributed import start
 from robustcompress.errors import InputError, Problems, nearest
@@ -35,7 +36,7 @@ from robustcompress.robust import (
     evaluate,
     hierarchy_from,
 )
-from robustcompress.terminal import Output, evaluation_bar, say
+from robustcompress.terminal import Output, evaluation_bar
 
 NAME = "evaluate"
 SUMMARY = "attack a saved model or an ONNX file, or compare two models"
@@ -114,7 +115,7 @@ def if_stopped(arguments: argparse.Namespace) -> str:
         return evaluate_file.if_stopped(arguments)
     if "autoattack" not in (arguments.attacks or ATTACKS):
         return "nothing is kept of it: these attacks are made anew"
-    return "" if os.access(arguments.directory, os.W_OK) else "nothing is kept of it: the result may not be written to"
+    return if_unwritable(arguments.directory)
 
 
 def run(arguments: argparse.Namespace) -> Output:
@@ -226,18 +227,7 @@ def _evaluate(
             autoattack_images=arguments.autoattack_images if autoattack else None,
             time_limit_s=arguments.time_limit,
             progress=progress,
-            resume_dir=_cache(directory) if autoattack else None,
+            resume_dir=kept_in(directory, CACHE, "chunks") if autoattack else None,
             hierarchy=tree,
             world=world,
         )
-
-
-def _cache(directory: Path) -> Path | None:
-    """Where finished chunks are kept; nowhere for a result that may be read and not written."""
-    cache = directory / CACHE
-    try:
-        cache.mkdir(exist_ok=True)
-    except OSError as error:
-        say(f"finished chunks are not kept: {cache} cannot be made ({error.strerror})")
-        return None
-    return cache

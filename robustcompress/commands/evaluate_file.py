@@ -14,6 +14,7 @@ from robustcompress.artefact.prepare import Twin
 from robustcompress.artefact.twin import agreement
 from robustcompress.artefact.verify import ATTACK_IMAGES
 from robustcompress.commands.arguments import check_output, count_or_all, data_from, write_json
+from robustcompress.commands.keeping import if_unwritable
 from robustcompress.data import DataSplits
 from robustcompress.errors import InputError, Problems, RobustCompressError
 from robustcompress.plots import check_picture
@@ -83,7 +84,7 @@ def refuse(arguments: argparse.Namespace) -> None:
 
 def if_stopped(arguments: argparse.Namespace) -> str:
     """What is lost when the command is stopped."""
-    return "" if os.access(arguments.directory.parent, os.W_OK) else "nothing is kept of it: its directory is read-only"
+    return if_unwritable(arguments.directory.parent)
 
 
 def run(arguments: argparse.Namespace) -> Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,28 @@ def if_stopped(arguments: argparse.Namespace) -> str:
     if checkpoint_of(arguments) is not None:
         return ""
     return "nothing is kept of it: with --checkpoint DIR, or --out DIR, the same command would go on"
+
+
+def kept_in(directory: Path, name: str, what: str) -> Path | None:
+    """A directory in a saved result for what is finished; None, and said, where the result may only be read.
+
+    Args:
+        directory: Of the result.
+        name: Of the directory in it.
+        what: What is finished, in the plural.
+    """
+    place = directory / name
+    try:
+        place.mkdir(exist_ok=True)
+    except OSError as error:
+        say(f"finished {what} are not kept: {place} cannot be made ({error.strerror})")
+        return None
+    return place
+
+
+def if_unwritable(directory: Path) -> str:
+    """What is lost when a command is stopped that keeps what is finished in a directory: nothing where it may."""
+    return "" if os.access(directory, os.W_OK) else f"nothing is kept of it: {directory} may not be written to"
 
 
 def is_result(out: Path | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from robustcompress.api import carry_out
 from robustcompress.certify import save_certificate
-from robustcompress.commands.certify import kept_in
+from robustcompress.commands.certify import CACHE
 from robustcompress.commands.certify import shown as shown_certificate
 from robustcompress.commands.keeping import (
     add_keeping_arguments,
@@ -19,6 +19,7 @@ from robustcompress.commands.keeping import (
     if_stopped,
     is_finished,
     is_result,
+    kept_in,
 )
 from robustcompress.data import DataSplits
 from robustcompress.distributed import ALONE, World, current, start
@@ -106,7 +107,7 @@ def _carried_out(recipe: RunRecipe, arguments: argparse.Namespace, world: World)
     listen(ALONE)  # the other processes have gone home
     place = None if checkpoint is None else checkpoint / AUTOATTACK
     if arguments.out is not None and recipe.evaluate.certify is not None:
-        place = kept_in(arguments.out)
+        place = kept_in(arguments.out, CACHE, "images")
     with contextlib.nullcontext() if arguments.quiet else evaluation_bar(recipe.strategy.name) as advance:
         certificate = recipe.certify(result, data, device=request.device, progress=advance, resume_dir=place)
     if certificate is not None and arguments.out is not None:

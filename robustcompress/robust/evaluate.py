@@ -153,9 +153,9 @@ def evaluate(
             )
 
         config = autoattack_config or AutoAttackConfig()
+        at_once = partial(chunk_size, config=config, timed=time_limit_s is not None)
         results: list[AttackResult] = []
         for spec in specs:
-            at_once = partial(chunk_size, config=config, timed=time_limit_s is not None)
             results.append(_in_memory(judge, spec, judged, at_once, warnings))
         warnings += sanity.flag_order(results, specs)
     return RobustReport(
