@@ -30,7 +30,7 @@ As many as RobustBench judges ImageNet models on.
 
 def check_stream(problems: Problems, stream: object, workers: object) -> None:
     """Note what is no choice, and no number of threads."""
-    if stream not in (True, False, "auto"):
+    if not isinstance(stream, bool) and stream != "auto":
         problems.add(f"stream={stream!r}: must be True, False or 'auto'{nearest(str(stream), ('auto',))}")
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= 256):
         problems.add(f"workers={workers!r}: threads that decode images, from 1 to 256, or None")

@@ -177,13 +177,14 @@ def train(
     engine = Engine(model, moving, world=parts.world, compression=recipe.gradient_compression)
     meter, done = _Meter(), start
     midway.hold("meter", meter)
+    shared = ascent if parts.world.size > 1 else None  # whose sums are those of all processes
     if ascent is not None:
         ascent.world = parts.world
         midway.hold("ascent", ascent)
     with kept_modes(model), contextlib.closing(engine), progress.phase(phase, steps, start) as bar:
         model.train()
         for objectives, x, y, key, count in _stream(batches, objective, start, steps, midway, parts):
-            so_far = _sums(ascent)
+            so_far = _sums(shared)
             passed = span[0] + (span[1] - span[0]) * (done + 1) / steps
             factor = min(lr_factor(schedule, done / steps), warm_up_factor(recipe.warmup, passed))
             for group in optimizer.param_groups:
@@ -228,11 +229,11 @@ def train(
                     ema.update_parameters(model)
                 with precision:
                     found = _note(model, step, x, y, look=done % CLEAN_EVERY == 0, count=count)
-                climbed = [now - then for now, then in zip(_sums(ascent), so_far, strict=True)]
+                climbed = [now - then for now, then in zip(_sums(shared), so_far, strict=True)]
                 sums = engine.totals([*found, *climbed], x.device)
                 meter.add(sums[:3], count, looked=done % CLEAN_EVERY == 0 or step.clean_logits is not None)
-                if ascent is not None and parts.world.size > 1:
-                    ascent.take_sums([then + more for then, more in zip(so_far, sums[3:], strict=True)])
+                if shared is not None:
+                    shared.take_sums([then + more for then, more in zip(so_far, sums[3:], strict=True)])
             else:
                 undo()
                 if objective.remembers:
