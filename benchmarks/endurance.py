@@ -1,6 +1,6 @@
 """Is a run ever lost, does a damaged file ever crash, and are several processes one?
 
-    python -m benchmarks.endurance                      # all three suites, about an hour on two cores
+    python -m benchmarks.endurance                      # all three suites, about twenty minutes on two cores
     python -m benchmarks.endurance kills --quick --out FILE
 
 "kills": real processes are killed at random instants, in all phases of every strategy, and their commands repeated

@@ -6,8 +6,8 @@ the same phases (`low_rank.py`: one share of energy, or of multiply-adds, for al
 budget); `tucker-scratch` and `cp-scratch`, the ranks that those found, from the first weights on. Nothing was tuned.
 Differences are paired over images and seeds; intervals cover both (see intervals.py).
 
-Equal multiply-adds are not equal time, since a factorised layer is three layers. "time" is onnxruntime's for one image
-of the same cut of a ResNet-18 (32 x 32) with random weights, against the dense network in turns.
+Equal multiply-adds need not be equal time, since a factorised layer is three layers. "time" is onnxruntime's for one
+image of the same cut of a ResNet-18 (32 x 32) with random weights, against the dense network in turns.
 """
 
 from __future__ import annotations
