@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -21,7 +20,7 @@ from robustcompress.structure.factorisation import (
     survey_factorised,
 )
 from robustcompress.structure.gates import Gates, open_gates
-from robustcompress.structure.groups import NEW, AnyEdit, Bypass, ChannelGroup, Edit, Factorise, Insert
+from robustcompress.structure.groups import NEW, AnyEdit, Bypass, ChannelGroup, Edit, Factorise, Insert, batches_of
 from robustcompress.structure.initial import fill, resolve_clones
 from robustcompress.structure.insertion import Wanted, carry_out, places_for_parts, plan_parts, survey_with
 from robustcompress.structure.layout import Layout
@@ -330,18 +329,16 @@ class StructuralEditor:
             InputError: If an edit does not fit this model, or makes it larger than `most`.
         """
         editor = cls(model, example)
-        for kind, group in itertools.groupby(edits, type):
-            row = list(group)
-            for batch in [row] if kind in (Insert, Factorise) else [[edit] for edit in row]:
-                for edit in batch:
-                    check_size(model, editor.layout, editor._widths, edit, most)
-                editor._repeat(batch)
+        for batch in batches_of(edits):
+            for edit in batch:
+                check_size(model, editor.layout, editor._widths, edit, most)
+            editor._repeat(batch, most)
         return editor
 
-    def _repeat(self, batch: Sequence[AnyEdit]) -> None:
+    def _repeat(self, batch: Sequence[AnyEdit], most: int | None) -> None:
         """Carry out one edit, or several of a kind that are traced at once."""
         self._insert([(edit.module, edit.kind, edit.width) for edit in batch if isinstance(edit, Insert)])
-        self._factorise([edit for edit in batch if isinstance(edit, Factorise)], blank=True)
+        self._factorise([edit for edit in batch if isinstance(edit, Factorise)], blank=True, most=most)
         for edit in batch:
             if isinstance(edit, Bypass):
                 self.bypass(edit.module)
@@ -377,9 +374,9 @@ class StructuralEditor:
         return edits
 
     @torch.inference_mode(False)
-    def _factorise(self, edits: Sequence[Factorise], *, blank: bool) -> tuple[Factorise, ...]:
+    def _factorise(self, edits: Sequence[Factorise], *, blank: bool, most: int | None = None) -> tuple[Factorise, ...]:
         if edits:
-            check_factors(self.model, edits)
+            check_factors(self.model, edits, most)
             made = make_factors(self.model, edits, blank=blank)
             prove_factors(self.model, self._image_shape, self.layout.auxiliary, made)
             found = survey_factorised(self.model, self._example(), made, self.groups)

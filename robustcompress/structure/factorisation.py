@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robustcompress.errors import InputError, Problems, first_line, nearest
 from robustcompress.structure.auxiliary import expose, tensors_of
 from robustcompress.structure.copies import copied, undrawn
-from robustcompress.structure.factors import FIRST, LAST, RANKS, Factorised, complaint, factorise, product
+from robustcompress.structure.factors import FIRST, LAST, RANKS, Factorised, complaint, factorise, held_by, product
 from robustcompress.structure.groups import Axis, ChannelGroup, Factorise, inside
 from robustcompress.structure.naming import keep_names
 from robustcompress.structure.surgery import Twin, inner, replace_parameter
@@ -25,8 +25,14 @@ _TOLERANCE = 1e-9
 """Of outputs in double precision, relative to their largest: a sum in another order is off by some 1e-14."""
 
 
-def check_factors(model: nn.Module, wanted: Sequence[Factorise]) -> None:
-    """Raise one InputError that names every layer that cannot be factorised as asked, with the reason."""
+def check_factors(model: nn.Module, wanted: Sequence[Factorise], most: int | None = None) -> None:
+    """Raise one InputError that names every layer that cannot be factorised as asked, with the reason.
+
+    Args:
+        model: Holds the layers.
+        wanted: The factorisations, which are carried out at once.
+        most: How many numbers the network may then hold; None for any.
+    """
     problems, modules = Problems(_REFUSED), dict(model.named_modules())
     layers = [name for name, module in modules.items() if type(module) in (nn.Conv2d, nn.Linear)]
     for edit in wanted:
@@ -41,6 +47,15 @@ def check_factors(model: nn.Module, wanted: Sequence[Factorise]) -> None:
     if len({edit.module for edit in wanted}) < len(wanted):
         problems.add("a layer is named twice")
     problems.raise_if_any()
+    if most is not None:
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        for edit in wanted:
+            layer = modules[edit.module]
+            numbers += held_by(layer, edit.kind, edit.ranks) - layer.get_parameter("weight").numel()
+        if numbers > most:
+            raise InputError(
+                f"with these factors the network would hold {numbers} numbers; at most {most} are believed"
+            )
 
 
 @torch.no_grad()

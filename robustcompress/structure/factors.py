@@ -50,10 +50,15 @@ def complaint(layer: nn.Module, kind: str, ranks: Sequence[int]) -> str:
     most = largest_ranks(layer, kind)
     if any(type(rank) is not int or not 1 <= rank <= top for rank, top in zip(ranks, most, strict=True)):
         return f"ranks={list(ranks)}: must lie between 1 and {list(most)}"
-    made, whole = _layers(layer, kind, ranks).values(), layer.get_parameter("weight").numel()
-    if (held := sum(module.get_parameter("weight").numel() for module in made)) > LARGEST * whole:
+    whole = layer.get_parameter("weight").numel()
+    if (held := held_by(layer, kind, ranks)) > LARGEST * whole:
         return f"ranks={list(ranks)}: the factors would hold {held} weights, and the layer has {whole}; give lower ones"
     return ""
+
+
+def held_by(layer: nn.Module, kind: str, ranks: Sequence[int]) -> int:
+    """How many weights the factors of a layer hold."""
+    return sum(module.get_parameter("weight").numel() for module in _layers(layer, kind, ranks).values())
 
 
 def largest_ranks(layer: nn.Module, kind: str) -> tuple[int, ...]:

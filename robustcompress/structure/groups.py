@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -244,6 +244,25 @@ def edit_from_json(data: dict[str, Any]) -> AnyEdit:
 def inside(name: str, modules: Iterable[str]) -> bool:
     """Whether a module or parameter is one of these modules, or lies in one of them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def batches_of(edits: Iterable[AnyEdit]) -> Iterator[list[AnyEdit]]:
+    """Edits in their order: neighbours that are traced at once together, any other by itself.
+
+    A factor that is factorised again begins another batch, since it is there only after the one before.
+    """
+    batch: list[AnyEdit] = []
+    for edit in edits:
+        joins = bool(batch) and type(edit) is type(batch[-1]) and isinstance(edit, Insert | Factorise)
+        if joins and isinstance(edit, Factorise):
+            before = {other.module for other in batch if isinstance(other, Factorise)} - {edit.module}
+            joins = not inside(edit.module, before)
+        if batch and not joins:
+            yield batch
+            batch = []
+        batch.append(edit)
+    if batch:
+        yield batch
 
 
 def _pack(sources: tuple[int, ...]) -> list[int | list[int]]:

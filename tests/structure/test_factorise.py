@@ -293,3 +293,26 @@ def test_a_model_that_reads_the_weights_itself_is_refused() -> None:
 def test_records_that_nobody_wrote_are_refused(ranks: object) -> None:
     with pytest.raises(ValueError, match="rank"):
         edit_from_json({"factorise": "conv", "kind": "cp", "ranks": ranks})
+
+
+def test_factors_of_factors_are_replayed() -> None:
+    model, _ = build_model("resnet8", num_classes=10, stem_stride=4)
+    editor = StructuralEditor(model.eval(), EXAMPLE)
+    editor.factorise([Factorise("layers.0.0.conv2", "tucker", (4, 4)), Factorise("fc", "svd", (3,))])
+    editor.factorise([Factorise("layers.0.0.conv2.first", "svd", (2,))])
+    fresh, _ = build_model("resnet8", num_classes=10, stem_stride=4)
+    again = StructuralEditor.replay(fresh, EXAMPLE, editor.edits)
+    assert again.edits == editor.edits
+    again.model.load_state_dict(editor.model.state_dict(), strict=True)
+    assert torch.equal(again.model.eval()(EXAMPLE), editor.model(EXAMPLE))
+
+
+def test_what_factors_add_counts_against_the_bound() -> None:
+    model, _ = build_model("resnet8", num_classes=10, stem_stride=4)
+    editor = StructuralEditor(copy.deepcopy(model).eval(), EXAMPLE)
+    editor.factorise([Factorise("layers.0.0.conv2", "cp", (largest_ranks(model.layers[0][0].conv2, "cp")[0],))])
+    numbers = [sum(p.numel() for p in net.parameters()) for net in (model, editor.model)]
+    assert numbers[0] < numbers[1]
+    StructuralEditor.replay(copy.deepcopy(model), EXAMPLE, editor.edits, most=numbers[1])
+    with pytest.raises(InputError, match=f"would hold {numbers[1]} numbers; at most {numbers[1] - 1} are believed"):
+        StructuralEditor.replay(copy.deepcopy(model), EXAMPLE, editor.edits, most=numbers[1] - 1)
