@@ -48,6 +48,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     structure.MODULE: structure.markdown,
     trace_memory.MODULE: trace_memory.markdown,
     training_step.MODULE: training_step.markdown,
+    training_step.FULL: training_step.markdown,
     training_scaling.MODULE: training_scaling.markdown,
     training_memory.MODULE: training_memory.markdown,
     distributed_step.MODULE: distributed_step.markdown,

@@ -197,7 +197,9 @@ def markdown(value: Mapping[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(MODULE, __doc__, example="python -m benchmarks.search_step --models resnet8 --steps 20")
     add_out(parser, MODULE)
-    add_step_arguments(parser, models=MODELS, batch_size=64, steps=15)
+    said = "factory or factory@width (default: %(default)s)"
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help=said)
+    add_step_arguments(parser, batch_size=64, steps=15)
     return parser
 
 

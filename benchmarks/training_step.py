@@ -13,7 +13,9 @@ Three loops take turns on the same kind of batch, step by step, so that load and
           judges what it returns: one more forward pass); only where foolbox is installed (`pip install foolbox`)
 "efficiency" is bare / ours; the aim is at least 0.95. "speed-up" is public / ours, "library" is library / ours. Medians
 of single steps; those of ours that look at the clean images are weighted with their share. Pixels and labels are random
-bytes. On a machine that is shared, `--clock cpu` counts processor time in place of wall time.
+bytes. On a machine that is shared, `--clock cpu` counts processor time in place of wall time. Each loop makes one step
+with a single attack step first, which is not timed. `--full` times networks of full width, for an hour and more, and
+keeps them in a file of their own; the file is written anew after each network, so that what is done is not lost.
 """
 
 from __future__ import annotations
@@ -54,7 +56,12 @@ from robustcompress.train import averaged, make_optimizer, train
 from robustcompress.train.loop import CLEAN_EVERY
 
 MODULE = "training_step"
+FULL = "training_step_full"
 MODELS = ("resnet8", "resnet20", "resnet18@0.25")
+FULL_CELLS = (
+    *("resnet18:128:1", "resnet18:128:7", "resnet18:128:10", "resnet18:512:1", "resnet18:1024:1"),
+    *("wrn_28_10:128:1", "wrn_28_10:128:7", "wrn_28_10:128:10"),
+)
 THREAT = ThreatModel("linf", 8 / 255)
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -62,28 +69,44 @@ CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": t
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(argv)
-    path = out_path(options, MODULE)
+    module = FULL if options.full else MODULE
+    path = out_path(options, module)
+    models = options.models or (FULL_CELLS if options.full else MODELS)
     if options.quick:
-        options.models, options.batch_size, options.attack_steps, options.steps = ["resnet8"], 8, 2, 3
+        models, options.batch_size, options.attack_steps, options.steps = ["resnet8", "resnet8:4:1"], 8, 2, 3
     results = []
+    wanted = cells(models, options.batch_size, options.attack_steps)
+    pixels = random_images(max(batch_size for _, batch_size, _ in wanted), options.seed).pixels
+    data = {"name": "random bytes", "sha256": hashlib.sha256(pixels.numpy().data).hexdigest()}
     with threads(options.threads):
-        for name in options.models:
+        for name, batch_size, attack_steps in wanted:
             row = compare(
                 name,
-                batch_size=options.batch_size,
-                attack_steps=options.attack_steps,
+                batch_size=batch_size,
+                attack_steps=attack_steps,
                 steps=options.steps,
                 seed=options.seed,
                 clock=options.clock,
             )
             results.append(row)
-            print(f"{name}: efficiency {row['efficiency']:.3f}", file=sys.stderr, flush=True)
-    pixels = random_images(options.batch_size, options.seed).pixels
-    data = {"name": "random bytes", "sha256": hashlib.sha256(pixels.numpy().data).hexdigest()}
-    value = record(MODULE, options, argv, results, data=data)
-    write_json(path, value)
+            said = f"{name}, batch {batch_size}, K={attack_steps}: efficiency {row['efficiency']:.3f}"
+            print(said, file=sys.stderr, flush=True)
+            value = record(module, options, argv, results, data=data)
+            write_json(path, value)
     print(markdown(value))
     return 0
+
+
+def cells(models: Sequence[str], batch_size: int, attack_steps: int) -> list[tuple[str, int, int]]:
+    """Network, batch and attack steps of each "factory[@width][:batch[:steps]]"; raises SystemExit for others."""
+    found = []
+    for text in models:
+        name, *numbers = text.split(":")
+        if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
+            raise SystemExit(f"--models: {text!r} is not FACTORY[@WIDTH][:BATCH[:STEPS]], such as resnet18:512:1")
+        batch, steps, *_ = [*map(int, numbers), *(batch_size, attack_steps)[len(numbers) :]]
+        found.append((name, batch, steps))
+    return found
 
 
 def compare(
@@ -95,13 +118,13 @@ def compare(
     bare = BareStep(copy.deepcopy(model).to(memory_format=torch.channels_last), attack_steps, batch_size, seed)
     public = PublicStep(copy.deepcopy(model), attack_steps, batch_size, seed)
     ours = model.to(memory_format=torch.channels_last)
-    _run(ours, {}, batch_size, attack_steps, 1, seed, clock)
-    bare()
-    public()
-    rivals: dict[str, Callable[[], object]] = {"bare": bare, "public": public}
+    _run(ours, {}, batch_size, 1, 1, seed, clock)
+    bare(1)
+    public(1)
+    rivals: dict[str, Callable[..., object]] = {"bare": bare, "public": public}
     if library_is_installed():
         rivals["library"] = LibraryStep(copy.deepcopy(model), attack_steps, batch_size, seed)
-        rivals["library"]()
+        rivals["library"](1)
     ours_times, others = _run(ours, rivals, batch_size, attack_steps, steps, seed, clock)
     looking = [t for i, t in enumerate(ours_times) if i % CLEAN_EVERY == 0]
     plain = [t for i, t in enumerate(ours_times) if i % CLEAN_EVERY] or looking
@@ -209,10 +232,10 @@ class BareStep:
         self.model, self.attack_steps = model, attack_steps
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    def __call__(self) -> None:
-        """Make one step."""
+    def __call__(self, attack_steps: int | None = None) -> None:
+        """Make one step, with as many steps of the attack as given, else as planned."""
         self.model.eval()
-        for _ in range(self.attack_steps):
+        for _ in range(attack_steps or self.attack_steps):
             x = self.x.detach().requires_grad_()
             torch.autograd.grad(F.cross_entropy(self.model(x), self.y), x)
         self.model.train()
@@ -230,11 +253,11 @@ class PublicStep:
         self.model, self.attack_steps = model, attack_steps
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    def __call__(self) -> None:
-        """Make one step."""
+    def __call__(self, attack_steps: int | None = None) -> None:
+        """Make one step, with as many steps of the attack as given, else as planned."""
         self.model.eval()
         delta = torch.zeros_like(self.x).uniform_(-THREAT.eps, THREAT.eps).requires_grad_()
-        for _ in range(self.attack_steps):
+        for _ in range(attack_steps or self.attack_steps):
             torch.autograd.backward(F.cross_entropy(self.model(torch.clamp(self.x + delta, 0, 1)), self.y))
             grad = delta.grad
             assert grad is not None
@@ -263,18 +286,18 @@ class LibraryStep:
     """The same step, the images attacked by foolbox's PGD as its users call it."""
 
     def __init__(self, model: nn.Module, attack_steps: int, batch_size: int, seed: int) -> None:
-        foolbox = library()
+        self.attacks, self.attack_steps = library().attacks, attack_steps
         images = random_images(batch_size, seed)
         self.x, self.y = images.as_float(), images.labels
         self.model = model.eval()
-        self.wrapped = foolbox.PyTorchModel(self.model, bounds=(0, 1), device="cpu")
-        self.attack = foolbox.attacks.LinfPGD(abs_stepsize=THREAT.eps / 4, steps=attack_steps)
+        self.wrapped = library().PyTorchModel(self.model, bounds=(0, 1), device="cpu")
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    def __call__(self) -> None:
-        """Make one step."""
+    def __call__(self, attack_steps: int | None = None) -> None:
+        """Make one step, with as many steps of the attack as given, else as planned."""
         self.model.eval()
-        _, attacked, _ = self.attack(self.wrapped, self.x, self.y, epsilons=THREAT.eps)
+        attack = self.attacks.LinfPGD(abs_stepsize=THREAT.eps / 4, steps=attack_steps or self.attack_steps)
+        _, attacked, _ = attack(self.wrapped, self.x, self.y, epsilons=THREAT.eps)
         self.model.train()
         self.optimizer.zero_grad()
         torch.autograd.backward(F.cross_entropy(self.model(attacked), self.y))
@@ -315,10 +338,9 @@ def markdown(value: Mapping[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{provenance(value)}"
 
 
-def add_step_arguments(parser: argparse.ArgumentParser, *, models: Sequence[str], batch_size: int, steps: int) -> None:
+def add_step_arguments(parser: argparse.ArgumentParser, *, batch_size: int, steps: int) -> None:
     """Add what says which steps are timed, with these defaults."""
     add = parser.add_argument
-    add("--models", nargs="+", default=list(models), help="factory or factory@width (default: %(default)s)")
     add("--batch-size", type=positive, default=batch_size, help="images a step (default: %(default)s)")
     add("--attack-steps", type=positive, default=10, help="PGD steps (default: %(default)s)")
     add("--steps", type=positive, default=steps, help="steps timed of each kind (default: %(default)s)")
@@ -334,7 +356,10 @@ def build(name: str) -> nn.Module:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(MODULE, __doc__, example="python -m benchmarks.training_step --models resnet8 --steps 20")
     add_out(parser, MODULE)
-    add_step_arguments(parser, models=MODELS, batch_size=128, steps=20)
+    said = f"factory[@width][:batch[:steps]] (default: {' '.join(MODELS)}; with --full: {' '.join(FULL_CELLS)})"
+    parser.add_argument("--models", nargs="+", help=said)
+    add_step_arguments(parser, batch_size=128, steps=20)
+    parser.add_argument("--full", action="store_true", help="networks of full width, into a file of their own")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall or processor time (default: wall)")
     return parser
 

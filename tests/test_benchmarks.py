@@ -375,10 +375,19 @@ def test_training_step(tmp_path: Path) -> None:
     value = read(out)
     check_record(value, "training_step")
     assert len(value["data"]["sha256"]) == 64
-    (row,) = value["results"]
-    assert row["efficiency"] == pytest.approx(row["bare_s"] / row["ours_s"], rel=1e-3)
-    times = row["times"]
-    assert times["bare"]["n"] == times["public"]["n"] == times["ours"]["n"] + times["ours_looking"]["n"] == 3
+    assert [(row["batch_size"], row["attack_steps"]) for row in value["results"]] == [(8, 2), (4, 1)]
+    for row in value["results"]:
+        assert row["efficiency"] == pytest.approx(row["bare_s"] / row["ours_s"], rel=1e-3)
+        times = row["times"]
+        assert times["bare"]["n"] == times["public"]["n"] == times["ours"]["n"] + times["ours_looking"]["n"] == 3
+
+
+def test_training_step_reads_which_cells_are_wanted() -> None:
+    found = training_step.cells(["resnet8", "resnet18@0.25:64", "resnet18:512:1"], 128, 10)
+    assert found == [("resnet8", 128, 10), ("resnet18@0.25", 64, 10), ("resnet18", 512, 1)]
+    for wrong in ("resnet18:0", "resnet18:a", "resnet18:1:2:3", "resnet18:"):
+        with pytest.raises(SystemExit, match=wrong):
+            training_step.cells([wrong], 128, 10)
 
 
 def test_the_bare_step_makes_the_passes_of_ours_and_no_others() -> None:
