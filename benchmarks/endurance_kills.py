@@ -188,7 +188,7 @@ def _half_written(directory: Path) -> set[str]:
     found = set()
     for _ in range(3):  # a directory that is removed meanwhile ends a search of it
         with contextlib.suppress(OSError):
-            for path in directory.glob("*/*.part*"):
+            for path in [*directory.glob("*/*.part"), *directory.glob("*/.*.tmp")]:
                 with contextlib.suppress(OSError):
                     found.add(f"{path.name} {path.stat().st_ctime_ns}")
             break

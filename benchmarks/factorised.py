@@ -6,6 +6,10 @@ the same phases (`low_rank.py`: one share of energy, or of multiply-adds, for al
 budget); `tucker-scratch` and `cp-scratch`, the ranks that those found, from the first weights on. Nothing was tuned.
 Differences are paired over images and seeds; intervals cover both (see intervals.py).
 
+A difference found among 22 has to be found again: `--arms magnitude cp --budgets 0.25 --seed 3 --seeds 5
+--autoattack-images 192 --out benchmarks/results/factorised_again.json` asks for the largest of them with other seeds
+and more images.
+
 Equal multiply-adds need not be equal time, since a factorised layer is three layers. "time" is onnxruntime's for one
 image of the same cut of a ResNet-18 (32 x 32) with random weights, against the dense network in turns.
 """
@@ -43,6 +47,7 @@ from robustcompress.strategies import make_strategy
 from robustcompress.structure import Factorise
 
 MODULE = "factorised"
+AGAIN = "factorised_again"
 ARMS = ("none", "uniform", "magnitude", "tucker", "cp", "tucker-scratch", "cp-scratch")
 BASES = ("uniform", "magnitude")
 BUDGETS = (0.5, 0.25)
@@ -56,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(argv)
     path = out_path(options, MODULE)
+    parents = {arm.removesuffix("-scratch") for arm in options.arms if arm.endswith("-scratch")}
+    if parents - set(options.arms):
+        raise SystemExit(f"--arms: the ranks of a -scratch arm are those of {', '.join(sorted(parents))}: name it too")
     if options.quick:
         options.epochs, options.seeds, options.images, options.autoattack_images = 0.2, 1, 8, 1
     settings = {key: getattr(options, key) for key in ("epochs", "images", "autoattack_images")}
@@ -63,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = old if old.get("settings") == settings else {"settings": settings, "cells": [], "times": []}
     with threads(options.threads):
         for seed in range(options.seed, options.seed + options.seeds):
-            for budget in BUDGETS[: 1 if options.quick else None]:
-                for arm in ARMS:
+            for budget in options.budgets[: 1 if options.quick else None]:
+                for arm in options.arms:
                     if any(
                         (c["arm"], c["seed"]) == (arm, seed) and c["budget"] in (budget, 1) for c in results["cells"]
                     ):
@@ -72,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     results["cells"].append(run(arm, budget, seed, results["cells"], settings))
                     write_json(path, record(MODULE, options, argv, results, data={"name": "digits"}))
                     print(f"{arm} {budget:g}, seed {seed}: {results['cells'][-1]['seconds']:.0f} s", file=sys.stderr)
-        if not options.skip_times:
+        if not options.skip_times and set(options.arms) == set(ARMS):
             results["times"] = times("resnet8", BUDGETS[:1], 1) if options.quick else times("resnet18", BUDGETS, 8)
     write_json(path, record(MODULE, options, argv, results, data={"name": "digits"}))
     print(markdown(read_json(path)))
@@ -98,8 +106,7 @@ def run(
         threat=THREAT,
         objective=objective_from_name("pgd-at", steps=STEPS),
         epochs=settings["epochs"],
-        attacks=("clean", "pgd-20"),
-        test_images=settings["images"],
+        attacks=(),
         seed=seed,
         progress=False,
     )
@@ -190,6 +197,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         sizes[key] = cell
     attacks = ("clean", *ATTACKS)
     noise = {a: pooled([[r.result(a).accuracy for r in rows] for rows in groups.values()]) for a in attacks}
+    bases = [base for base in BASES if any(arm == base for _, arm in groups)]
     rows = []
     for (budget, arm), found in sorted(groups.items(), key=lambda item: (-item[0][0], ARMS.index(item[0][1]))):
         shown = [
@@ -197,7 +205,7 @@ def markdown(value: Mapping[str, Any]) -> str:
             for a in attacks
         ]
         against = []
-        for base in BASES:
+        for base in bases:
             theirs = groups.get((budget, base), [])
             if arm == base or len(theirs) != len(found):
                 against += ["-"] * len(ATTACKS)
@@ -217,7 +225,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         "clean %",
         "PGD-20 %",
         "AutoAttack %",
-        *(f"{attack} against {b}" for b in BASES for attack in ("PGD-20", "AutoAttack")),
+        *(f"{attack} against {b}" for b in bases for attack in ("PGD-20", "AutoAttack")),
     )
     speed = [
         (r["variant"], f"{r['budget']:g}", f"{r['macs']:.3f}", f"{r['time']:.3f}") for r in value["results"]["times"]
@@ -236,6 +244,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=float, default=20, metavar="F", help="(default: %(default)s)")
     add("--images", type=positive, default=359, metavar="N", help="test images (default: all %(default)s)")
     add("--autoattack-images", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"(default: {' '.join(ARMS)})")
+    add("--budgets", nargs="+", type=float, default=list(BUDGETS), metavar="F", help="shares of multiply-adds")
     add("--skip-times", action="store_true", help="train only; times are taken by a later run on an idle machine")
     return parser
 

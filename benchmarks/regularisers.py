@@ -7,6 +7,10 @@ pgd-at" is the paired difference under PGD-20. Intervals cover seeds and test im
 "distance" is the mean distance of mistakes in the digits' tree of shapes, "aimed" what an attack of 20 steps finds that
 aims each image at a class farthest from its own: accuracy, and mean distance.
 
+Shapes are no semantics, so `--root` asks the same of `semantic-at` on 8,000 photos of CIFAR-10 at linf 8/255, with the
+tree of animals and vehicles that the package ships, and of `semantic-at` with a target for every other image only
+("share=0.5"), the others being attacked as by `pgd-at`. It writes a file of its own.
+
 The columns of the second table look for masked gradients: if an objective only made gradients useless, PGD would do
 clearly worse than AutoAttack on the same images, more steps would not help, Square (which sees no gradient) would break
 what gradients do not, or an attack without bounds (linf 0.5, which reaches grey from everywhere) would leave images
@@ -20,6 +24,8 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +44,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.intervals import estimate, pooled
-from robustcompress import ModelSpec, ThreatModel, compress, evaluate, load_data
+from robustcompress import DataSplits, ModelSpec, Recipe, ThreatModel, compress, evaluate, load_data
 from robustcompress.robust import (
     RobustReport,
     SemanticAT,
@@ -50,38 +56,104 @@ from robustcompress.robust import (
 )
 
 MODULE = "regularisers"
+PHOTOS = "regularisers_cifar10"
 BASE = "pgd-at"
-OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
+Options = Mapping[str, Any]
+OBJECTIVES: Mapping[str, Options] = {
     BASE: {},
     "pgd-at+jacobian": {},
     "pgd-at+separability": {},
     "pgd-at+boundary": {},
     "semantic-at": {"hierarchy": "digits"},
 }
-MODEL = ModelSpec("resnet8", {"stem_stride": 4})
-THREAT = ThreatModel("linf", 0.1)
+ON_PHOTOS: Mapping[str, Options] = {
+    BASE: {},
+    "semantic-at": {"hierarchy": "cifar10"},
+    "semantic-at, share=0.5": {"hierarchy": "cifar10", "share": 0.5},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is trained on, and how.
+
+    Attributes:
+        name: The data's; the hierarchy's too.
+        data: The images.
+        model: The network.
+        threat: In training, and in the attacks.
+        objectives: Options by the row's name, which begins with the objective's.
+        training: What all objectives of training share.
+        epochs: Passes over the training images, unless asked for otherwise.
+        recipe: How it is trained.
+    """
+
+    name: str
+    data: DataSplits
+    model: ModelSpec
+    threat: ThreatModel
+    objectives: Mapping[str, Options]
+    training: Options
+    epochs: float
+    recipe: Recipe | None = None
+
+
+def digits() -> Task:
+    """Drawn digits of 8 x 8."""
+    return Task(
+        name="digits",
+        data=load_data("digits"),
+        model=ModelSpec("resnet8", {"stem_stride": 4}),
+        threat=ThreatModel("linf", 0.1),
+        objectives=OBJECTIVES,
+        training={"steps": 3},
+        epochs=20,
+    )
+
+
+def photos(root: Path, *, quick: bool = False) -> Task:
+    """A part of CIFAR-10, from a directory of images."""
+    train, test = (200, 20) if quick else (8000, 1000)
+    return Task(
+        name="cifar10",
+        data=load_data(str(root), train_limit=train, test_limit=test),
+        model=ModelSpec("resnet8", {"stem_stride": 2}),
+        threat=ThreatModel("linf", 8 / 255),
+        objectives=ON_PHOTOS,
+        training={"steps": 2, "step_size": 5 / 255},
+        epochs=15,
+        recipe=Recipe(batch_size=64),
+    )
+
+
 WIDE = ThreatModel("linf", 0.5)
-STEPS = 3
 ATTACKS = ("fgsm", "pgd-20", "pgd-100", "pgd-20-margin")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(argv)
-    path = out_path(options, MODULE)
+    module = MODULE if options.root is None else PHOTOS
+    path = out_path(options, module)
+    task = digits() if options.root is None else photos(options.root, quick=options.quick)
     if options.quick:
         options.epochs, options.seeds, options.images, options.autoattack_images = 0.2, 1, 8, 1
-    settings = {key: getattr(options, key) for key in ("epochs", "images", "autoattack_images")}
+    settings = {
+        "epochs": task.epochs if options.epochs is None else options.epochs,
+        "images": min(options.images or len(task.data.test.labels), len(task.data.test.labels)),
+        "autoattack_images": options.autoattack_images,
+    }
+    said = {"name": task.name, "train": len(task.data.train.labels), "sha256": task.data.sha256}
     cells = _kept(path, settings) if not options.quick else []
     with threads(options.threads):
         for seed in range(options.seed, options.seed + options.seeds):
-            for name in OBJECTIVES:
+            for name in task.objectives:
                 if any((cell["objective"], cell["seed"]) == (name, seed) for cell in cells):
                     continue
                 judged = not options.quick and seed - options.seed < options.autoattack_seeds
-                cells.append(run(name, seed, autoattack=judged, **settings))
-                results = {"settings": settings, "cells": cells}
-                value = record(MODULE, options, argv, results, data={"name": "digits"})
+                cells.append(run(task, name, seed, autoattack=judged, **settings))
+                results = {"settings": settings, "training": dict(task.training), "cells": cells}
+                value = record(module, options, argv, results, data=said)
                 write_json(path, value)
                 print(f"{name}, seed {seed}: {cells[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
     print(markdown(read_json(path)))
@@ -89,20 +161,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-    name: str, seed: int, *, epochs: float, images: int, autoattack_images: int, autoattack: bool = True
+    task: Task, name: str, seed: int, *, epochs: float, images: int, autoattack_images: int, autoattack: bool = True
 ) -> dict[str, Any]:
     """Train with an objective, attack what came of it."""
     start = time.perf_counter()
-    data = load_data("digits")
-    tree = hierarchy_from("digits")
-    objective = objective_from_name(name, steps=STEPS, **OBJECTIVES[name])
+    data = task.data
+    tree = hierarchy_from(task.name).ordered(data.classes)
+    objective = objective_from_name(name.split(",")[0], **task.training, **task.objectives[name])
     result = compress(
-        MODEL,
+        task.model,
         "none",
         data=data,
-        threat=THREAT,
+        threat=task.threat,
         objective=objective,
         epochs=epochs,
+        recipe=task.recipe,
         attacks=(),
         seed=seed,
         progress=False,
@@ -110,7 +183,7 @@ def run(
     report = evaluate(
         result.model,
         data.test,
-        THREAT,
+        task.threat,
         attacks=(*ATTACKS, "autoattack") if autoattack else ATTACKS,
         max_images=images,
         autoattack_images=autoattack_images if autoattack else None,
@@ -121,7 +194,7 @@ def run(
     x = pixels.float() / 255
     aim = SemanticAT(hierarchy=tree, steps=20)
     with eval_mode(result.model):
-        x_adv = aim.attack(result.model, x, labels, THREAT, generator=torch.Generator().manual_seed(0))
+        x_adv = aim.attack(result.model, x, labels, task.threat, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             predicted = result.model(x_adv).argmax(1)
     return {
@@ -200,7 +273,8 @@ def _about(value: Mapping[str, Any], reports: Mapping[str, Sequence[RobustReport
     seeds = max(len(rows) for rows in reports.values())
     assert one.hierarchy is not None
     said = f"{one.n} test images, {seeds} seeds ({counted}), {value['results']['settings']['epochs']:g} epochs, "
-    said += f"{STEPS} attack steps in training; a mistake at random is {one.hierarchy.chance:.2f} away.\n\n"
+    said += f"{value['results']['training']['steps']} attack steps in training; "
+    said += f"a mistake at random is {one.hierarchy.chance:.2f} away.\n\n"
     flags = [f"- {name}: {w}" for name, rows in reports.items() for r in rows for w in r.warnings]
     return said + ("\n".join(flags) + "\n\n" if flags else "")
 
@@ -246,8 +320,9 @@ def _parser() -> argparse.ArgumentParser:
     add_out(parser, MODULE)
     add = parser.add_argument
     add("--seeds", type=positive, default=3, metavar="N", help="trainings of each (default: %(default)s)")
-    add("--epochs", type=float, default=20, metavar="F", help="(default: %(default)s)")
-    add("--images", type=positive, default=359, metavar="N", help="test images (default: all %(default)s)")
+    add("--root", type=Path, metavar="DIR", help="CIFAR-10 as train/ and test/ with a folder of images per class")
+    add("--epochs", type=float, metavar="F", help="(default: 20 on digits, 15 on photos)")
+    add("--images", type=positive, metavar="N", help="test images (default: all, 359 digits or 1000 photos)")
     add("--autoattack-seeds", type=positive, default=3, metavar="N", help="how many of them AutoAttack judges")
     add("--autoattack-images", type=positive, default=64, metavar="N", help="(default: %(default)s)")
     return parser

@@ -64,7 +64,9 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     latency_budget.MODULE: latency_budget.markdown,
     overfitting.MODULE: overfitting.markdown,
     regularisers.MODULE: regularisers.markdown,
+    regularisers.PHOTOS: regularisers.markdown,
     factorised.MODULE: factorised.markdown,
+    factorised.AGAIN: factorised.markdown,
     endurance.MODULE: endurance.markdown,
 }
 SPEED = (training_scaling, training_memory, distributed_step, streaming, strong_attack, evaluation_speed)

@@ -16,6 +16,7 @@ from torch import nn
 from robustcompress.api import carry_out
 from robustcompress.budget import Budget, Cost, measure
 from robustcompress.checkpoint import same_run
+from robustcompress.durable import write_json
 from robustcompress.errors import DiskError, InputError, OutOfTime, Problems, ResultError, RobustCompressError
 from robustcompress.export.timing import Stopwatch
 from robustcompress.front import Front, Point, accuracies_of
@@ -34,7 +35,6 @@ from robustcompress.series import (
     read_json,
     reference_editor,
     stop_in_time,
-    write_json,
 )
 from robustcompress.strategies import Reference, Strategy, make_strategy
 from robustcompress.train import Progress, Recipe

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +32,6 @@ __all__ = [
     "read_json",
     "reference_editor",
     "stop_in_time",
-    "write_json",
 ]
 
 CHECKPOINT = ".checkpoint"
@@ -135,7 +132,7 @@ def digest_of(request: Request) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote; None where there is nothing.
+    """What `durable.write_json` wrote; None where there is nothing.
 
     Raises:
         ResultError: It is no JSON object.
@@ -149,17 +146,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ResultError(f"{path} is no record of ours; remove it to begin anew")
     return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("w") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from torch import nn
 
 from robustcompress.budget import Budget, measure
 from robustcompress.checkpoint import same_run
+from robustcompress.durable import write_json
 from robustcompress.errors import BudgetError, CheckpointError, ResultError, first_line
 from robustcompress.min_robust import (
     LOG,
@@ -42,7 +43,6 @@ from robustcompress.series import (
     read_json,
     reference_editor,
     stop_in_time,
-    write_json,
 )
 from robustcompress.strategies import Reference
 from robustcompress.train import Progress

@@ -8,12 +8,14 @@ import os
 import socket
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks import (
@@ -257,6 +259,27 @@ def test_regularisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cells[1]["options"]["boundary_weight"] > 0 and cells[0]["report"]["hierarchy"]["name"] == "digits"
     text = regularisers.markdown(value)
     assert "8 test images, 1 seeds (no AutoAttack)" in text and text.count("| pgd-at+boundary") == 2
+
+
+def test_regularisers_on_photos(tmp_path: Path) -> None:
+    classes = json.loads((resources.files("robustcompress.robust") / "hierarchies" / "cifar10.json").read_text())
+    for part, each in (("train", 4), ("test", 2)):
+        for label, name in enumerate(classes["classes"]):
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            for number in range(each):
+                colour = (20 * label, 255 - 20 * label, 60 * number)
+                Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
+    out = tmp_path / "out.json"
+    assert regularisers.main(["--quick", "--root", str(tmp_path / "photos"), "--out", str(out)]) == 0
+    value = read(out)
+    assert value["benchmark"] == regularisers.PHOTOS and value["data"]["name"] == "cifar10"
+    cells = {cell["objective"]: cell for cell in value["results"]["cells"]}
+    assert list(cells) == list(regularisers.ON_PHOTOS)
+    assert [cells[name]["options"].get("share") for name in cells] == [None, 1.0, 0.5]
+    assert all(cell["options"]["steps"] == 2 for cell in cells.values())
+    assert {cell["report"]["hierarchy"]["name"] for cell in cells.values()} == {"cifar10"}
+    assert "2 attack steps in training" in regularisers.markdown(value)
 
 
 @pytest.mark.slow

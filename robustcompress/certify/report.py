@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from robustcompress.durable import write_json
 from robustcompress.errors import InputError, ResultError
 from robustcompress.robust import wilson
 from robustcompress.robust.threat import Norm, ThreatModel
@@ -226,10 +225,5 @@ def save_certificate(directory: str | Path, report: CertificateReport) -> Path:
         The file.
     """
     path = Path(directory) / f"certificate.{report.name}.json"
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_json(path, report.to_json())
     return path

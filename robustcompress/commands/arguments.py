@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -240,16 +238,6 @@ def check_output(path: Path) -> None:
     """Raise InputError where a file cannot be written to `path`."""
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: name a file in a directory that exists")
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON file, which is whole at every moment."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from robustcompress.artefact.bench import COLUMNS, CPU, bench_onnx
-from robustcompress.commands.arguments import check_output, names, write_json
+from robustcompress.commands.arguments import check_output, names
+from robustcompress.durable import write_json
 from robustcompress.terminal import Output, table
 
 NAME = "bench"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from robustcompress.commands.arguments import (
 from robustcompress.commands.keeping import if_unwritable, kept_in
 from robustcompress.data import DataSplits
 from robustcompress.distributed import start
+from robustcompress.durable import write_json
 from robustcompress.errors import InputError, Problems, nearest
 from robustcompress.lock import held
 from robustcompress.result import RESULT, CompressResult, load
@@ -171,12 +171,7 @@ def replace_report(directory: Path, report: RobustReport) -> None:
     """Put another report into a saved result, which is whole at every moment."""
     path = directory / RESULT
     record = json.loads(path.read_text()) | {"report": report.to_json()}
-    draft = path.with_name(f".{RESULT}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_json(path, record)
 
 
 def _checked(arguments: argparse.Namespace, result: CompressResult) -> tuple[ThreatModel, Hierarchy | None]:

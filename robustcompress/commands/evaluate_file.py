@@ -13,9 +13,10 @@ from robustcompress.artefact.formats import apbench, check_apbench, check_robust
 from robustcompress.artefact.prepare import Twin
 from robustcompress.artefact.twin import agreement
 from robustcompress.artefact.verify import ATTACK_IMAGES
-from robustcompress.commands.arguments import check_output, count_or_all, data_from, write_json
+from robustcompress.commands.arguments import check_output, count_or_all, data_from
 from robustcompress.commands.keeping import if_unwritable
 from robustcompress.data import DataSplits
+from robustcompress.durable import write_json
 from robustcompress.errors import InputError, Problems, RobustCompressError
 from robustcompress.plots import check_picture
 from robustcompress.result import RESULT, CompressResult, load

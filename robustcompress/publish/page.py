@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -11,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from robustcompress.data import DataSplits, Images
+from robustcompress.durable import write_text
 from robustcompress.errors import InputError, Problems, ResultError
 from robustcompress.publish import attacks, training
 from robustcompress.publish.artefacts import artefacts
@@ -192,19 +192,15 @@ def _style() -> str:
 
 
 def put(path: Path, text: str) -> None:
-    """Write a text under another name and rename it, so that the file is whole or absent.
+    """Write a text file, whole or not at all.
 
     Raises:
         InputError: It cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(text, encoding="utf-8", errors="replace")
-        draft.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def check_file(path: Path, suffix: str, problems: Problems, *, overwrite: bool) -> None:

@@ -216,7 +216,9 @@ class RunRecipe:
         try:
             load_state(model, read_tensors(Path(str(self.weights))))
         except (OSError, ValueError) as error:
-            raise InputError(f"weights={self.weights!r} cannot be used ({error}): a file of {spec.name}") from error
+            raise InputError(
+                f"weights={self.weights!r} cannot be used ({error}): give {spec.name}'s state_dict as safetensors"
+            ) from error
         return model
 
     def judge(self, result: CompressResult, data: DataSplits, **options: Any) -> RobustReport:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from robustcompress.durable import write_text
 from robustcompress.errors import InputError
 from robustcompress.untrusted import read_json
 
@@ -74,15 +74,8 @@ class Kept:
         """Write so that a reader, also after a crash, sees the whole file or none."""
         if path is None:
             return
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         with self.trying():
-            try:
-                partial.write_text(json.dumps(value), encoding="utf-8")
-                partial.replace(path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    partial.unlink(missing_ok=True)
-                raise
+            write_text(path, json.dumps(value))
 
     @contextlib.contextmanager
     def trying(self) -> Iterator[None]:

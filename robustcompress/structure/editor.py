@@ -264,7 +264,7 @@ class StructuralEditor:
         """
         return self._insert([(block, kind, None) for block, kind in parts])
 
-    def factorise(self, layers: Iterable[Factorise]) -> tuple[Factorise, ...]:
+    def factorise(self, layers: Factorise | Iterable[Factorise]) -> tuple[Factorise, ...]:
         """Replace layers by products of smaller ones, which approximate them: by Tucker, CP or singular values.
 
             editor.factorise([Factorise("layers.1.0.conv1", "tucker", (16, 16))])
@@ -272,7 +272,7 @@ class StructuralEditor:
         Ranks are channel groups from then on, under the names of the factors that write them.
 
         Args:
-            layers: Each once; plain convolutions without groups, and linear layers (see `factors`).
+            layers: One or several, each once: plain convolutions without groups, and linear layers (see `factors`).
 
         Returns:
             The edits, as recorded. Groups that were there keep their names.
@@ -281,7 +281,7 @@ class StructuralEditor:
             InputError: A layer that cannot be factorised so, or that the model does more with than to call it; all are
                 named. Nothing has changed then.
         """
-        return self._factorise(tuple(layers), blank=False)
+        return self._factorise((layers,) if isinstance(layers, Factorise) else tuple(layers), blank=False)
 
     def gates(self, scores: Mapping[str, torch.Tensor], rule: MaskRule | None = None) -> Gates:
         """Open a context in which the groups named in `scores` are gated where they are read.

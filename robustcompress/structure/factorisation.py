@@ -36,14 +36,17 @@ def check_factors(model: nn.Module, wanted: Sequence[Factorise], most: int | Non
     problems, modules = Problems(_REFUSED), dict(model.named_modules())
     layers = [name for name, module in modules.items() if type(module) in (nn.Conv2d, nn.Linear)]
     for edit in wanted:
-        if edit.kind not in RANKS:
-            problems.add(f"kind={edit.kind!r} does not exist{nearest(str(edit.kind), RANKS)}")
+        if reason := _not_one(edit):
+            problems.add(reason)
+        elif edit.kind not in RANKS:
+            problems.add(f"kind={edit.kind!r} does not exist{nearest(edit.kind, RANKS)}")
         elif edit.module not in modules:
             problems.add(f"there is no layer {edit.module!r}{nearest(edit.module, layers)}")
         elif isinstance(modules[edit.module], Factorised):
             problems.add(f"{edit.module}: it was factorised already")
         elif reason := complaint(modules[edit.module], edit.kind, edit.ranks):
             problems.add(f"{edit.module}: {reason}")
+    problems.raise_if_any()
     if len({edit.module for edit in wanted}) < len(wanted):
         problems.add("a layer is named twice")
     problems.raise_if_any()
@@ -56,6 +59,15 @@ def check_factors(model: nn.Module, wanted: Sequence[Factorise], most: int | Non
             raise InputError(
                 f"with these factors the network would hold {numbers} numbers; at most {most} are believed"
             )
+
+
+def _not_one(edit: object) -> str:
+    """Why this is no factorisation, whatever the model; empty where it is one."""
+    if not isinstance(edit, Factorise):
+        return f"{edit!r}: give Factorise(layer, kind, ranks)"
+    if not isinstance(edit.module, str) or not isinstance(edit.kind, str):
+        return f"{edit!r}: layer and kind are names"
+    return "" if isinstance(edit.ranks, tuple) else f"{edit.module}: ranks={edit.ranks!r}: give a tuple, such as (4,)"
 
 
 @torch.no_grad()

@@ -44,7 +44,9 @@ def complaint(layer: nn.Module, kind: str, ranks: Sequence[int]) -> str:
         return f"a {type(layer).__name__} is not factorised: only plain Conv2d, without groups, and Linear are"
     pointwise = isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)
     if pointwise != (kind == "svd"):
-        return f"kind={kind!r} is for kernels larger than 1x1: use 'svd'" if pointwise else "use 'tucker' or 'cp'"
+        if pointwise:
+            return f"kind={kind!r} is for kernels larger than 1x1: use 'svd'"
+        return f"kind={kind!r} is for linear layers and kernels of 1x1: use 'tucker' or 'cp'"
     if len(ranks) != RANKS[kind]:
         return f"ranks={list(ranks)}: {kind} has {RANKS[kind]}"
     most = largest_ranks(layer, kind)

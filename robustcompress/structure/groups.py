@@ -193,8 +193,9 @@ class Factorise:
 
     Attributes:
         module: The layer.
-        kind: "tucker", "cp" or "svd".
-        ranks: At first; afterwards they are channel groups like others.
+        kind: "tucker" (Kim et al. 2016, section 3.1), "cp" (Lebedev et al. 2015, section 3) or "svd".
+        ranks: Of outputs and of inputs, `(r_out, r_in)`, for "tucker"; one, `(R,)`, for the others. Later they
+            are channel groups like any.
     """
 
     result_format: ClassVar[int] = 4

@@ -247,7 +247,7 @@ def test_a_stopped_evaluation_goes_on(mlp, images, count, tmp_path, limit):
         found, expected = report.result("autoattack"), whole.result("autoattack")
         assert torch.equal(found.correct, expected.correct) and found.broken_by == expected.broken_by
         assert found.max_perturbation == expected.max_perturbation
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob(".*.tmp"))
 
 
 def test_more_images_reuse_the_full_chunks_of_fewer(mlp, images, tmp_path):

@@ -1,0 +1,35 @@
+"""Text files that are there whole or not at all, also after the process was killed or the power has failed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text under another name and rename it: a reader sees the file that was there before, or the whole new.
+
+    Raises:
+        OSError: The disk does not take it; what was there before stands.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as an indented JSON file, in the same way.
+
+    Raises:
+        OSError: The disk does not take it.
+        ValueError: A number is not finite, which JSON does not know.
+    """
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
