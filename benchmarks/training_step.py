@@ -15,7 +15,8 @@ Three loops take turns on the same kind of batch, step by step, so that load and
 of single steps; those of ours that look at the clean images are weighted with their share. Pixels and labels are random
 bytes. On a machine that is shared, `--clock cpu` counts processor time in place of wall time. Each loop makes one step
 with a single attack step first, which is not timed. `--full` times networks of full width, for an hour and more, and
-keeps them in a file of their own; the file is written anew after each network, so that what is done is not lost.
+keeps them in a file of their own; the file is written anew after each network, so that what is done is not lost. With
+`--keep` what the file holds of other cells stays, each row with the command and the commit that it comes from.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,10 +40,13 @@ from torch import Tensor, nn
 
 from benchmarks.common import (
     add_out,
+    command,
+    commit,
     make_parser,
     out_path,
     positive,
     provenance,
+    read_json,
     record,
     summary,
     table,
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = options.models or (FULL_CELLS if options.full else MODELS)
     if options.quick:
         models, options.batch_size, options.attack_steps, options.steps = ["resnet8", "resnet8:4:1"], 8, 2, 3
-    results = []
+    results = earlier(path) if options.keep else []
     wanted = cells(models, options.batch_size, options.attack_steps)
     pixels = random_images(max(batch_size for _, batch_size, _ in wanted), options.seed).pixels
     data = {"name": "random bytes", "sha256": hashlib.sha256(pixels.numpy().data).hexdigest()}
@@ -88,13 +93,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seed=options.seed,
                 clock=options.clock,
             )
-            results.append(row)
+            row |= {"command": command(module, argv), "commit": commit()["commit"], "threads": options.threads}
+            results = [other for other in results if _cell(other) != _cell(row)] + [row]
+            results.sort(key=lambda row: (row["macs"], row["batch_size"], row["attack_steps"]))
             said = f"{name}, batch {batch_size}, K={attack_steps}: efficiency {row['efficiency']:.3f}"
             print(said, file=sys.stderr, flush=True)
             value = record(module, options, argv, results, data=data)
             write_json(path, value)
     print(markdown(value))
     return 0
+
+
+def earlier(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, each with where it comes from; none where there is no file."""
+    if not path.exists():
+        return []
+    value = read_json(path)
+    origin = {"command": value["command"], "commit": value["code"]["commit"], "threads": value["hardware"]["threads"]}
+    return [origin | row for row in value["results"]]
+
+
+def _cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["batch_size"], row["attack_steps"]
 
 
 def cells(models: Sequence[str], batch_size: int, attack_steps: int) -> list[tuple[str, int, int]]:
@@ -315,6 +335,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         "MMACs",
         "batch",
         "PGD steps",
+        "timed",
         "ours s",
         "bare s",
         "public s",
@@ -329,6 +350,7 @@ def markdown(value: Mapping[str, Any]) -> str:
             f"{row['macs'] / 1e6:.1f}",
             str(row["batch_size"]),
             str(row["attack_steps"]),
+            str(row["times"]["bare"]["n"]),
             f"{row['ours_s']:.3f}",
             f"{row['bare_s']:.3f}",
             f"{row['public_s']:.3f}",
@@ -339,7 +361,13 @@ def markdown(value: Mapping[str, Any]) -> str:
         )
         for row in value["results"]
     ]
-    return f"{table(head, rows)}\n\n{provenance(value)}"
+    others = {
+        f"`{row['command']}`; commit {str(row['commit'])[:10]}"
+        for row in value["results"]
+        if row.get("command", value["command"]) != value["command"]
+    }
+    said = "\n\n" + "\n".join(f"- rows kept from: {origin}" for origin in sorted(others)) if others else ""
+    return f"{table(head, rows)}\n\n{provenance(value)}{said}"
 
 
 def add_step_arguments(parser: argparse.ArgumentParser, *, batch_size: int, steps: int) -> None:
@@ -364,6 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", help=said)
     add_step_arguments(parser, batch_size=128, steps=20)
     parser.add_argument("--full", action="store_true", help="networks of full width, into a file of their own")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of other cells that the file holds")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall or processor time (default: wall)")
     return parser
 

@@ -405,6 +405,18 @@ def test_training_step(tmp_path: Path) -> None:
         assert times["bare"]["n"] == times["public"]["n"] == times["ours"]["n"] + times["ours_looking"]["n"] == 3
 
 
+def test_training_step_keeps_the_rows_of_other_cells(tmp_path: Path) -> None:
+    out = tmp_path / "training_step.json"
+    first = ["--batch-size", "2", "--attack-steps", "1", "--steps", "2", "--out", str(out)]
+    assert training_step.main(["--models", "resnet8@0.25:2:1", "resnet8@0.25:2:2", *first]) == 0
+    old = {row["attack_steps"]: row for row in read(out)["results"]}
+    assert training_step.main(["--models", "resnet8@0.25:2:1", "--keep", *first[:-3], "3", "--out", str(out)]) == 0
+    again, kept = read(out)["results"]
+    assert kept == old[2] and again["times"]["bare"]["n"] == 3 != old[1]["times"]["bare"]["n"]
+    text = training_step.markdown(read(out))
+    assert text.count("rows kept from") == 1 and f"`{kept['command']}`" in text
+
+
 def test_training_step_reads_which_cells_are_wanted() -> None:
     found = training_step.cells(["resnet8", "resnet18@0.25:64", "resnet18:512:1"], 128, 10)
     assert found == [("resnet8", 128, 10), ("resnet18@0.25", 64, 10), ("resnet18", 512, 1)]
