@@ -242,6 +242,11 @@ def _run(
     return batches.own[:steps], {name: times[:steps] for name, times in batches.times.items()}
 
 
+def step_seconds(model: nn.Module, batch_size: int, attack_steps: int, steps: int, seed: int) -> list[float]:
+    """Seconds of each of so many steps of `train`, alone."""
+    return _run(model, {}, batch_size, attack_steps, steps, seed, "wall")[0]
+
+
 class BareStep:
     """The passes of one step and nothing else."""
 

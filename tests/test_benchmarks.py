@@ -24,6 +24,7 @@ from benchmarks import (
     common,
     deployment,
     factorised,
+    kept_memory,
     latency,
     latency_budget,
     onnx_files,
@@ -46,7 +47,7 @@ from tests.latency.fake import Clockwork
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
-    *(search_tasks, search_meta, certified, regularisers, factorised),
+    *(search_tasks, search_meta, certified, regularisers, factorised, kept_memory),
     *(latency, latency_budget, deployment, any_model, onnx_files, overfitting),
 )
 
@@ -398,7 +399,7 @@ def test_training_step(tmp_path: Path) -> None:
     value = read(out)
     check_record(value, "training_step")
     assert len(value["data"]["sha256"]) == 64
-    assert [(row["batch_size"], row["attack_steps"]) for row in value["results"]] == [(8, 2), (4, 1)]
+    assert [(row["batch_size"], row["attack_steps"]) for row in value["results"]] == [(4, 1), (8, 2)]
     for row in value["results"]:
         assert row["efficiency"] == pytest.approx(row["bare_s"] / row["ours_s"], rel=1e-3)
         times = row["times"]
@@ -415,6 +416,18 @@ def test_training_step_keeps_the_rows_of_other_cells(tmp_path: Path) -> None:
     assert kept == old[2] and again["times"]["bare"]["n"] == 3 != old[1]["times"]["bare"]["n"]
     text = training_step.markdown(read(out))
     assert text.count("rows kept from") == 1 and f"`{kept['command']}`" in text
+
+
+def test_kept_memory(tmp_path: Path) -> None:
+    out = tmp_path / "kept_memory.json"
+    assert kept_memory.main(["--quick", "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "kept_memory")
+    assert [row["what"] for row in value["results"]] == ["train", "evaluate"]
+    for row in value["results"]:
+        assert row["speed_up"] == pytest.approx(row["given back"]["seconds"] / row["kept"]["seconds"], rel=1e-3)
+        assert all(row[way]["peak"] > 50e6 and 0 <= row[way]["system"] < 1 for way in kept_memory.WAYS)
+    assert kept_memory.markdown(value).count("resnet8@0.25") == 2
 
 
 def test_training_step_reads_which_cells_are_wanted() -> None:

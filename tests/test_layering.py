@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "robustcompress"
 SOURCES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "untrusted", "durable"},
+    {"errors", "untrusted", "durable", "allocator"},
     {"distributed"},
     {"interrupt", "lock"},
     {"structure", "robust", "data", "models"},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from robustcompress.allocator import kept_memory
 from robustcompress.distributed import ALONE, World
 from robustcompress.errors import InputError, Problems
 from robustcompress.robust import sanity
@@ -21,7 +22,7 @@ from robustcompress.robust.attacks import AttackSpec, attack_by_name, eval_mode
 from robustcompress.robust.autoattack import AutoAttackConfig, check_autoattack
 from robustcompress.robust.chunks import autoattack_in_chunks, chunk_size
 from robustcompress.robust.hierarchy import Hierarchy, hierarchy_from
-from robustcompress.robust.judge import Judge, Progress, as_float, hash_of
+from robustcompress.robust.judge import EvaluationProgress, Judge, Progress, as_float, hash_of
 from robustcompress.robust.memory import is_out_of_memory, release
 from robustcompress.robust.report import AttackResult, RobustReport
 from robustcompress.robust.threat import ThreatModel
@@ -112,7 +113,13 @@ def evaluate(
     assert target is not None
 
     was_training = model.training
-    with torch.inference_mode(False), _on_device(model, target) as model, eval_mode(model), _frozen(model):
+    with (
+        torch.inference_mode(False),
+        _on_device(model, target) as model,
+        eval_mode(model),
+        _frozen(model),
+        kept_memory(target.type) as look_at_memory,
+    ):
         num_classes = sanity.check_model(model, as_float(pixels[:2], target), labels, problems)
         if tree is not None and num_classes not in (None, len(tree.classes)):
             problems.add(
@@ -130,7 +137,7 @@ def evaluate(
             batch_size=batch_size,
             device=target,
             seed=seed,
-            progress=progress,
+            progress=_looking(look_at_memory, progress),
             hierarchy=tree,
             world=world,
         )
@@ -168,6 +175,18 @@ def evaluate(
         warnings=tuple(warnings),
         hierarchy=tree,
     )
+
+
+def _looking(look: Callable[[], None], progress: Progress | None) -> Progress:
+    """Call `look` once attacks have shown what they take, and `progress`."""
+
+    def tell(now: EvaluationProgress) -> None:
+        if now.attack != "clean":
+            look()
+        if progress is not None:
+            progress(now)
+
+    return tell
 
 
 def _flags(judge: Judge) -> list[str]:

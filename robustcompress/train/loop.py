@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from robustcompress.allocator import kept_memory
 from robustcompress.data import Batches
 from robustcompress.distributed import Parts
 from robustcompress.interrupt import listen
@@ -181,7 +182,12 @@ def train(
     if ascent is not None:
         ascent.world = parts.world
         midway.hold("ascent", ascent)
-    with kept_modes(model), contextlib.closing(engine), progress.phase(phase, steps, start) as bar:
+    with (
+        kept_modes(model),
+        contextlib.closing(engine),
+        kept_memory(device_type) as look_at_memory,
+        progress.phase(phase, steps, start) as bar,
+    ):
         model.train()
         for objectives, x, y, key, count in _stream(batches, objective, start, steps, midway, parts):
             so_far = _sums(shared)
@@ -240,6 +246,7 @@ def train(
                     for current in objectives:
                         current.remember({})
             listen(parts.world)
+            look_at_memory()
             done += 1
             if done % LOOK_EVERY == 0 or done % len(batches) == 0 or done == steps:
                 care.look(told)
