@@ -75,6 +75,12 @@ class Keeper:
                 if not self._users:
                     self._let_go()
 
+    def give_up(self) -> None:
+        """Give back what is kept, and keep nothing more for those who work now: memory ran out."""
+        with self._lock:
+            self._refuses = True
+            self._let_go()
+
     def _look(self) -> None:
         """Keep memory where three times what was ever held would fit; stop for good where little is left."""
         if self._library is None or self._refuses or time.monotonic() - self._looked < EVERY_S:

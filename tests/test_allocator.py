@@ -17,7 +17,7 @@ from torch import nn
 from robustcompress import Images, Recipe, ThreatModel, allocator, evaluate
 from robustcompress.allocator import Keeper, kept_memory
 from robustcompress.data import Batches
-from robustcompress.robust import Natural
+from robustcompress.robust import Natural, memory
 from robustcompress.train import make_optimizer, train
 
 USUAL = [(-1, 64 << 20), (-3, 32 << 20), "trim"]
@@ -115,6 +115,19 @@ def test_where_little_is_left_it_is_given_back_for_good(library: Library, monkey
         look()
         assert library.told == KEPT + USUAL
     with kept_memory("cpu") as look:  # the next work asks anew
+        look()
+        assert allocator.KEEPER.keeps
+
+
+def test_where_memory_ran_out_nothing_is_kept(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "KEEPER", allocator.KEEPER)
+    with kept_memory("cpu") as look:
+        look()
+        memory.release()
+        look()
+        assert library.told == KEPT + USUAL
+    memory.release()
+    with kept_memory("cpu") as look:
         look()
         assert allocator.KEEPER.keeps
 

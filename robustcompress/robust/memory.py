@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from robustcompress.allocator import KEEPER
 from robustcompress.distributed import World
 
 _CPU = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
@@ -42,7 +43,8 @@ def memory_of_all(world: World) -> Iterator[None]:
 
 
 def release() -> None:
-    """Give back what nobody uses, and what the allocator keeps for later."""
+    """Give back what nobody uses, and what the allocators keep for later."""
     gc.collect()
+    KEEPER.give_up()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
