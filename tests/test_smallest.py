@@ -210,7 +210,7 @@ def run(world: World, request: Request, monkeypatch: pytest.MonkeyPatch) -> Netw
         patch.setattr(smallest, "evaluate", world.evaluate)
         patch.setattr(smallest, "write_json", written)
         patch.setattr(smallest, "wilson", lambda *_: (1.0, 1.0))  # the data are few, the made-up images many
-        patch.setattr("robustcompress.series.os.fsync", lambda _: None)  # no test cuts the power
+        patch.setattr("robustcompress.durable.os.fsync", lambda _: None)  # no test cuts the power
         patch.setattr(smallest._Search, "_look", lambda self: (0.02, {"macs": 100_000, "params": 100_000}))
         with smallest.workplace(request.checkpoint) as place:
             return smallest.find_smallest(request, place, None, Progress(False), 0.0)  # type: ignore[arg-type, return-value]
