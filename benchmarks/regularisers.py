@@ -143,7 +143,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images": min(options.images or len(task.data.test.labels), len(task.data.test.labels)),
         "autoattack_images": options.autoattack_images,
     }
-    said = {"name": task.name, "train": len(task.data.train.labels), "sha256": task.data.sha256}
     cells = _kept(path, settings) if not options.quick else []
     with threads(options.threads):
         for seed in range(options.seed, options.seed + options.seeds):
@@ -152,12 +151,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 judged = not options.quick and seed - options.seed < options.autoattack_seeds
                 cells.append(run(task, name, seed, autoattack=judged, **settings))
-                results = {"settings": settings, "training": dict(task.training), "cells": cells}
-                value = record(module, options, argv, results, data=said)
-                write_json(path, value)
+                _write(path, module, options, argv, {"settings": settings, "cells": cells}, task)
                 print(f"{name}, seed {seed}: {cells[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
+    _write(path, module, options, argv, {"settings": settings, "cells": cells}, task)
     print(markdown(read_json(path)))
     return 0
+
+
+def _write(
+    path: Path,
+    module: str,
+    options: argparse.Namespace,
+    argv: Sequence[str],
+    results: Mapping[str, Any],
+    task: Task,
+) -> None:
+    data = {"name": task.name, "train": len(task.data.train.labels), "sha256": task.data.sha256}
+    told = {**results, "training": dict(task.training)}
+    write_json(path, record(MODULE, options, argv, told, data=data) | {"benchmark": module})
 
 
 def run(

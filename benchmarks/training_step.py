@@ -93,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seed=options.seed,
                 clock=options.clock,
             )
-            row |= {"command": command(module, argv), "commit": commit()["commit"], "threads": options.threads}
+            row |= {"command": command(MODULE, argv), "commit": commit()["commit"], "threads": options.threads}
             results = [other for other in results if _cell(other) != _cell(row)] + [row]
             results.sort(key=lambda row: (row["macs"], row["batch_size"], row["attack_steps"]))
             said = f"{name}, batch {batch_size}, K={attack_steps}: efficiency {row['efficiency']:.3f}"
             print(said, file=sys.stderr, flush=True)
-            value = record(module, options, argv, results, data=data)
+            value = record(MODULE, options, argv, results, data=data) | {"benchmark": module}
             write_json(path, value)
     print(markdown(value))
     return 0

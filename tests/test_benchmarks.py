@@ -274,7 +274,11 @@ def test_regularisers_on_photos(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     assert regularisers.main(["--quick", "--root", str(tmp_path / "photos"), "--out", str(out)]) == 0
     value = read(out)
-    assert value["benchmark"] == regularisers.PHOTOS and value["data"]["name"] == "cifar10"
+    assert (
+        value["benchmark"] == regularisers.PHOTOS
+        and "benchmarks.regularisers --quick" in value["command"]
+        and value["data"]["name"] == "cifar10"
+    )
     cells = {cell["objective"]: cell for cell in value["results"]["cells"]}
     assert list(cells) == list(regularisers.ON_PHOTOS)
     assert [cells[name]["options"].get("share") for name in cells] == [None, 1.0, 0.5]
