@@ -2,7 +2,7 @@
 
 Each row trains the same resnet8 on the digits, at linf 0.1, from the same first weights and with the same images in the
 same order; only the objective differs. Options are the defaults: nothing was tuned, on these images or others. "against
-pgd-at" is the paired difference under PGD-20. Intervals cover seeds and test images (see intervals.py).
+pgd-at" is the paired difference. Intervals cover seeds and test images (see intervals.py).
 
 "distance" is the mean distance of mistakes in the digits' tree of shapes, "aimed" what an attack of 20 steps finds that
 aims each image at a class farthest from its own: accuracy, and mean distance.
@@ -231,28 +231,44 @@ def markdown(value: Mapping[str, Any]) -> str:
     noise = {
         a: pooled([[r.result(a).accuracy for r in rows] for rows in reports.values()]) for a in ("clean", "pgd-20")
     }
-    against = pooled([[d.mean().item() for d in _differences(reports, name)] for name in reports if name != BASE])
+    judged = [r.robust_accuracy is not None for rows in reports.values() for r in rows]
+    compared = ("pgd-20", "autoattack") if all(judged) else ("pgd-20",)
+    against = {
+        attack: pooled(
+            [[d.mean().item() for d in _differences(reports, name, attack)] for name in reports if name != BASE]
+        )
+        for attack in compared
+    }
     rows, doubts = [], []
     for name, found in reports.items():
         cells = by_name[name]
         cases = [
             estimate([r.result(a).correct.double() for r in found], noise=noise[a]).points(signed=False) for a in noise
         ]
-        pairs = _differences(reports, name)
-        difference = "-" if name == BASE else estimate(pairs, low=-1, noise=against).points(signed=True)
+        differences = [
+            "-"
+            if name == BASE
+            else estimate(_differences(reports, name, attack), low=-1, noise=noise_of).points(signed=True)
+            for attack, noise_of in against.items()
+        ]
         aimed = [Severity.from_json(cell["aimed"]["mistakes"]) for cell in cells]
         rows.append(
             (
                 name,
                 *cases,
                 _under_autoattack(found),
-                difference,
+                *differences,
                 _mean([r.result("pgd-20").severity for r in found]),
                 f"{100 * statistics.fmean(cell['aimed']['accuracy'] for cell in cells):.1f}, {_mean(aimed)}",
             )
         )
         doubts.append(_doubts(name, found, cells))
-    first = ("objective", "clean %", "PGD-20 %", "AutoAttack %", "against pgd-at", "distance", "aimed %, distance")
+    beside = {"pgd-20": "PGD-20 against pgd-at", "autoattack": "AutoAttack against pgd-at"}
+    first = (
+        *("objective", "clean %", "PGD-20 %", "AutoAttack %"),
+        *(beside[attack] for attack in compared),
+        *("distance", "aimed %, distance"),
+    )
     second = (
         *("objective", "FGSM %", "PGD-20 %", "PGD-100 %", "PGD-20 margin %"),
         *("PGD-20 over AutoAttack", "Square first", "linf 0.5 %", "flags"),
@@ -302,10 +318,10 @@ def _under_autoattack(found: Sequence[RobustReport]) -> str:
     return f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _differences(reports: Mapping[str, Sequence[RobustReport]], name: str) -> list[torch.Tensor]:
-    """For each seed, by image: right under PGD-20 with this objective minus right with the base."""
+def _differences(reports: Mapping[str, Sequence[RobustReport]], name: str, attack: str) -> list[torch.Tensor]:
+    """For each seed, by image: right under an attack with this objective minus right with the base."""
     pairs = zip(reports[name], reports[BASE], strict=False)
-    return [a.result("pgd-20").correct.double() - b.result("pgd-20").correct.double() for a, b in pairs]
+    return [a.result(attack).correct.double() - b.result(attack).correct.double() for a, b in pairs]
 
 
 def _mean(found: Sequence[Severity | None]) -> str:
