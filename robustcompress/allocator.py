@@ -2,8 +2,8 @@
 
 glibc takes every block of more than 32 MB from the system and gives it back as soon as it is freed, and the end of its
 heap with it. A network frees such blocks after every layer, and the system fills each page with zeros before it is had
-again: with large batches that takes more time than the layers do (`benchmarks/kept_memory.py`). Kept memory is torn
-into pieces in time, so a process comes to hold more than it uses; it is therefore kept only where there is plenty.
+again: with large batches that takes a good part of the time (`benchmarks/kept_memory.py`). Kept memory is torn into
+pieces, so a process comes to hold more than it uses; it is therefore kept only where there is plenty.
 """
 
 from __future__ import annotations
