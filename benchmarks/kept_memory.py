@@ -131,7 +131,7 @@ def markdown(value: Mapping[str, Any]) -> str:
         )
         for row in value["results"]
     ]
-    return f"{table(head, rows, words=2)}\n\n{provenance(value)}"
+    return f"{table(head, rows)}\n\n{provenance(value)}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -68,7 +68,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     regularisers.MODULE: regularisers.markdown,
     regularisers.PHOTOS: regularisers.markdown,
     factorised.MODULE: factorised.markdown,
-    factorised.AGAIN: factorised.markdown,
+    factorised.AGAIN: factorised.markdown_again,
     endurance.MODULE: endurance.markdown,
 }
 SPEED = (training_scaling, training_memory, distributed_step, streaming, strong_attack, evaluation_speed)
