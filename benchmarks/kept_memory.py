@@ -93,8 +93,7 @@ def measured(what: str, cell: str, way: str, options: argparse.Namespace) -> dic
     model = build(name)
     if what == "train":
         model = model.to(memory_format=torch.channels_last)
-        times = step_seconds(model, batch, steps, options.steps + 2, options.seed)
-        seconds = statistics.median(times[2:])
+        seconds = statistics.median(step_seconds(model, batch, steps, options.steps + 1, options.seed)[1:])
     else:
         images, start = random_images(BATCHES * batch, options.seed), time.perf_counter()
         evaluate(

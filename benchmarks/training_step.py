@@ -202,7 +202,7 @@ class TakingTurns(Batches):
         for batch in super().iterate(epoch, start=start, parts=parts):
             yield batch
             self.own.append(self.clock() - self.since)
-            names = list(self.rivals)
+            names = list(self.rivals) if len(self.own) > 1 else []
             for name in names if len(self.own) % 2 else names[::-1]:
                 start = self.clock()
                 self.rivals[name]()
@@ -219,13 +219,18 @@ def _run(
     seed: int,
     clock: str,
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Train for so many steps, with rivals between them; seconds of each step, and of each rival's."""
+    """Train for so many steps, with rivals between them; seconds of each step, and of each rival's.
+
+    A step before them is not timed: it takes memory for the first time. The first of those that are looks at the clean
+    images, and every tenth after it.
+    """
     recipe = Recipe(batch_size=batch_size)
     generator = torch.Generator().manual_seed(seed)
     # One batch more than is timed: the clock of a step stops when the next batch is asked for.
-    images = random_images((steps + 1) * batch_size, seed)
+    images = random_images((CLEAN_EVERY + steps + 1) * batch_size, seed)
     batches = TakingTurns(images, batch_size, augment="crop-flip", generator=generator)
     batches.start(rivals, clock)
+    batches.epoch = 1
     train(
         model,
         batches,
@@ -238,8 +243,9 @@ def _run(
         schedule="constant",
         generator=torch.Generator().manual_seed(seed),
         ema=averaged(model, recipe.ema),
+        start=CLEAN_EVERY - 1,
     )
-    return batches.own[:steps], {name: times[:steps] for name, times in batches.times.items()}
+    return batches.own[1 : steps + 1], {name: times[:steps] for name, times in batches.times.items()}
 
 
 def step_seconds(model: nn.Module, batch_size: int, attack_steps: int, steps: int, seed: int) -> list[float]:
