@@ -17,7 +17,7 @@ from torch import nn
 from robustcompress import Images, Recipe, ThreatModel, allocator, evaluate
 from robustcompress.allocator import Keeper, kept_memory
 from robustcompress.data import Batches
-from robustcompress.robust import Natural, memory
+from robustcompress.robust import PGDAT, Natural, memory
 from robustcompress.train import make_optimizer, train
 
 USUAL = [(-1, 64 << 20), (-3, 32 << 20), "trim"]
@@ -181,6 +181,38 @@ def test_training_and_evaluation_keep_it(library: Library) -> None:
     assert library.told == []  # nothing has shown yet what an attack takes
     evaluate(model, images, attacks=("clean", "fgsm"), device="cpu")
     assert library.told == KEPT + USUAL
+
+
+def test_kept_memory_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, plain = _trained(), _trained(monkeypatch)
+    assert all(torch.equal(kept[name], plain[name]) for name in plain)
+
+
+def _trained(monkeypatch: pytest.MonkeyPatch | None = None) -> dict[str, torch.Tensor]:
+    """Weights after three steps whose layers are blocks of 50 MB; nothing is kept where a patch is given."""
+    if monkeypatch is not None:
+        monkeypatch.setattr(allocator, "c_library", lambda: None)
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(*layers, nn.Linear(16, 4))
+    pixels = torch.randint(256, (4 * 192, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images, recipe = Images(pixels, torch.arange(len(pixels)) % 4), Recipe(batch_size=192)
+    told: list[bool] = []
+    train(
+        model,
+        Batches(images, 192, generator=torch.Generator().manual_seed(0)),
+        PGDAT(steps=1),
+        ThreatModel(),
+        recipe,
+        epochs=0.75,
+        optimizer=make_optimizer(recipe, list(model.parameters()), lr=0.1),
+        lr=0.1,
+        schedule="constant",
+        generator=torch.Generator().manual_seed(0),
+        on_step=lambda _: told.append(allocator.KEEPER.keeps),
+    )
+    assert not any(told) or monkeypatch is None
+    return model.state_dict()
 
 
 FAULTS = """
