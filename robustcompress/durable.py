@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text under another name and rename it: a reader sees the file that was there before, or the whole new.
+    """Write a text under another name and rename it: a reader sees what was there before, or all of it.
 
     Raises:
         OSError: The disk does not take it; what was there before stands.
