@@ -14,6 +14,7 @@ import re
 import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -108,6 +109,27 @@ def interleaved(
             if number >= 0:
                 seconds[name].append(clock() - start)
     return seconds
+
+
+def in_fresh_process(
+    module: str, words: Sequence[str], *, what: str, environment: Mapping[str, str] | None = None
+) -> Any:
+    """Run a benchmark in a process of its own, and return the JSON of the last line that it prints.
+
+    Args:
+        module: The benchmark's name.
+        words: Its arguments.
+        what: What is measured there, for the message where it fails.
+        environment: Its environment variables; None for our own.
+
+    Raises:
+        SystemExit: It failed; the message ends with its last line.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{module}", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{what}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

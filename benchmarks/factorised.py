@@ -6,7 +6,7 @@ the same phases (`low_rank.py`: one share of energy, or of multiply-adds, for al
 budget); `tucker-scratch` and `cp-scratch`, the ranks that those found, from the first weights on. Nothing was tuned.
 Differences are paired over images and seeds; intervals cover both (see intervals.py).
 
-A difference found among 22 has to be found again: `--arms magnitude cp --budgets 0.25 --seed 3 --seeds 3
+The largest difference among many has to be found again: `--arms magnitude cp --budgets 0.25 --seed 3 --seeds 3
 --autoattack-images 128 --out benchmarks/results/factorised_again.json` asks for the largest of them with other seeds
 and more images.
 

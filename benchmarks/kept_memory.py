@@ -16,7 +16,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, add_out, make_parser, out_path, positive, provenance, record, table, write_json
+from benchmarks.common import (
+    add_out,
+    in_fresh_process,
+    make_parser,
+    out_path,
+    positive,
+    provenance,
+    record,
+    table,
+    write_json,
+)
 from benchmarks.training_step import THREAT, build, cells, random_images, step_seconds
 from robustcompress import allocator, evaluate
 
@@ -73,11 +82,7 @@ def child(what: str, cell: str, way: str, options: argparse.Namespace) -> dict[s
     words = ["--child", what, cell, way, "--threads", str(options.threads), "--steps", str(options.steps)]
     words += ["--seed", str(options.seed)]
     surroundings = {name: value for name, value in os.environ.items() if name not in allocator.SETTINGS}
-    command = [sys.executable, "-m", f"benchmarks.{MODULE}", *words]
-    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{cell}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = in_fresh_process(MODULE, words, what=cell, environment=surroundings)
     return found
 
 

@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -31,8 +30,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common import (
-    ROOT,
     add_out,
+    in_fresh_process,
     make_parser,
     out_path,
     positive,
@@ -199,11 +198,7 @@ def speeds(ways: Mapping[str, Pass], rounds: int) -> list[dict[str, Any]]:
 
 def child(folder: Path, way: str) -> int:
     """Measure the memory of one way in a fresh process, in bytes."""
-    words = [sys.executable, "-m", f"benchmarks.{MODULE}", "--child", str(folder), way]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{way}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1]))
+    return int(in_fresh_process(MODULE, ["--child", str(folder), way], what=way))
 
 
 def peak(folder: Path, way: str) -> int:

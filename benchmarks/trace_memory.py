@@ -15,7 +15,6 @@ import argparse
 import ctypes
 import gc
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import ROOT, add_out, make_parser, out_path, provenance, record, table, write_json
+from benchmarks.common import (
+    add_out,
+    in_fresh_process,
+    make_parser,
+    out_path,
+    provenance,
+    record,
+    table,
+    write_json,
+)
 from benchmarks.model_names import build_named
 from robustcompress import StructuralEditor
 from robustcompress.budget import human
@@ -62,16 +70,7 @@ def run(name: str, threads: int, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for what in FIGURES:
         words = ["--child", name, what, "--threads", str(threads), "--seed", str(seed)]
-        done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{MODULE}", *words],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise SystemExit(f"{name}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
-        row |= json.loads(done.stdout.strip().splitlines()[-1])
+        row |= in_fresh_process(MODULE, words, what=name)
     return row
 
 

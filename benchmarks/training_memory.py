@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import (
-    ROOT,
     add_out,
+    in_fresh_process,
     make_parser,
     out_path,
     positive,
@@ -75,12 +74,7 @@ def child(name: str, size: int, count: int, way: str, options: argparse.Namespac
     words = ["--child", name, str(size), str(count), way, "--part", str(options.part)]
     words += ["--attack-steps", str(options.attack_steps), "--threads", str(options.threads)]
     words += ["--seed", str(options.seed)]
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{MODULE}", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{name}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1]))
+    return int(in_fresh_process(MODULE, words, what=name))
 
 
 def peak(name: str, size: int, count: int, way: str, options: argparse.Namespace) -> int:

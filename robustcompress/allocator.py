@@ -82,7 +82,7 @@ class Keeper:
             self._let_go()
 
     def _look(self) -> None:
-        """Keep memory where three times what was ever held would fit; stop for good where little is left."""
+        """Keep memory where twice what was ever held is free; stop for good where little is left."""
         if self._library is None or self._refuses or time.monotonic() - self._looked < EVERY_S:
             return
         with self._lock:

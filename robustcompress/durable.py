@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Have the disk hold what was written, before a rename relies on it."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -18,8 +24,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         with draft.open("w", encoding="utf-8", errors="replace") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

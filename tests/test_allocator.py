@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 from robustcompress import Images, Recipe, ThreatModel, allocator, evaluate
 from robustcompress.allocator import Keeper, kept_memory
 from robustcompress.data import Batches
-from robustcompress.robust import PGDAT, Natural, memory
+from robustcompress.robust import PGDAT, Natural, Objective, memory
 from robustcompress.train import make_optimizer, train
 
 USUAL = [(-1, 64 << 20), (-3, 32 << 20), "trim"]
@@ -162,19 +162,7 @@ def test_training_and_evaluation_keep_it(library: Library) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 3))
     images = Images(torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8), torch.arange(6) % 3)
-    recipe = Recipe(batch_size=2)
-    train(
-        model,
-        Batches(images, 2, generator=torch.Generator().manual_seed(0)),
-        Natural(),
-        ThreatModel(),
-        recipe,
-        epochs=1,
-        optimizer=make_optimizer(recipe, list(model.parameters()), lr=0.01),
-        lr=0.01,
-        schedule="constant",
-        generator=torch.Generator().manual_seed(0),
-    )
+    _train(model, images, 2, Natural(), epochs=1)
     assert library.told == KEPT + USUAL
     library.told.clear()
     evaluate(model, images, attacks=("clean",), device="cpu")
@@ -196,23 +184,42 @@ def _trained(monkeypatch: pytest.MonkeyPatch | None = None) -> dict[str, torch.T
     layers = (nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(*layers, nn.Linear(16, 4))
     pixels = torch.randint(256, (4 * 192, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images, recipe = Images(pixels, torch.arange(len(pixels)) % 4), Recipe(batch_size=192)
     told: list[bool] = []
-    train(
+    _train(
         model,
-        Batches(images, 192, generator=torch.Generator().manual_seed(0)),
+        Images(pixels, torch.arange(len(pixels)) % 4),
+        192,
         PGDAT(steps=1),
-        ThreatModel(),
-        recipe,
         epochs=0.75,
-        optimizer=make_optimizer(recipe, list(model.parameters()), lr=0.1),
-        lr=0.1,
-        schedule="constant",
-        generator=torch.Generator().manual_seed(0),
         on_step=lambda _: told.append(allocator.KEEPER.keeps),
     )
     assert not any(told) or monkeypatch is None
     return model.state_dict()
+
+
+def _train(
+    model: nn.Module,
+    images: Images,
+    batch_size: int,
+    objective: Objective,
+    *,
+    epochs: float,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
+    recipe = Recipe(batch_size=batch_size)
+    train(
+        model,
+        Batches(images, batch_size, generator=torch.Generator().manual_seed(0)),
+        objective,
+        ThreatModel(),
+        recipe,
+        epochs=epochs,
+        optimizer=make_optimizer(recipe, list(model.parameters()), lr=0.1),
+        lr=0.1,
+        schedule="constant",
+        generator=torch.Generator().manual_seed(0),
+        on_step=on_step,
+    )
 
 
 FAULTS = """

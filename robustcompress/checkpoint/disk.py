@@ -5,21 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 
+from robustcompress.durable import sync_file
 from robustcompress.errors import RobustCompressError
 
 
 class NotWrittenError(RobustCompressError):
     """The disk did not take a file: it is full, read-only, or gone. What was there before stands."""
-
-
-def sync_file(file: IO[Any]) -> None:
-    """Have the disk hold what was written, before a rename relies on it."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def sync_directory(directory: Path) -> None:

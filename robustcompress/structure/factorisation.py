@@ -46,8 +46,8 @@ def check_factors(model: nn.Module, wanted: Sequence[Factorise], most: int | Non
             problems.add(f"{edit.module}: it was factorised already")
         elif reason := complaint(modules[edit.module], edit.kind, edit.ranks):
             problems.add(f"{edit.module}: {reason}")
-    problems.raise_if_any()
-    if len({edit.module for edit in wanted}) < len(wanted):
+    named = [edit.module for edit in wanted if not _not_one(edit)]
+    if len(set(named)) < len(named):
         problems.add("a layer is named twice")
     problems.raise_if_any()
     if most is not None:

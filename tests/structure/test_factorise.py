@@ -268,6 +268,7 @@ class Peeking(nn.Module):
         ([Factorise("two", "tucker", (2,))], "tucker has 2"),
         ([Factorise("two", "tucker", (9, 2))], r"must lie between 1 and \[8, 8\]"),
         ([Factorise("two", "cp", (2,)), Factorise("two", "cp", (2,))], "named twice"),
+        ([*[Factorise("two", "cp", (2,))] * 2, Factorise("three", "cp", (2,))], "no layer 'three'(.|\n)*named twice"),
         ([Factorise("two", "cp", 4)], "two: ranks=4: give a tuple"),  # type: ignore[arg-type]
         ([Factorise("two", ["cp"], (4,))], "layer and kind are names"),  # type: ignore[arg-type]
         ([("two", "cp", (4,))], "give Factorise"),
