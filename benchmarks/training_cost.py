@@ -10,12 +10,12 @@ times the MACs. An interval is passed as its two ends beside the clean images; t
 with adds three times as many passes as there are classes, over its ramp. Regularisers add 6 for separability (two
 passes and their gradients), 3 for boundary, and for jacobian 3 and another 3 a projection (a gradient, and the
 gradients of that); an epoch under AWP, SAM or S2AP adds the passes of the loss once more (3, or 6 where clean images
-are passed too), and the clean look every tenth step adds 1/10. A search for scores is counted like training, though it
-computes no gradients of weights; re-estimating batch-norm statistics is not counted. PGD-10 on the validation split,
-where the best epoch is chosen, and on the images that grape scores is counted too. So is what rcnas spends on
-candidates: their steps of recovery, at the candidate's own MACs (5, and 1 of the teacher's where it is asked), and PGD
-on the validation split. A teacher is asked for clean answers, for attacked ones, or for both once a step, and by adaad
-for an answer and a gradient at each step of the attack, at the reference's MACs.
+are passed too), and the clean look every tenth step adds 1/10 (also where long epochs make it rarer). A search for
+scores is counted like training, though it computes no gradients of weights; re-estimating batch-norm statistics is not
+counted. PGD-10 on the validation split, where the best epoch is chosen, and on the images that grape scores is counted
+too. So is what rcnas spends on candidates: their steps of recovery, at the candidate's own MACs (5, and 1 of the
+teacher's where it is asked), and PGD on the validation split. A teacher is asked for clean answers, for attacked ones,
+or for both once a step, and by adaad for an answer and a gradient at each step of the attack, at the reference's MACs.
 """
 
 from __future__ import annotations

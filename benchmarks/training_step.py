@@ -2,8 +2,8 @@
 
 Three loops take turns on the same kind of batch, step by step, so that load and drift hit all of them alike:
   ours    a step of `robustcompress.train.train` as strategies run it: augmentation (crop and flip, from bytes), PGD in
-          eval mode, loss, backward, SGD with Nesterov momentum, averaged weights, the running metrics, and the clean
-          forward pass that is made every tenth step
+          eval mode, loss, backward, SGD with Nesterov momentum, averaged weights, the running metrics, and the look at
+          clean images, a forward pass that is made every 25th step of epochs as long as CIFAR-10's
   bare    what no implementation can do without, in plain torch: K times forward + gradient to the images (eval mode),
           then once forward + backward (train mode) + the optimizer's step; channels_last and weights that ask for no
           gradient in the attack, as ours; a fused optimizer; no projection, no augmentation, no average, no metrics
@@ -58,7 +58,7 @@ from robustcompress.data import Batches
 from robustcompress.distributed import Parts
 from robustcompress.robust import PGDAT
 from robustcompress.train import averaged, make_optimizer, train
-from robustcompress.train.loop import CLEAN_EVERY
+from robustcompress.train.loop import clean_every
 
 MODULE = "training_step"
 FULL = "training_step_full"
@@ -67,6 +67,8 @@ FULL_CELLS = (
     *("resnet18:128:1", "resnet18:128:7", "resnet18:128:10", "resnet18:512:1", "resnet18:1024:1"),
     *("wrn_28_10:128:1", "wrn_28_10:128:10"),
 )
+EPOCH = 50_000
+LOOK = clean_every(EPOCH)
 THREAT = ThreatModel("linf", 8 / 255)
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -81,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         models, options.batch_size, options.attack_steps, options.steps = ["resnet8", "resnet8:4:1"], 8, 2, 3
     results = earlier(path) if options.keep else []
     wanted = cells(models, options.batch_size, options.attack_steps)
+    for name, batch_size, _ in wanted:
+        if (LOOK + options.steps + 1) * batch_size > EPOCH:
+            said = f"{LOOK + options.steps + 1} steps of {batch_size} images are more than an epoch of {EPOCH:,}"
+            raise SystemExit(f"{name}: {said}; time fewer (--steps) or smaller ones")
     pixels = random_images(max(batch_size for _, batch_size, _ in wanted), options.seed).pixels
     data = {"name": "random bytes", "sha256": hashlib.sha256(pixels.numpy().data).hexdigest()}
     with threads(options.threads):
@@ -146,9 +152,9 @@ def compare(
         rivals["library"] = LibraryStep(copy.deepcopy(model), attack_steps, batch_size, seed)
         rivals["library"](1)
     ours_times, others = _run(ours, rivals, batch_size, attack_steps, steps, seed, clock)
-    looking = [t for i, t in enumerate(ours_times) if i % CLEAN_EVERY == 0]
-    plain = [t for i, t in enumerate(ours_times) if i % CLEAN_EVERY] or looking
-    share = 1 / CLEAN_EVERY
+    looking = [t for i, t in enumerate(ours_times) if i % LOOK == 0]
+    plain = [t for i, t in enumerate(ours_times) if i % LOOK] or looking
+    share = 1 / LOOK
     ours_s = share * statistics.median(looking) + (1 - share) * statistics.median(plain)
     medians = {key: statistics.median(values) for key, values in others.items()}
     bare_s, public_s, library_s = (medians.get(key) for key in ("bare", "public", "library"))
@@ -187,13 +193,14 @@ class TakingTurns(Batches):
 
     rivals: Mapping[str, Callable[[], object]]
     clock: Callable[[], float]
+    count: int
     own: list[float]
     times: dict[str, list[float]]
     since: float
 
-    def start(self, rivals: Mapping[str, Callable[[], object]], clock: str) -> None:
-        """Name the rivals and the clock."""
-        self.rivals, self.clock = rivals, CLOCKS[clock]
+    def start(self, rivals: Mapping[str, Callable[[], object]], clock: str, steps: int) -> None:
+        """Name the rivals and the clock; an epoch ends once so many steps are timed."""
+        self.rivals, self.clock, self.count = rivals, CLOCKS[clock], steps + 1
         self.own, self.times = [], {name: [] for name in rivals}
 
     def iterate(self, epoch: int, *, start: int = 0, parts: Parts | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -207,6 +214,8 @@ class TakingTurns(Batches):
                 start = self.clock()
                 self.rivals[name]()
                 self.times[name].append(self.clock() - start)
+            if len(self.own) == self.count:
+                return
             self.since = self.clock()
 
 
@@ -222,14 +231,12 @@ def _run(
     """Train for so many steps, with rivals between them; seconds of each step, and of each rival's.
 
     A step before them is not timed: it takes memory for the first time. The first of those that are looks at the clean
-    images, and every tenth after it.
+    images, as every `LOOK`th after it does.
     """
     recipe = Recipe(batch_size=batch_size)
     generator = torch.Generator().manual_seed(seed)
-    # One batch more than is timed: the clock of a step stops when the next batch is asked for.
-    images = random_images((CLEAN_EVERY + steps + 1) * batch_size, seed)
-    batches = TakingTurns(images, batch_size, augment="crop-flip", generator=generator)
-    batches.start(rivals, clock)
+    batches = TakingTurns(random_images(EPOCH, seed), batch_size, augment="crop-flip", generator=generator)
+    batches.start(rivals, clock, steps)
     batches.epoch = 1
     train(
         model,
@@ -243,9 +250,9 @@ def _run(
         schedule="constant",
         generator=torch.Generator().manual_seed(seed),
         ema=averaged(model, recipe.ema),
-        start=CLEAN_EVERY - 1,
+        start=LOOK - 1,
     )
-    return batches.own[1 : steps + 1], {name: times[:steps] for name, times in batches.times.items()}
+    return batches.own[1:], batches.times
 
 
 def step_seconds(model: nn.Module, batch_size: int, attack_steps: int, steps: int, seed: int) -> list[float]:

@@ -13,7 +13,8 @@ from torch import nn
 from robustcompress import Recipe, ThreatModel, load_data
 from robustcompress.data import Batches
 from robustcompress.robust.objectives import PGDAT, Natural, Objective, ObjectiveStep
-from robustcompress.train import Progress, TrainingError, averaged, lr_factor, make_optimizer, train
+from robustcompress.train import Progress, TrainingError, averaged, loop, lr_factor, make_optimizer, train
+from robustcompress.train.loop import CLEAN_EVERY, clean_every
 from tests.strategies.nets import build, same, small_data, state
 
 
@@ -164,6 +165,28 @@ def test_a_network_learns_the_digits(objective: Objective) -> None:
     assert history[-1]["clean"] > 0.35 and history[-1]["images_per_s"] > 0
     right = (model.eval()(data.test.as_float()).argmax(1) == data.test.labels).float().mean()
     assert right > 0.4, "chance is 0.1"
+
+
+@pytest.mark.parametrize("images", [1_000, 20_000, 50_000, 1_281_167])
+def test_clean_images_are_looked_at_until_they_tell_an_accuracy_to_a_point(images: int) -> None:
+    seen = images // clean_every(images)
+    assert clean_every(images) >= CLEAN_EVERY
+    assert seen == images // 10 if images <= 20_000 else 2_000 <= seen < 2_100
+
+
+@pytest.mark.parametrize("every", [CLEAN_EVERY, 2])
+def test_clean_images_are_looked_at_once_in_so_many_steps(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "clean_every", lambda images: every)
+    model, alone = build("chain"), build("chain")
+    data = batches(8)
+    fit(alone, data=batches(8), objective=PGDAT(steps=1))
+    passes: list[bool] = []
+    model.register_forward_pre_hook(lambda module, _: passes.append(module.training))
+    history = fit(model, data=data, objective=PGDAT(steps=1))
+    looks = math.ceil(len(data) / every)
+    assert len(data) > every and passes.count(True) == len(data)
+    assert passes.count(False) == len(data) + looks, "one pass for the attack of each step, and the looks"
+    assert 0 <= history[0]["clean"] <= 1 and same(state(model), state(alone))
 
 
 def test_the_record_holds_the_loss_and_accuracy_of_its_own_epoch() -> None:
