@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from robustcompress.errors import InputError
 from robustcompress.robust import IBP, CrownIBP, Smoothing, ThreatModel, objective_from_json, objective_from_name
 from robustcompress.robust.bounds import Interval, box, margins
 from robustcompress.robust.probe import accuracies
+from robustcompress.train.remat import rematerialised
 
 THREAT = ThreatModel("linf", 0.03)
 ALL = [Smoothing(), Smoothing(sigma=0.5, label_smoothing=0.1), IBP(), CrownIBP(kappa=0.2)]
@@ -69,7 +71,7 @@ def test_ibp_by_its_formula(model: nn.Module, images: Tensor, labels: Tensor) ->
 
 
 def test_the_ramp(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    objective = CrownIBP(kappa=0.5, warm_up=0.1, ramp=0.5)
+    objective = CrownIBP(kappa=0.5, warm_up=0.1, ramp=0.5, steady=0.0)
     assert objective.at(0.5) is objective and objective.at(1.0) is objective
     for progress, share in ((0.0, 0.0), (0.1, 0.0), (0.2, 0.25), (0.4, 0.75)):
         model.eval()
@@ -86,6 +88,53 @@ def test_the_ramp(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         torch.testing.assert_close(step.loss, expected, rtol=1e-4, atol=1e-5)
         assert now.to_json() == objective.to_json()
     assert IBP(warm_up=0.0, ramp=0.0).at(0.0) == IBP(warm_up=0.0, ramp=0.0)
+
+
+def test_the_warm_up_is_steadied(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """What `steady` adds, by its formula, from what the one ReLU of the network is given."""
+    conv, norm = model[0], model[1]  # type: ignore[index]
+    for progress, share in ((0.0, 0.0), (0.2, 0.25), (0.4, 0.75)):
+        now = IBP(kappa=0.5, warm_up=0.1, ramp=0.5, steady=2.0).at(progress)
+        bounds = box(images, max(share, 1e-3) * 0.03)
+        found = margins(model, bounds, labels)
+        clean = 1 - 0.5 * share
+        bare = clean * F.cross_entropy(found.clean, labels) + (1 - clean) * F.cross_entropy(-found.ibp, labels)
+        before = conv(images)
+        mean, var = before.mean((0, 2, 3), keepdim=True), before.var((0, 2, 3), unbiased=False, keepdim=True)
+        scale = norm.weight.view(1, -1, 1, 1) / (var + norm.eps).sqrt()
+        centre = (conv(bounds.centre) - mean) * scale + norm.bias.view(1, -1, 1, 1)
+        radius = F.conv2d(bounds.radius, conv.weight.abs(), padding=1) * scale.abs()
+        wide = (0.5 - bounds.radius.mean() / images.std() / radius.mean()).relu() / 0.5
+        active, inactive = centre - radius > 0, centre + radius < 0
+        apart = (centre - centre.mean()).square()
+        means = sorted([float(centre[active].sum()), float(-centre[inactive].sum())])
+        spreads = sorted([float(apart[active].sum()), float(apart[inactive].sum())])
+        unlike = sum(max(0.0, 0.5 - low / high) / 0.5 for low, high in (means, spreads))
+        assert float(wide) > 0.1, "the term is at work"
+        torch.testing.assert_close(
+            now.loss(model, images, labels, THREAT).loss,
+            bare + 2.0 * (1 - share) * (wide + unlike),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+    assert torch.equal(*(IBP(steady=s).at(0.9).loss(model, images, labels, THREAT).loss for s in (0.0, 2.0)))
+
+
+@pytest.mark.parametrize("crown", [False, True])
+def test_what_steadies_sees_the_same_through_recomputed_activations(
+    model: nn.Module, images: Tensor, labels: Tensor, crown: bool
+) -> None:
+    now = (CrownIBP() if crown else IBP()).at(0.1)
+    found = []
+    for again in (False, True):
+        model.zero_grad()
+        with rematerialised(model) if again else contextlib.nullcontext():
+            step = now.loss(model, images, labels, THREAT)
+            step.loss.backward()
+        found.append([step.loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("objective", ALL, ids=str)
@@ -124,6 +173,7 @@ def test_epochs_are_chosen_by_what_is_certified(model: nn.Module, images: Tensor
     [
         (lambda: Smoothing(sigma=0), "sigma=0"),
         (lambda: IBP(kappa=1.5), "kappa=1.5"),
+        (lambda: IBP(steady=-1), "steady=-1: must be at least 0"),
         (lambda: IBP(warm_up=0.5, ramp=0.2), "warm_up=0.5 lies behind ramp=0.2"),
         (lambda: objective_from_name("crown-ibp", kapa=0.5), "did you mean 'kappa'"),
         (lambda: IBP().check(ThreatModel("l2", 0.5)), "use norm='linf'"),

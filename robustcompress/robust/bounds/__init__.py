@@ -11,5 +11,6 @@ from __future__ import annotations
 
 from robustcompress.robust.bounds.interval import Interval, box
 from robustcompress.robust.bounds.margins import Margins, certified_by_bounds, margins
+from robustcompress.robust.bounds.warm_up import imbalance, widening
 
-__all__ = ["Interval", "Margins", "box", "certified_by_bounds", "margins"]
+__all__ = ["Interval", "Margins", "box", "certified_by_bounds", "imbalance", "margins", "widening"]

@@ -48,6 +48,7 @@ class Interval(Tensor):
         slack: Zeros [N], a leaf: its gradient is what those linear bounds lie below `point`.
         affine: Where it comes straight from a linear layer.
         shared: Whether other tensors may look at the same memory, as views do.
+        trail: Lower and upper bounds of what each ReLU was given so far, in their order; None where nobody asks.
     """
 
     value: Tensor
@@ -57,6 +58,7 @@ class Interval(Tensor):
     slack: Tensor | None
     affine: Affine | None
     shared: bool
+    trail: list[tuple[Tensor, Tensor]] | None
 
     @staticmethod
     def __new__(
@@ -69,12 +71,13 @@ class Interval(Tensor):
         slack: Tensor | None = None,
         affine: Affine | None = None,
         shared: bool = False,
+        trail: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Self:
         """Make one; see the attributes."""
         assert value.shape == lower.shape == upper.shape
         made: Self = torch.Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, device=value.device)
         made.set(value, lower, upper, point)
-        made.slack, made.affine, made.shared = slack, affine, shared
+        made.slack, made.affine, made.shared, made.trail = slack, affine, shared, trail
         return made
 
     def set(self, value: Tensor, lower: Tensor, upper: Tensor, point: Tensor | None) -> None:
@@ -104,7 +107,7 @@ class Interval(Tensor):
             point is not None and not point.requires_grad
         ):  # its graph was cut, and what lies before would count as fixed
             raise NoRuleError("crown-ibp needs gradients all the way to the images: no detach, no no_grad")
-        return Interval(value, lower, upper, point=point, slack=self.slack, shared=shared)
+        return Interval(value, lower, upper, point=point, slack=self.slack, shared=shared, trail=self.trail)
 
     @classmethod
     def __torch_function__(

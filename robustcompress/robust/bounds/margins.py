@@ -32,7 +32,15 @@ class Margins:
         return self.ibp if self.crown is None else torch.maximum(self.ibp, self.crown)
 
 
-def margins(model: nn.Module, images: Interval, y: Tensor, *, crown: bool = False, trains: bool = False) -> Margins:
+def margins(
+    model: nn.Module,
+    images: Interval,
+    y: Tensor,
+    *,
+    crown: bool = False,
+    trains: bool = False,
+    trail: list[tuple[Tensor, Tensor]] | None = None,
+) -> Margins:
     """Bound how far the class `y` leads each other one, in the mode that the model is in.
 
     The last linear layer is bounded together with the difference of its outputs (Gowal et al. 2018, section 3), which
@@ -46,15 +54,16 @@ def margins(model: nn.Module, images: Interval, y: Tensor, *, crown: bool = Fals
         crown: Also bound the logits by linear functions of the images, backwards through the network, with intervals
             for what lies in between (CROWN-IBP, Zhang et al. 2020). Needs a network that is linear but for ReLUs.
         trains: Keep the graph of that linear bound, so that it can be trained.
+        trail: Takes the bounds of what each ReLU is given, with their graph.
 
     Raises:
         UnsupportedModelError: A layer for which there is no rule; it is named.
     """
-    start = images
+    point = slack = None
     if crown:
         point = images.value.detach().clone().requires_grad_()
         slack = images.value.new_zeros(len(y)).requires_grad_()
-        start = Interval(images.value, images.lower, images.upper, point=point, slack=slack)
+    start = Interval(images.value, images.lower, images.upper, point=point, slack=slack, trail=trail)
     with torch.set_grad_enabled(crown or torch.is_grad_enabled()):
         logits = _bounded(model, start)
         found = Margins(logits.value, _by_intervals(logits, y))

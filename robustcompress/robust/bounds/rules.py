@@ -170,6 +170,8 @@ def _relu(func: Rule, x: Interval, inplace: bool = False) -> Interval:
             if x.slack is None or x.slack.shape[:1] != x.value.shape[:1]:
                 raise NoRuleError("crown-ibp has no rule for a ReLU over other things than a batch of images")
             point = BoundedReLU.apply(x.point, x.value, x.lower, x.upper, x.slack)
+        if x.trail is not None:
+            x.trail.append((x.lower, x.upper))
         return x.with_bounds(x.value.relu(), x.lower.relu(), x.upper.relu(), point)
 
     return _in_place(x, {"inplace": inplace or func in (torch.relu_, Tensor.relu_)}, made)

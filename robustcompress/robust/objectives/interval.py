@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustcompress.errors import InputError
 from robustcompress.robust.attacks import eval_mode
-from robustcompress.robust.bounds import Interval, box, margins
+from robustcompress.robust.bounds import Interval, box, imbalance, margins, widening
 from robustcompress.robust.objective import Objective, ObjectiveStep
 from robustcompress.robust.objectives.parts import check_options
 from robustcompress.robust.threat import ThreatModel
@@ -25,11 +25,13 @@ class Moment:
         eps: Share of the threat's radius.
         clean: Weight of the clean cross-entropy; the bounds' has the rest.
         crown: Weight of the CROWN-IBP bound against the interval bound.
+        steady: Weight of `widening` and of `imbalance`.
     """
 
     eps: float
     clean: float
     crown: float
+    steady: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,8 @@ class BoundObjective(Objective):
         kappa: Weight of the clean cross-entropy after the ramp; 0.5 in both papers.
         warm_up: Share of the run's epochs before the radius grows.
         ramp: Share of the run's epochs at which the radius is whole.
+        steady: Weight at the beginning of what keeps bounds from widening and ReLUs from dying (lambda_0 of Shi et al.
+            2021, section 4.3); it falls to 0 while the radius grows. 0 for none.
     """
 
     compiles: ClassVar[bool] = False
@@ -47,6 +51,7 @@ class BoundObjective(Objective):
     kappa: float = 0.5
     warm_up: float = 0.05
     ramp: float = 0.35
+    steady: float = 0.5
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -64,7 +69,10 @@ class BoundObjective(Objective):
     def moment(self, done: float) -> Moment:
         """How the ramp is when this share of it is done."""
         crown = 1 - done if self.begins_with_crown else 0.0
-        return Moment(eps=done, clean=1 - (1 - self.kappa) * done, crown=crown)
+        steady = (1 - done) * self.steady
+        # Bounds that shall not widen have to be there: before the radius grows, it is a thousandth.
+        eps = max(done, 1e-3) if steady > 0 else done
+        return Moment(eps=eps, clean=1 - (1 - self.kappa) * done, crown=crown, steady=steady)
 
     def check(self, threat: ThreatModel) -> None:
         """See `Objective.check`: the threat must be linf."""
@@ -120,12 +128,13 @@ class BoundObjective(Objective):
 class IBP(BoundObjective):
     """Cross-entropy of the worst logits that interval bounds allow (Gowal et al. 2018): for `certify(method="ibp")`.
 
-    kappa * CE(logits) + (1 - kappa) * CE(worst logits), against linf. The radius grows linearly from 0 to the threat's
-    while kappa falls from 1 to its value, over the epochs of the *run* from `warm_up` to `ramp`: in a strategy that
-    pretrains, searches and fine-tunes, what comes after the ramp is trained at the whole radius. What begins with
-    certified weights wants `warm_up=0, ramp=0`. Batch statistics, and what running statistics learn, are those of the
-    clean images (as in Shi et al. 2021, whose initialisation and regularisers are not here). About three forward and
-    three backward passes. Training this way costs much clean accuracy; nothing is attacked.
+    kappa * CE(logits) + (1 - kappa) * CE(worst logits), against linf. The radius grows linearly from 0 to the
+    threat's while kappa falls from 1 to its value, over the epochs of the *run* from `warm_up` to `ramp`: in a
+    strategy that pretrains, searches and fine-tunes, what comes after the ramp is trained at the whole radius. What
+    begins with certified weights wants `warm_up=0, ramp=0`. Batch statistics, and what running statistics learn,
+    are those of the clean images, and `steady` adds the regularisers of the warm-up (as in Shi et al. 2021, whose
+    initialisation for networks without batch norms is not here). About three forward and three backward passes.
+    Training this way costs much clean accuracy; nothing is attacked.
 
     The options are those of `BoundObjective`.
     """
@@ -194,12 +203,15 @@ def ramped(progress: float, warm_up: float, ramp: float) -> float:
 def _step(model: nn.Module, images: Tensor, y: Tensor, moment: Moment) -> ObjectiveStep:
     assert isinstance(images, Interval)
     crown = moment.crown > 0
-    found = margins(model, images, y, crown=crown, trains=torch.is_grad_enabled())
+    trail: list[tuple[Tensor, Tensor]] | None = [] if moment.steady > 0 else None
+    found = margins(model, images, y, crown=crown, trains=torch.is_grad_enabled(), trail=trail)
     leads = found.ibp
     if found.crown is not None:
         leads = moment.crown * found.crown + (1 - moment.crown) * found.ibp
     worst = F.cross_entropy(-leads, y)  # the margin of y over itself is 0
     loss = moment.clean * F.cross_entropy(found.clean, y) + (1 - moment.clean) * worst
+    if trail is not None:
+        loss = loss + moment.steady * (widening(images, trail) + imbalance(trail).to(loss.device))
     # A tie is no proof: the class itself lies a hair below 0.
     shown = (-leads.detach()).scatter(1, y[:, None], -torch.finfo(leads.dtype).tiny)
     return ObjectiveStep(loss, shown, images, found.clean.detach())

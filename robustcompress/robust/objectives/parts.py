@@ -88,6 +88,7 @@ RULES: dict[str, Callable[[Any], str]] = {
     "kappa": _share,
     "warm_up": _share,
     "ramp": _share,
+    "steady": _weight,
     "share": _part,
     "reach": _part,
     "projections": _count,

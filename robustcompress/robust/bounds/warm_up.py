@@ -1,0 +1,61 @@
+"""What keeps bounds trainable while the radius grows: they shall not widen, nor shall ReLUs die."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from robustcompress.robust.bounds.interval import Interval
+
+TOLERANCE = 0.5
+"""What is fine: bounds twice as wide as those of the images, one side of the ReLUs with half of the other's weight."""
+
+
+def widening(images: Interval, trail: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """How much wider bounds become on their way, from 0 for fine to 1: L_tightness (Shi et al. 2021, section 4.3).
+
+    Radii are means over all entries of a layer. Those of the images count in standard deviations of their pixels, which
+    is what they are of in the paper.
+
+    Args:
+        images: The box that the network was given.
+        trail: Bounds before each ReLU, of any shapes; see `margins`.
+    """
+    start = images.radius.mean() / images.value.std().clamp(min=_TINY)
+    terms = [_below(start / ((upper - lower).mean() / 2).clamp(min=_TINY)) for lower, upper in trail]
+    return torch.stack(terms).mean() if terms else images.value.new_zeros(())
+
+
+def imbalance(trail: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """How unlike are ReLUs that are always active and those that never are, from 0 for fine to 2: L_relu, the same.
+
+    Compared are the sums of the centres of either kind, and the sums of their squared distances from the mean centre.
+    A layer that lacks a kind counts as wholly unbalanced, and has no gradient.
+
+    Args:
+        trail: See `widening`.
+    """
+    terms = []
+    for lower, upper in trail:
+        centre = (lower + upper) / 2
+        active, inactive = (lower > 0).to(centre.dtype), (upper < 0).to(centre.dtype)
+        apart = (centre - centre.mean()).square()
+        terms.append(
+            _below(_likeness((centre * active).mean(), -(centre * inactive).mean()))
+            + _below(_likeness((apart * active).mean(), (apart * inactive).mean()))
+        )
+    return torch.stack(terms).mean() if terms else torch.zeros(())
+
+
+_TINY = 1e-12
+
+
+def _below(value: Tensor) -> Tensor:
+    return (TOLERANCE - value).relu() / TOLERANCE
+
+
+def _likeness(one: Tensor, other: Tensor) -> Tensor:
+    """The smaller of two numbers that are not negative, as a share of the larger."""
+    return torch.minimum(one, other) / torch.maximum(one, other).clamp(min=_TINY)
