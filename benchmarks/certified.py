@@ -103,7 +103,7 @@ def run(options: argparse.Namespace, data: DataSplits, objective: str, strategy:
     )
     cell: dict[str, Any] = {"objective": objective, "strategy": strategy, "seed": seed}
     cell |= {"macs": result.after.macs, "params": result.after.params}
-    return cell | (_votes(options, result, data) if objective == "smoothing" else _bounds(options, result, data))
+    return cell | (_votes(options, result, data) if objective == "smoothing" else bounds(options, result, data))
 
 
 def _votes(options: argparse.Namespace, result: CompressResult, data: DataSplits) -> dict[str, Any]:
@@ -112,7 +112,8 @@ def _votes(options: argparse.Namespace, result: CompressResult, data: DataSplits
     return {"n": report.n, "smoothing": shares, "abstained": report.abstained, "mean_radius": report.mean_radius}
 
 
-def _bounds(options: argparse.Namespace, result: CompressResult, data: DataSplits) -> dict[str, Any]:
+def bounds(options: argparse.Namespace, result: CompressResult, data: DataSplits) -> dict[str, Any]:
+    """What is proven of a network, and what attacks leave of it."""
     found: dict[str, Any] = {}
     for method in ("ibp", "crown-ibp"):
         report = certify(result, data, method=method, eps=EPS, max_images=options.images, device="cpu")
@@ -140,12 +141,12 @@ def markdown(value: Mapping[str, Any]) -> str:
     for objective in ("ibp", "crown-ibp", "natural"):
         for strategy in STRATEGIES:
             mine = [cell for cell in cells if (cell["objective"], cell["strategy"]) == (objective, strategy)]
-            shown = [_spread([cell[key] for cell in mine]) for key in BOUNDS]
-            rows.append([f"{objective}, {strategy}", _macs(mine), *shown])
+            shown = [spread([cell[key] for cell in mine]) for key in BOUNDS]
+            rows.append([f"{objective}, {strategy}", macs(mine), *shown])
     for strategy in STRATEGIES:
         mine = [cell for cell in cells if (cell["objective"], cell["strategy"]) == ("smoothing", strategy)]
-        shown = [_spread([cell["smoothing"][f"l2 {radius:g}"] for cell in mine]) for radius in RADII]
-        votes.append([f"smoothing, {strategy}", _macs(mine), *shown, _spread([cell["abstained"] for cell in mine])])
+        shown = [spread([cell["smoothing"][f"l2 {radius:g}"] for cell in mine]) for radius in RADII]
+        votes.append([f"smoothing, {strategy}", macs(mine), *shown, spread([cell["abstained"] for cell in mine])])
     heads = [f"certified at l2 {radius:g} %" for radius in RADII]
     first = table(["trained by", "MACs", "clean %", "IBP %", "CROWN-IBP %", "AutoAttack %", "PGD-20 %"], rows)
     second = table(["trained by", "MACs", *heads, "abstains %"], votes)
@@ -156,12 +157,14 @@ def markdown(value: Mapping[str, Any]) -> str:
     return "\n\n".join([first, second, f"{about} {provenance(value)}"])
 
 
-def _spread(shares: Sequence[float]) -> str:
+def spread(shares: Sequence[float]) -> str:
+    """Mean and range, in percent."""
     low, high = 100 * min(shares), 100 * max(shares)
     return f"{100 * statistics.mean(shares):.1f} ({low:.0f} to {high:.0f})"
 
 
-def _macs(cells: Sequence[Mapping[str, Any]]) -> str:
+def macs(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Their mean multiply-adds."""
     return f"{statistics.mean(cell['macs'] for cell in cells) / 1e3:.0f} k"
 
 

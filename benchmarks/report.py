@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import (
     any_model,
     certified,
+    certified_deep,
     compare_plots,
     compare_report,
     deployment,
@@ -45,6 +46,10 @@ from benchmarks.common import RESULTS, ROOT, read_json, write_text
 from benchmarks.grid import Grid, read_grid
 
 README = ROOT / "benchmarks" / "README.md"
+CERTIFIED: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    certified.MODULE: certified.markdown,
+    certified_deep.MODULE: certified_deep.markdown,
+}
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     structure.MODULE: structure.markdown,
     trace_memory.MODULE: trace_memory.markdown,
@@ -133,13 +138,15 @@ def pages(results: Path) -> dict[Path, str]:
     table = quickstart_table(read_json(path)) if path.exists() else NOT_RUN
     path = results / f"{any_model.MODULE}.json"
     swept = any_model.markdown(read_json(path)) if path.exists() else NOT_RUN
-    path = results / f"{certified.MODULE}.json"
-    proven = certified.markdown(read_json(path)) if path.exists() else NOT_RUN
+    proven = CERTIFICATES.read_text()
+    for module, markdown in CERTIFIED.items():
+        path = results / f"{module}.json"
+        proven = fill(proven, module, markdown(read_json(path)) if path.exists() else NOT_RUN)
     return {
         README: text,
         FRONT_PAGE: fill(FRONT_PAGE.read_text(), QUICKSTART, table),
         MODELS: fill(MODELS.read_text(), any_model.MODULE, swept),
-        CERTIFICATES: fill(CERTIFICATES.read_text(), certified.MODULE, proven),
+        CERTIFICATES: proven,
         **wanted,
     }
 

@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks import (
     any_model,
     certified,
+    certified_deep,
     common,
     deployment,
     factorised,
@@ -47,7 +48,7 @@ from tests.latency.fake import Clockwork
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     *(structure, trace_memory, training_step, search_step, search_surrogate, search_tuning),
-    *(search_tasks, search_meta, certified, regularisers, factorised, kept_memory),
+    *(search_tasks, search_meta, certified, certified_deep, regularisers, factorised, kept_memory),
     *(latency, latency_budget, deployment, any_model, onnx_files, overfitting),
 )
 
@@ -163,6 +164,20 @@ def test_certified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first.write_text(json.dumps(changed))
     assert certified.main(["--quick", "--keep", str(kept), "--out", str(out)]) == 0
     assert 77 in [cell["seed"] for cell in read(out)["results"]["cells"]]  # a kept cell is not made again
+
+
+@pytest.mark.slow
+def test_certified_deep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, kept = tmp_path / "certified_deep.json", tmp_path / "kept"
+    assert certified_deep.main(["--quick", "--keep", str(kept), "--out", str(out)]) == 0
+    value = read(out)
+    check_record(value, "certified_deep")
+    check_anonymous(out, str(tmp_path))
+    cells = value["results"]["cells"]
+    assert [cell["arm"] for cell in cells] == list(certified_deep.ARMS)
+    assert all(cell["ibp"] <= cell["crown-ibp"] <= cell["pgd-20"] <= cell["clean"] for cell in cells)
+    assert certified_deep.markdown(value) in capsys.readouterr().out
+    assert len(list(kept.iterdir())) == len(cells)
 
 
 def test_the_page_on_onnx_files_holds_the_committed_figures() -> None:

@@ -37,7 +37,7 @@ def test_they_are_their_sums(found: list[Layer]) -> None:
     start = float(bounds.radius.mean()) / float(images.std())
     wide, unlike = 0.0, 0.0
     for layer in found:
-        wide += short(start / (sum(r for _, r in layer) / len(layer)))
+        wide += max(0.0, math.log(0.5 * sum(r for _, r in layer) / len(layer) / start))
         middle = sum(c for c, _ in layer) / len(layer)
         for power in (1, 2):
             around = middle if power == 2 else 0.0
@@ -72,7 +72,7 @@ def test_following_them_keeps_bounds_narrow_and_relus_alive(seed: int) -> None:
         first, *_, last = ((upper - lower).detach().mean() for lower, upper in trail)
         seen.append([float(value.detach()) for value in (*terms, last / first)])
     assert len(trail) == 4
-    assert seen[-1][0] < 0.5 * seen[0][0] and seen[-1][1] <= seen[0][1] + 0.05
+    assert seen[-1][0] < seen[0][0] - 1 and seen[-1][1] <= seen[0][1] + 0.05
     assert seen[-1][2] < 0.5 * seen[0][2], "bounds before the last ReLU, against those before the first"
 
 
@@ -97,7 +97,7 @@ def test_dead_layers_and_none_at_all_have_finite_gradients() -> None:
     below = torch.full((2, 4), -2.0, requires_grad=True)
     for trail in ([(below - 0.1, below + 0.1)], [(below - 9, below + 9)], [(0 * below, 0 * below)]):
         terms = widening(box(images, 0.1), trail), imbalance(trail)
-        assert all(0 <= float(term.detach()) <= 2 for term in terms)
+        assert all(0 <= float(term.detach()) < 5 for term in terms)
         (slope,) = torch.autograd.grad(sum(terms, torch.zeros(())), below, allow_unused=True, materialize_grads=True)
         assert slope.isfinite().all()
     assert float(widening(box(images, 0.1), [])) == float(imbalance([])) == 0

@@ -14,22 +14,25 @@ TOLERANCE = 0.5
 
 
 def widening(images: Interval, trail: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """How much wider bounds become on their way, from 0 for fine to 1: L_tightness (Shi et al. 2021, section 4.3).
+    """How many times wider than twice the images' bounds become on their way: the mean of the logarithms, at least 0.
 
-    Radii are means over all entries of a layer. Those of the images count in standard deviations of their pixels, which
-    is what they are of in the paper.
+    After L_tightness of Shi et al. (2021, section 4.3), whose term is `max(0, tau - r) / tau` of the inverse ratio `r`.
+    Behind a few batch norms bounds begin thousands of times wider than those of the images; there that term is 1, and
+    has no slope to speak of. The logarithm's slope is the same wherever bounds are too wide. Radii are means over all
+    entries of a layer; those of the images count in standard deviations of their pixels, as they do in the paper.
 
     Args:
         images: The box that the network was given.
         trail: Bounds before each ReLU, of any shapes; see `margins`.
     """
     start = images.radius.mean() / images.value.std().clamp(min=_TINY)
-    terms = [_below(start / ((upper - lower).mean() / 2).clamp(min=_TINY)) for lower, upper in trail]
+    widths = [TOLERANCE * (upper - lower).mean() / 2 for lower, upper in trail]
+    terms = [(width / start.clamp(min=_TINY)).clamp(min=_TINY).log().relu() for width in widths]
     return torch.stack(terms).mean() if terms else images.value.new_zeros(())
 
 
 def imbalance(trail: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """How unlike are ReLUs that are always active and those that never are, from 0 for fine to 2: L_relu, the same.
+    """How unlike are ReLUs that are always active and those that never are, from 0 for fine to 2: L_relu of the paper.
 
     Compared are the sums of the centres of either kind, and the sums of their squared distances from the mean centre.
     A layer that lacks a kind counts as wholly unbalanced, and has no gradient.

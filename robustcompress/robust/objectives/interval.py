@@ -51,7 +51,7 @@ class BoundObjective(Objective):
     kappa: float = 0.5
     warm_up: float = 0.05
     ramp: float = 0.35
-    steady: float = 0.5
+    steady: float = 0.0
 
     def __post_init__(self) -> None:
         check_options(self)
