@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def ground(path: Path) -> Path:
+    """What is nearest above a path that may not exist: what lacks in between is made there when it is written.
+
+    It may be a file, or a link that leads nowhere; then nothing can be.
+    """
+    return next(above for above in path.absolute().parents if above.exists() or above.is_symlink())
+
+
 def sync_file(file: IO[Any]) -> None:
     """Have the disk hold what was written, before a rename relies on it."""
     file.flush()

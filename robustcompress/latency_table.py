@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from robustcompress.budget import human, measure
+from robustcompress.durable import ground
 from robustcompress.errors import InputError, Problems
 from robustcompress.export import export_onnx
 from robustcompress.export.timing import Stopwatch
@@ -108,7 +109,7 @@ def export_latency(
 
     Args:
         model: The reference that will be compressed; not touched. Its weights do not matter.
-        directory: Must not exist; its parent must.
+        directory: Must not exist; directories above it are made.
         image_shape: (C, H, W) of the images that it will be compressed for.
         num_classes: Of the data that it will be compressed for, where its classifier has others.
         round_to: Of what widths will be multiples; as `compress` chooses where None.
@@ -123,8 +124,8 @@ def export_latency(
     shape = tuple(image_shape)
     if directory.exists():
         problems.add(f"{directory} exists: choose another directory")
-    elif not directory.parent.is_dir():
-        problems.add(f"there is no directory {directory.parent}: create it first")
+    elif not ground(directory).is_dir():
+        problems.add(f"{ground(directory)} is no directory: choose another place")
     if len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
         problems.add(f"image_shape={image_shape!r}: give (3, height, width)")
     for key, value, least in (
@@ -152,6 +153,7 @@ def export_latency(
             "smaller round_to"
         )
     stopwatch = Stopwatch(editor, (shape[0], shape[1], shape[2]))
+    directory.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         draft.chmod(0o755)

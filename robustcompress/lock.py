@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import socket
@@ -32,6 +33,7 @@ class _Held:
     owner: tuple[int, int]
     path: Path
     descriptor: int
+    made: list[Path]
     depth: int = 1
 
 
@@ -77,8 +79,9 @@ def _one(place: Path) -> Iterator[None]:
             raise _taken(place, {"host": socket.gethostname(), "pid": me[0], "thread": True})
         else:  # free, or held by the process that this one was forked from, which the kernel knows
             path = _file_of(key)
+            made = _make_way(path)
             descriptor = _lock(place, path)
-            mine = None if descriptor is None else _Held(me, path, descriptor)
+            mine = None if descriptor is None else _Held(me, path, descriptor, made)
             if mine is not None:
                 _held[key] = mine
     try:
@@ -92,11 +95,24 @@ def _one(place: Path) -> Iterator[None]:
                     with contextlib.suppress(OSError):
                         mine.path.unlink()
                     os.close(mine.descriptor)
+                    with contextlib.suppress(OSError):  # something was written there
+                        for directory in mine.made:
+                            directory.rmdir()
 
 
 def _file_of(key: Path) -> Path:
     beside = key.with_name(f".{key.name}{NAME}")
     return key / NAME if key.is_dir() and not os.access(key.parent, os.W_OK) else beside
+
+
+def _make_way(path: Path) -> list[Path]:
+    """Make the directories above a file, or two could begin in a place that neither has made; those that are new."""
+    made = list(itertools.takewhile(lambda above: not above.exists(), path.parents))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:  # there can be no lock there; whoever writes there says why not
+        return []
+    return made
 
 
 def _lock(place: Path, path: Path) -> int | None:

@@ -16,7 +16,7 @@ from torch import nn
 from robustcompress.api import carry_out
 from robustcompress.budget import Budget, Cost, measure
 from robustcompress.checkpoint import same_run
-from robustcompress.durable import write_json
+from robustcompress.durable import ground, write_json
 from robustcompress.errors import DiskError, InputError, OutOfTime, Problems, ResultError, RobustCompressError
 from robustcompress.export.timing import Stopwatch
 from robustcompress.front import Front, Point, accuracies_of
@@ -199,8 +199,8 @@ def _jobs(problems: Problems, strategies: Any, budgets: Any, axis: str | None, r
 def check_out(out: Path) -> None:
     """Raise one InputError when the directory cannot hold a front."""
     if not out.exists():
-        if not out.parent.is_dir():
-            raise InputError(f"out={out}: there is no directory {out.parent}; create it first")
+        if not ground(out).is_dir():
+            raise InputError(f"out={out}: {ground(out)} is no directory; choose another place")
     elif not out.is_dir():
         raise InputError(f"out={out} is a file; name a directory")
     elif any(out.iterdir()) and not (out / RECORD).is_file():
@@ -358,7 +358,7 @@ class _Run:
         return Front(points=tuple(self._points), attack=self._attack, threat=base.threat, data=shown, seed=base.seed)
 
     def _open(self) -> None:
-        self._out.mkdir(exist_ok=True)
+        self._out.mkdir(parents=True, exist_ok=True)
         record = read_json(self._out / RECORD)
         if record is None:
             return

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from robustcompress.api import compress
 from robustcompress.budget import Budget, human
 from robustcompress.data import DataSplits, load_data
+from robustcompress.durable import ground
 from robustcompress.errors import InputError, ParityError
 from robustcompress.export import ExportReport, export_onnx, load_session
 from robustcompress.export.ends import INPUT, LOGITS
@@ -178,9 +179,10 @@ def _draft(out: Path) -> Path:
     """Make the directory in which everything is first put together, beside `out`."""
     if out.exists():
         raise InputError(f"{out} exists; choose another directory with --out, or remove it first")
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: there is no directory {out.parent}; create it first, or choose another with --out")
+    if not ground(out).is_dir():
+        raise InputError(f"{out}: {ground(out)} is no directory; choose another place with --out")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f"{out.name}-unfinished-", dir=out.parent))
     except OSError as error:
         raise InputError(

@@ -18,6 +18,7 @@ from torch import nn
 from robustcompress.bounded import build_bounded, replay_bounded
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.checkpoint.disk import reason, save_tensors, sync_directory, write_text
+from robustcompress.durable import ground
 from robustcompress.errors import DiskError, InputError, ResultError
 from robustcompress.hub import fetch, is_address
 from robustcompress.min_robust import lines_of, trials_of
@@ -97,19 +98,20 @@ class CompressResult:
         Everything is written beside the directory first and moved there at the end, so that it is whole or absent.
 
         Args:
-            directory: Must not exist, unless `overwrite`; its parent must.
+            directory: Must not exist, unless `overwrite`; directories above it are made.
             overwrite: Replace a result that is there. A directory that holds anything else is never replaced.
 
         Returns:
             The directory.
 
         Raises:
-            InputError: The directory exists, or its parent does not.
+            InputError: The directory exists, or cannot be made.
             DiskError: It cannot be written.
         """
         directory = Path(directory)
         check_target(directory, overwrite=overwrite)
         try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         except OSError as error:
             raise _unwritten(directory, error) from error
@@ -243,9 +245,9 @@ def _put_in_place(new: Path, directory: Path) -> None:
 
 def check_target(directory: Path, *, overwrite: bool = False) -> None:
     """Raise one InputError when a result cannot be written to `directory`."""
-    parent = directory.parent
+    parent = ground(directory)
     if not parent.is_dir():
-        raise InputError(f"{directory}: there is no directory {parent}; create it first")
+        raise InputError(f"{directory}: {parent} is no directory; choose another place")
     if directory.exists() and not (overwrite and (directory / RESULT).is_file()):
         raise InputError(f"{directory} exists; choose another directory, or remove it first")
     if directory.exists():

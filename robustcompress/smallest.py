@@ -62,7 +62,7 @@ def workplace(directory: Path | None, *, keep: bool = False) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="robustcompress-") as temporary:
             yield Path(temporary)
         return
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     yield directory
     if not keep:
         clear(directory)

@@ -127,10 +127,23 @@ def test_without_locks_of_the_file_system_the_file_is_believed(tmp_path: Path, m
 
 
 def test_where_no_file_can_be_made_nothing_is_locked(tmp_path: Path) -> None:
-    with held(tmp_path / "no" / "parent"), held(None):
-        pass
+    (tmp_path / "file").write_text("")
+    with held(tmp_path / "file" / "below"), held(None):
+        assert not lock._held
     (tmp_path / "c").mkdir()
     assert lock._file_of(tmp_path / "c") == tmp_path / ".c.lock"
+
+
+def test_directories_on_the_way_are_made_and_stay_only_where_something_was_written(tmp_path: Path) -> None:
+    with held(tmp_path / "a" / "b" / "c"):
+        with held(tmp_path / "a" / "b" / "c"):
+            assert (tmp_path / "a" / "b").is_dir()
+        assert lock._held, "the outer one still holds"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with held(tmp_path / "mine" / "c"), held(tmp_path / "d" / "e" / "f"):
+        (tmp_path / "d" / "result").write_text("")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["d", "d/result", "mine"]
 
 
 def test_a_command_is_refused_at_once(holder: subprocess.Popen[str], tmp_path: Path) -> None:

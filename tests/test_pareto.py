@@ -205,8 +205,8 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "f" / "thesis.tex").touch()
     with pytest.raises(rc.InputError, match="holds other things"):
         run(tmp_path / "f")
-    with pytest.raises(rc.InputError, match="there is no directory"):
-        run(tmp_path / "a" / "b")
+    with pytest.raises(rc.InputError, match="is no directory"):
+        run(tmp_path / "f" / "thesis.tex" / "b")
     run(tmp_path / "g", "uniform", budgets=(0.3,))
     with pytest.raises(rc.InputError, match=r"of another run.*\n.*epochs: 1.0 there, 2.0 here|epochs: 1.0 there, 2.0"):
         run(tmp_path / "g", "uniform", epochs=2.0)

@@ -137,16 +137,25 @@ def test_overwrite_replaces_results_only(result: rc.CompressResult, copy: Path, 
     assert (other / "chapter1.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("path", ["absent/out", "file/out", "absent/deeper/out"])
+def test_directories_on_the_way_are_made(result: rc.CompressResult, tmp_path: Path) -> None:
+    out = tmp_path / "absent" / "deeper" / "out"
+    check_target(out)
+    assert not (tmp_path / "absent").exists(), "looking makes nothing"
+    result.save(out)
+    assert rc.load(out).seed == result.seed and [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("path", ["file/out", "file/deeper/out", "nowhere/out"])
 def test_a_place_that_cannot_be_written_is_refused_in_one_line(
     path: str, result: rc.CompressResult, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(rc.InputError, match="there is no directory"):
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(rc.InputError, match="is no directory; choose another place"):
         result.save(tmp_path / path)
-    with pytest.raises(rc.InputError, match="there is no directory"):
+    with pytest.raises(rc.InputError, match="is no directory; choose another place"):
         check_target(tmp_path / path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "nowhere"]
 
 
 def test_no_permission_is_refused_in_one_line(

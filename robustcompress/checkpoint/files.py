@@ -18,6 +18,7 @@ import torch
 
 from robustcompress.checkpoint.disk import NotWrittenError, reason, save_tensors, sync_directory, write_text
 from robustcompress.checkpoint.small import decode, encode, is_dense
+from robustcompress.durable import ground
 from robustcompress.errors import CheckpointError, InputError
 from robustcompress.lock import NAME as LOCK
 
@@ -65,7 +66,7 @@ def write(
     of the new index puts it in force. Where there is no room for three, the oldest goes first.
 
     Args:
-        directory: Made if it does not exist; its parent must.
+        directory: Made if it does not exist, with those above it.
         record: Plain JSON.
         tensors: By name; shared and non-contiguous tensors may be among them.
         half: The small form: weights in float16, averages and moments as int8 with a scale per row, files of at most
@@ -91,7 +92,7 @@ def write(
 
 
 def _write(directory: Path, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, half: bool) -> None:
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     arrays, forms = encode(tensors) if half else ({name: tensor.detach() for name, tensor in tensors.items()}, {})
     number = 1 + max((int(found[1]) for path in directory.iterdir() if (found := _ours(path))), default=0)
     files: list[dict[str, Any]] = []
@@ -250,13 +251,13 @@ def check_directory(directory: Path, *, also: str = "") -> None:
     """Raise one InputError when a checkpoint cannot be kept in `directory`.
 
     Args:
-        directory: May not exist yet; its parent must.
+        directory: May not exist yet.
         also: Regular expression of names that may lie there beside a checkpoint's own.
     """
-    if not directory.parent.is_dir():
-        raise InputError(f"checkpoint={directory}: there is no directory {directory.parent}; create it first")
     if not directory.exists():
-        place = directory.parent
+        place = ground(directory)
+        if not place.is_dir():
+            raise InputError(f"checkpoint={directory}: {place} is no directory; choose another place")
     elif not directory.is_dir():
         raise InputError(f"checkpoint={directory} is a file; name a directory")
     else:

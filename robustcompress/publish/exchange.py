@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from robustcompress.data import DataSplits, Images
+from robustcompress.durable import ground
 from robustcompress.errors import InputError
 from robustcompress.hub import Address, Sent, fetch, send
 from robustcompress.models import ModelSpec
@@ -115,7 +116,7 @@ def pull(address: str, directory: str | Path, *, model: Reference = None) -> Pat
 
     Args:
         address: "hf://owner/name", or "hf://owner/name@revision".
-        directory: Must not exist; its parent must.
+        directory: Must not exist; directories above it are made.
         model: As for `load`; a result of the author's own network is put in place without it, and not built.
 
     Returns:
@@ -129,10 +130,11 @@ def pull(address: str, directory: str | Path, *, model: Reference = None) -> Pat
     directory, where = Path(directory), Address.read(address)
     if directory.exists():
         raise InputError(f"{directory} exists; choose another directory, or remove it first")
-    if not directory.parent.is_dir():
-        raise InputError(f"{directory}: there is no directory {directory.parent}; create it first")
+    if not ground(directory).is_dir():
+        raise InputError(f"{directory}: {ground(directory)} is no directory; choose another place")
     optional = (HISTORY, RECIPE, CARD, *BESIDE)
     cached = fetch(where, (RESULT, WEIGHTS), optional=optional)
+    directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         temporary.chmod(0o755)

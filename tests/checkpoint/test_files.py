@@ -146,10 +146,14 @@ def test_places_that_cannot_hold_a_checkpoint_are_refused(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    for place, said in (("no/parent", "create it first"), ("file", "is a file"), ("full", r"also holds thesis\.tex")):
+    for place, said in (("file/below", "is no directory"), ("file", "is a file"), ("full", r"also holds thesis\.tex")):
         with pytest.raises(InputError, match=said):
             check_directory(tmp_path / place)
     check_directory(tmp_path / "new")
+    check_directory(tmp_path / "no" / "parent")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"], "looking makes nothing"
+    write(tmp_path / "no" / "parent", {"n": 1}, {"x": torch.ones(3)})
+    assert read(tmp_path / "no" / "parent") is not None
 
 
 def test_what_the_writer_of_tensors_leaves_when_it_is_killed_is_no_stranger(tmp_path: Path) -> None:
