@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from benchmarks.common import (
     add_out,
+    kept_cell,
     make_parser,
     out_path,
     positive,
     provenance,
-    read_json,
     record,
     table,
     threads,
@@ -169,18 +169,9 @@ def macs(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _kept(options: argparse.Namespace, data: DataSplits, objective: str, strategy: str, seed: int) -> dict[str, Any]:
-    """A cell, from --keep where it is there with the same settings."""
     settings = {key: getattr(options, key) for key in ("epochs", "draws", "images")}
-    path = None if options.keep is None else Path(options.keep) / f"{objective}-{strategy}-{seed}.json"
-    if path is not None and path.is_file():
-        value = read_json(path)
-        if value["settings"] == settings:
-            return dict(value["cell"])
-    cell = run(options, data, objective, strategy, seed)
-    print(cell, file=sys.stderr)
-    if path is not None:
-        write_json(path, {"format": 1, "settings": settings, "cell": cell})
-    return cell
+    name = f"{objective}-{strategy}-{seed}"
+    return kept_cell(options.keep, name, settings, lambda: run(options, data, objective, strategy, seed))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,11 +19,11 @@ from typing import Any
 from benchmarks.certified import BOUNDS, EPS, bounds, macs, spread
 from benchmarks.common import (
     add_out,
+    kept_cell,
     make_parser,
     out_path,
     positive,
     provenance,
-    read_json,
     record,
     table,
     threads,
@@ -95,18 +95,9 @@ def markdown(value: Mapping[str, Any]) -> str:
 
 
 def _kept(options: argparse.Namespace, data: DataSplits, arm: str, seed: int) -> dict[str, Any]:
-    """A cell, from --keep where it is there with the same settings."""
     settings = {"epochs": options.epochs, "images": options.images, "objective": ARMS[arm].to_json()}
-    path = None if options.keep is None else Path(options.keep) / f"{list(ARMS).index(arm)}-{seed}.json"
-    if path is not None and path.is_file():
-        value = read_json(path)
-        if value["settings"] == settings:
-            return dict(value["cell"])
-    cell = run(options, data, arm, seed)
-    print(cell, file=sys.stderr)
-    if path is not None:
-        write_json(path, {"format": 1, "settings": settings, "cell": cell})
-    return cell
+    name = f"{list(ARMS).index(arm)}-{seed}"
+    return kept_cell(options.keep, name, settings, lambda: run(options, data, arm, seed))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -224,6 +224,29 @@ def write_text(path: Path, text: str) -> None:
         Path(draft).unlink(missing_ok=True)
 
 
+def kept_cell(
+    directory: Path | None, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """A cell as it was kept with the same settings; else it is made, told to the terminal, and kept.
+
+    Args:
+        directory: Where cells are kept; None for nowhere.
+        name: Of the cell's file.
+        settings: What it depends on beside its name, as plain data.
+        make: Makes it.
+    """
+    path = None if directory is None else directory / f"{name}.json"
+    if path is not None and path.is_file():
+        value = read_json(path)
+        if value["settings"] == settings:
+            return dict(value["cell"])
+    cell = make()
+    print(cell, file=sys.stderr, flush=True)
+    if path is not None:
+        write_json(path, {"format": 1, "settings": settings, "cell": cell})
+    return cell
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a record back."""
     value: dict[str, Any] = json.loads(path.read_text())

@@ -226,7 +226,7 @@ def test_without_huggingface_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_places_that_are_taken(hub: StandIn, saved: Path, tmp_path: Path) -> None:
     rc.push(saved, "me/robust")
     hub.asked.clear()
-    for place, said in ((saved, "exists"), (tmp_path / "no" / "x", "create it first")):
+    for place, said in ((saved, "exists"), (saved / "result.json" / "x", "is no directory")):
         with pytest.raises(rc.InputError, match=said):
             rc.pull("hf://me/robust", place)
     assert not hub.asked
