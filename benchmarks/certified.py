@@ -170,6 +170,7 @@ def macs(cells: Sequence[Mapping[str, Any]]) -> str:
 
 def _kept(options: argparse.Namespace, data: DataSplits, objective: str, strategy: str, seed: int) -> dict[str, Any]:
     settings = {key: getattr(options, key) for key in ("epochs", "draws", "images")}
+    settings |= {"eps": EPS, "sigma": SIGMA, "objective": objectives()[objective].to_json()}
     name = f"{objective}-{strategy}-{seed}"
     return kept_cell(options.keep, name, settings, lambda: run(options, data, objective, strategy, seed))
 

@@ -95,7 +95,8 @@ def markdown(value: Mapping[str, Any]) -> str:
 
 
 def _kept(options: argparse.Namespace, data: DataSplits, arm: str, seed: int) -> dict[str, Any]:
-    settings = {"epochs": options.epochs, "images": options.images, "objective": ARMS[arm].to_json()}
+    settings = {"epochs": options.epochs, "images": options.images, "eps": EPS, "recipe": RECIPE.to_json()}
+    settings |= {"objective": ARMS[arm].to_json()}
     name = f"{list(ARMS).index(arm)}-{seed}"
     return kept_cell(options.keep, name, settings, lambda: run(options, data, arm, seed))
 

@@ -83,10 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         models, options.batch_size, options.attack_steps, options.steps = ["resnet8", "resnet8:4:1"], 8, 2, 3
     results = earlier(path) if options.keep else []
     wanted = cells(models, options.batch_size, options.attack_steps)
-    for name, batch_size, _ in wanted:
-        if (LOOK + options.steps + 1) * batch_size > EPOCH:
-            said = f"{LOOK + options.steps + 1} steps of {batch_size} images are more than an epoch of {EPOCH:,}"
-            raise SystemExit(f"{name}: {said}; time fewer (--steps) or smaller ones")
+    for _, batch_size, _ in wanted:
+        check_fits(batch_size, options.steps)
     pixels = random_images(max(batch_size for _, batch_size, _ in wanted), options.seed).pixels
     data = {"name": "random bytes", "sha256": hashlib.sha256(pixels.numpy().data).hexdigest()}
     with threads(options.threads):
@@ -219,6 +217,13 @@ class TakingTurns(Batches):
             self.since = self.clock()
 
 
+def check_fits(batch_size: int, steps: int) -> None:
+    """Raise SystemExit where so many steps, from the first look at clean images on, leave an epoch."""
+    if (LOOK + steps + 1) * batch_size > EPOCH:
+        said = f"{LOOK + steps + 1} steps of {batch_size} images are more than an epoch of {EPOCH:,}"
+        raise SystemExit(f"{said}: time fewer of them (--steps), or smaller ones")
+
+
 def _run(
     model: nn.Module,
     rivals: Mapping[str, Callable[[], object]],
@@ -233,6 +238,7 @@ def _run(
     A step before them is not timed: it takes memory for the first time. The first of those that are looks at the clean
     images, as every `LOOK`th after it does.
     """
+    check_fits(batch_size, steps)
     recipe = Recipe(batch_size=batch_size)
     generator = torch.Generator().manual_seed(seed)
     batches = TakingTurns(random_images(EPOCH, seed), batch_size, augment="crop-flip", generator=generator)

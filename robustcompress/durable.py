@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +16,47 @@ def ground(path: Path) -> Path:
 
     It may be a file, or a link that leads nowhere; then nothing can be.
     """
-    return next(above for above in path.absolute().parents if above.exists() or above.is_symlink())
+    above = path.absolute().parents
+    return next((parent for parent in above if parent.exists() or parent.is_symlink()), path.absolute())
+
+
+def make_way(path: Path) -> list[Path]:
+    """Make the directories above a path.
+
+    Returns:
+        Those that are new, the lowest first, for `clear_way`.
+
+    Raises:
+        OSError: They cannot be made; none of them stays.
+    """
+    made = list(itertools.takewhile(lambda above: not above.exists(), path.absolute().parents))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        clear_way(made)
+        raise
+    return made
+
+
+def clear_way(made: Sequence[Path]) -> None:
+    """Remove what `make_way` made, but for directories in which something is by now."""
+    with contextlib.suppress(OSError):
+        for directory in made:
+            directory.rmdir()
+
+
+@contextlib.contextmanager
+def way_to(path: Path) -> Iterator[None]:
+    """Within it the directories above a path exist; afterwards those that are new and still empty are removed.
+
+    Raises:
+        OSError: They cannot be made.
+    """
+    made = make_way(path)
+    try:
+        yield
+    finally:
+        clear_way(made)
 
 
 def sync_file(file: IO[Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from robustcompress.distributed import ALONE, World
+from robustcompress.durable import clear_way, make_way
 from robustcompress.errors import InputError
 
 NAME = ".lock"
@@ -79,8 +79,8 @@ def _one(place: Path) -> Iterator[None]:
             raise _taken(place, {"host": socket.gethostname(), "pid": me[0], "thread": True})
         else:  # free, or held by the process that this one was forked from, which the kernel knows
             path = _file_of(key)
-            made = _make_way(path)
-            descriptor = _lock(place, path)
+            made: list[Path] = []
+            descriptor = _lock(place, path, made)
             mine = None if descriptor is None else _Held(me, path, descriptor, made)
             if mine is not None:
                 _held[key] = mine
@@ -95,9 +95,7 @@ def _one(place: Path) -> Iterator[None]:
                     with contextlib.suppress(OSError):
                         mine.path.unlink()
                     os.close(mine.descriptor)
-                    with contextlib.suppress(OSError):  # something was written there
-                        for directory in mine.made:
-                            directory.rmdir()
+                    clear_way(mine.made)
 
 
 def _file_of(key: Path) -> Path:
@@ -105,21 +103,24 @@ def _file_of(key: Path) -> Path:
     return key / NAME if key.is_dir() and not os.access(key.parent, os.W_OK) else beside
 
 
-def _make_way(path: Path) -> list[Path]:
-    """Make the directories above a file, or two could begin in a place that neither has made; those that are new."""
-    made = list(itertools.takewhile(lambda above: not above.exists(), path.parents))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:  # there can be no lock there; whoever writes there says why not
-        return []
-    return made
+def _lock(place: Path, path: Path, made: list[Path]) -> int | None:
+    """The open file that holds the lock; None where there can be none.
 
-
-def _lock(place: Path, path: Path) -> int | None:
-    """The open file that holds the lock; None where there can be none."""
+    Args:
+        place: What is locked, for the message.
+        path: The file. Directories above it are made, or two could begin in a place that neither has made yet.
+        made: Takes those that are new.
+    """
+    lost = 0
     while True:
         try:
+            made[:0] = make_way(path)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            lost += 1
+            if lost > 100:
+                return None
+            continue  # somebody whose way it was too has just removed it: once more
         except OSError:
             return None
         try:

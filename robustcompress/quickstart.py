@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustcompress.api import compress
 from robustcompress.budget import Budget, human
 from robustcompress.data import DataSplits, load_data
-from robustcompress.durable import ground
+from robustcompress.durable import clear_way, ground, make_way
 from robustcompress.errors import InputError, ParityError
 from robustcompress.export import ExportReport, export_onnx, load_session
 from robustcompress.export.ends import INPUT, LOGITS
@@ -117,7 +117,7 @@ def quickstart(out: str | Path, plan: Plan = FULL, *, seed: int = 0) -> Output:
     """
     began = time.perf_counter()
     out = Path(out)
-    draft = _draft(out)
+    draft, made = _draft(out)
     threads = torch.get_num_threads()
     # The batches are too small for more threads to pay, and where other programs run too, threads spin for each other
     # a hundred times as long. It also makes the numbers the same whatever the number of cores.
@@ -172,24 +172,25 @@ def quickstart(out: str | Path, plan: Plan = FULL, *, seed: int = 0) -> Output:
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(draft, ignore_errors=True)
+        clear_way(made)
     return Output(document=document, parts=(_table(document), *_lines(out, document, tests, plan)))
 
 
-def _draft(out: Path) -> Path:
-    """Make the directory in which everything is first put together, beside `out`."""
+def _draft(out: Path) -> tuple[Path, list[Path]]:
+    """Make the directory in which everything is first put together, beside `out`; also what was made on the way."""
     if out.exists():
         raise InputError(f"{out} exists; choose another directory with --out, or remove it first")
     if not ground(out).is_dir():
         raise InputError(f"{out}: {ground(out)} is no directory; choose another place with --out")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        made = make_way(out)
         draft = Path(tempfile.mkdtemp(prefix=f"{out.name}-unfinished-", dir=out.parent))
     except OSError as error:
         raise InputError(
             f"{out.parent} cannot be written to ({error.strerror}); choose another directory with --out"
         ) from error
     draft.chmod(0o755)
-    return draft
+    return draft, made
 
 
 def _reference(data: DataSplits, seed: int) -> nn.Module:

@@ -18,7 +18,7 @@ from torch import nn
 from robustcompress.bounded import build_bounded, replay_bounded
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.checkpoint.disk import reason, save_tensors, sync_directory, write_text
-from robustcompress.durable import ground
+from robustcompress.durable import ground, way_to
 from robustcompress.errors import DiskError, InputError, ResultError
 from robustcompress.hub import fetch, is_address
 from robustcompress.min_robust import lines_of, trials_of
@@ -111,19 +111,17 @@ class CompressResult:
         directory = Path(directory)
         check_target(directory, overwrite=overwrite)
         try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+            with way_to(directory):
+                temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+                try:
+                    temporary.chmod(0o755)
+                    self._write(temporary)
+                    _put_in_place(temporary, directory)
+                    sync_directory(directory.parent)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             raise _unwritten(directory, error) from error
-        try:
-            temporary.chmod(0o755)
-            self._write(temporary)
-            _put_in_place(temporary, directory)
-            sync_directory(directory.parent)
-        except OSError as error:
-            raise _unwritten(directory, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return directory
 
     def _write(self, directory: Path) -> None:

@@ -146,6 +146,22 @@ def test_directories_on_the_way_are_made_and_stay_only_where_something_was_writt
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["d", "d/result", "mine"]
 
 
+def test_a_way_that_somebody_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tries = lock.make_way, []
+
+    def removed_once(path: Path) -> list[Path]:
+        made = real(path)
+        tries.append(path)
+        if len(tries) == 1:
+            path.parent.rmdir()
+        return made
+
+    monkeypatch.setattr(lock, "make_way", removed_once)
+    with held(tmp_path / "runs" / "a"):
+        assert len(tries) == 2 and (tmp_path / "runs" / ".a.lock").is_file()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_command_is_refused_at_once(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     from robustcompress.cli import main
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import robustcompress as rc
+from robustcompress.errors import DiskError
 from robustcompress.models import ModelSpec, identify, resnet8
 from robustcompress.result import HISTORY, RESULT, WEIGHTS, check_target
 from robustcompress.strategies import make_strategy
@@ -143,6 +145,23 @@ def test_directories_on_the_way_are_made(result: rc.CompressResult, tmp_path: Pa
     assert not (tmp_path / "absent").exists(), "looking makes nothing"
     result.save(out)
     assert rc.load(out).seed == result.seed and [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_a_result_that_cannot_be_written_leaves_no_directories(
+    result: rc.CompressResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("robustcompress.result.save_tensors", full)
+    with pytest.raises(DiskError, match="No space left"):
+        result.save(tmp_path / "absent" / "deeper" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_root_of_the_file_system_is_refused() -> None:
+    with pytest.raises(rc.InputError, match="exists"):
+        check_target(Path("/"))
 
 
 @pytest.mark.parametrize("path", ["file/out", "file/deeper/out", "nowhere/out"])

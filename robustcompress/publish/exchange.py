@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from robustcompress.data import DataSplits, Images
-from robustcompress.durable import ground
+from robustcompress.durable import ground, way_to
 from robustcompress.errors import InputError
 from robustcompress.hub import Address, Sent, fetch, send
 from robustcompress.models import ModelSpec
@@ -134,18 +134,18 @@ def pull(address: str, directory: str | Path, *, model: Reference = None) -> Pat
         raise InputError(f"{directory}: {ground(directory)} is no directory; choose another place")
     optional = (HISTORY, RECIPE, CARD, *BESIDE)
     cached = fetch(where, (RESULT, WEIGHTS), optional=optional)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        temporary.chmod(0o755)
-        for path in sorted({path for pattern in (RESULT, WEIGHTS, *optional) for path in cached.glob(pattern)}):
-            shutil.copyfile(path, temporary / path.name)
+    with way_to(directory):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            load(temporary, model=model)
-        except InputError as error:
-            if model is not None or "needs its reference model" not in str(error):
-                raise
-        temporary.replace(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            temporary.chmod(0o755)
+            for path in sorted({path for pattern in (RESULT, WEIGHTS, *optional) for path in cached.glob(pattern)}):
+                shutil.copyfile(path, temporary / path.name)
+            try:
+                load(temporary, model=model)
+            except InputError as error:
+                if model is not None or "needs its reference model" not in str(error):
+                    raise
+            temporary.replace(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return directory

@@ -242,11 +242,12 @@ def train(
                 optimizer.step()
                 if ema is not None:
                     ema.update_parameters(model)
+                look = done % len(batches) % every == 0  # at the first step of each epoch, however few it has
                 with precision:
-                    found = _note(model, step, x, y, look=done % every == 0, count=count)
+                    found = _note(model, step, x, y, look=look, count=count)
                 climbed = [now - then for now, then in zip(_sums(shared), so_far, strict=True)]
                 sums = engine.totals([*found, *climbed], x.device)
-                meter.add(sums[:3], count, looked=done % every == 0 or step.clean_logits is not None)
+                meter.add(sums[:3], count, looked=look or step.clean_logits is not None)
                 if shared is not None:
                     shared.take_sums([then + more for then, more in zip(so_far, sums[3:], strict=True)])
             else:

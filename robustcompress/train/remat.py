@@ -76,7 +76,22 @@ def _again(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """For the pass forward nothing; for the one on the way back the modes of now, and buffers that stay as they are."""
     modes = [(module, module.training) for module in block.modules()]
-    return nullcontext(), _second_time(modes)
+    return nullcontext(), _SecondTime(modes)
+
+
+class _SecondTime:
+    """`_second_time`, for as many ways back as there are: a graph that is kept may be gone through again."""
+
+    def __init__(self, modes: list[tuple[nn.Module, bool]]) -> None:
+        self._modes = modes
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(_second_time(self._modes))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from robustcompress import ThreatModel, build_model
+from robustcompress.robust import IBP
 from robustcompress.robust.bounds import box, imbalance, margins, widening
 
 Layer = list[tuple[float, float]]
@@ -47,6 +49,48 @@ def test_they_are_their_sums(found: list[Layer]) -> None:
     count = max(1, len(found))
     assert math.isclose(float(widening(bounds, trail)), wide / count, abs_tol=1e-6)
     assert math.isclose(float(imbalance(trail)), unlike / count, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e18, 1e30])
+def test_imbalance_does_not_know_the_scale(scale: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    centre = torch.randn(200, generator=generator, requires_grad=True)
+    radius = 0.1 * torch.rand(200, generator=generator)
+    found = []
+    for factor in (1.0, scale):
+        value = imbalance([((centre - radius - 0.5) * factor, (centre + radius - 0.5) * factor)])
+        found.append((value.detach(), torch.autograd.grad(value, centre)[0]))
+    assert float(found[0][0]) > 0
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet56", "wrn_28_10"])
+def test_networks_of_many_batch_norms_begin_finite(name: str) -> None:
+    torch.manual_seed(0)
+    model, _ = build_model(name, width=0.125)
+    images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
+    step = IBP(steady=0.5).at(0.0).loss(model.train(), images, labels, ThreatModel("linf", 8 / 255))
+    step.loss.backward()
+    assert step.loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_half_precision_does_not_make_bounds_vanish() -> None:
+    model, _ = build_model("resnet8", width=0.5)
+    images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
+    losses, now = [], IBP(steady=0.5).at(0.0)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(now.loss(model.train(), images, labels, ThreatModel("linf", 8 / 255)).loss)
+    assert torch.equal(*losses)
+
+
+def test_every_activation_is_on_the_trail() -> None:
+    layers = (nn.ReLU6(), nn.LeakyReLU(), nn.SiLU(), nn.Hardswish(), nn.ReLU(inplace=True), nn.ELU(), nn.Sigmoid())
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.MaxPool2d(1))), nn.Flatten())
+    trail: list[tuple[Tensor, Tensor]] = []
+    margins(model, box(torch.rand(2, 1, 3, 3), 0.1), torch.zeros(2, dtype=torch.int64), trail=trail)
+    assert len(trail) == len(layers)
 
 
 def deep(seed: int) -> nn.Sequential:

@@ -189,6 +189,11 @@ def test_clean_images_are_looked_at_once_in_so_many_steps(every: int, monkeypatc
     assert 0 <= history[0]["clean"] <= 1 and same(state(model), state(alone))
 
 
+def test_every_epoch_is_looked_at_however_few_steps_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "clean_every", lambda images: 10_000)
+    assert all("clean" in record for record in fit(build("chain"), objective=PGDAT(steps=1), epochs=3.0))
+
+
 def test_the_record_holds_the_loss_and_accuracy_of_its_own_epoch() -> None:
     values = iter([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
     history = fit(build("chain"), objective=Scripted(lambda: next(values)), epochs=2.0, lr=1e-6)

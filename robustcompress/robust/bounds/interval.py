@@ -33,6 +33,22 @@ class Affine:
     bias: Tensor | None
 
 
+class Trail:
+    """Lower and upper bounds of what activations are given, in their order, until it is closed.
+
+    What is computed again on the way back (activation checkpointing) is not to be noted twice.
+    """
+
+    def __init__(self) -> None:
+        self.bounds: list[tuple[Tensor, Tensor]] = []
+        self.closed = False
+
+    def note(self, lower: Tensor, upper: Tensor) -> None:
+        """Take the bounds of one activation's input."""
+        if not self.closed:
+            self.bounds.append((lower, upper))
+
+
 class Interval(Tensor):
     """All tensors between `lower` and `upper`, entry by entry, and what the images themselves lead to.
 
@@ -48,7 +64,7 @@ class Interval(Tensor):
         slack: Zeros [N], a leaf: its gradient is what those linear bounds lie below `point`.
         affine: Where it comes straight from a linear layer.
         shared: Whether other tensors may look at the same memory, as views do.
-        trail: Lower and upper bounds of what each ReLU was given so far, in their order; None where nobody asks.
+        trail: Takes what activations are given; None where nobody asks.
     """
 
     value: Tensor
@@ -58,7 +74,7 @@ class Interval(Tensor):
     slack: Tensor | None
     affine: Affine | None
     shared: bool
-    trail: list[tuple[Tensor, Tensor]] | None
+    trail: Trail | None
 
     @staticmethod
     def __new__(
@@ -71,7 +87,7 @@ class Interval(Tensor):
         slack: Tensor | None = None,
         affine: Affine | None = None,
         shared: bool = False,
-        trail: list[tuple[Tensor, Tensor]] | None = None,
+        trail: Trail | None = None,
     ) -> Self:
         """Make one; see the attributes."""
         assert value.shape == lower.shape == upper.shape

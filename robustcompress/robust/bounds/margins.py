@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustcompress.errors import UnsupportedModelError
-from robustcompress.robust.bounds.interval import Interval, NoRuleError, box
+from robustcompress.robust.bounds.interval import Interval, NoRuleError, Trail, box
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def margins(
         crown: Also bound the logits by linear functions of the images, backwards through the network, with intervals
             for what lies in between (CROWN-IBP, Zhang et al. 2020). Needs a network that is linear but for ReLUs.
         trains: Keep the graph of that linear bound, so that it can be trained.
-        trail: Takes the bounds of what each ReLU is given, with their graph.
+        trail: Is given the bounds of what each activation is given, with their graph.
 
     Raises:
         UnsupportedModelError: A layer for which there is no rule; it is named.
@@ -63,9 +63,13 @@ def margins(
     if crown:
         point = images.value.detach().clone().requires_grad_()
         slack = images.value.new_zeros(len(y)).requires_grad_()
-    start = Interval(images.value, images.lower, images.upper, point=point, slack=slack, trail=trail)
+    seen = None if trail is None else Trail()
+    start = Interval(images.value, images.lower, images.upper, point=point, slack=slack, trail=seen)
     with torch.set_grad_enabled(crown or torch.is_grad_enabled()):
         logits = _bounded(model, start)
+        if seen is not None and trail is not None:
+            seen.closed = True
+            trail.extend(seen.bounds)
         found = Margins(logits.value, _by_intervals(logits, y))
         return found if not crown else Margins(found.clean, found.ibp, _backwards(start, logits, y, trains=trains))
 

@@ -140,6 +140,15 @@ def _dropout(func: Rule, input: Interval, p: float = 0.5, training: bool = True,
 # Never decreasing, not linear.
 
 
+_NO_ACTIVATIONS = (F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d, torch.amax, Tensor.amax)
+
+
+def _note(x: Interval) -> None:
+    """Leave what an activation is given on the trail."""
+    if x.trail is not None:
+        x.trail.note(x.lower, x.upper)
+
+
 @_rule(
     *(F.relu6, F.hardsigmoid, F.softplus, F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh, F.tanh),
     *(F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d, F.hardtanh, F.logsigmoid),
@@ -150,6 +159,8 @@ def _rising(func: Rule, x: Interval, *args: Any, **options: Any) -> Interval:
     _plain(func, *args, *options.values())
     if options.get("return_indices"):
         raise NoRuleError(f"{name_of(func)} has no rule for indices")
+    if func not in _NO_ACTIVATIONS:
+        _note(x)
     return _in_place(x, options, lambda: x.map(lambda t: func(t, *args, **{**options, **_copying(options)})))
 
 
@@ -159,19 +170,20 @@ def _rising_if_positive(func: Rule, x: Interval, *args: Any, **options: Any) -> 
     strengths = [*args[:1], *(options[key] for key in ("negative_slope", "alpha") if key in options)]
     if any(not isinstance(s, int | float) or s < 0 for s in strengths):
         raise NoRuleError(f"{name_of(func)} has a rule for slopes that are not negative alone")
+    _note(x)
     return _in_place(x, options, lambda: x.map(lambda t: func(t, *args, **{**options, **_copying(options)})))
 
 
 @_rule(F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_)
 def _relu(func: Rule, x: Interval, inplace: bool = False) -> Interval:
+    _note(x)
+
     def made() -> Interval:
         point = None
         if x.point is not None:
             if x.slack is None or x.slack.shape[:1] != x.value.shape[:1]:
                 raise NoRuleError("crown-ibp has no rule for a ReLU over other things than a batch of images")
             point = BoundedReLU.apply(x.point, x.value, x.lower, x.upper, x.slack)
-        if x.trail is not None:
-            x.trail.append((x.lower, x.upper))
         return x.with_bounds(x.value.relu(), x.lower.relu(), x.upper.relu(), point)
 
     return _in_place(x, {"inplace": inplace or func in (torch.relu_, Tensor.relu_)}, made)
@@ -192,6 +204,7 @@ def _valley(func: Rule, x: Interval, *args: Any, **options: Any) -> Interval:
     if args or options.get("approximate", "none") != "none":
         raise NoRuleError(f"{name_of(func)} has no rule with approximate={options.get('approximate', args)!r}")
     turn, least = VALLEYS[func]
+    _note(x)
 
     def made() -> Interval:
         value, low, high = func(x.value), func(x.lower), func(x.upper)

@@ -23,7 +23,7 @@ def widening(images: Interval, trail: Sequence[tuple[Tensor, Tensor]]) -> Tensor
 
     Args:
         images: The box that the network was given.
-        trail: Bounds before each ReLU, of any shapes; see `margins`.
+        trail: Bounds before each activation, of any shapes; see `margins`.
     """
     start = images.radius.mean() / images.value.std().clamp(min=_TINY)
     widths = [TOLERANCE * (upper - lower).mean() / 2 for lower, upper in trail]
@@ -32,7 +32,7 @@ def widening(images: Interval, trail: Sequence[tuple[Tensor, Tensor]]) -> Tensor
 
 
 def imbalance(trail: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """How unlike are ReLUs that are always active and those that never are, from 0 for fine to 2: L_relu of the paper.
+    """How unlike are units that are always active and those that never are, from 0 for fine to 2: L_relu of the paper.
 
     Compared are the sums of the centres of either kind, and the sums of their squared distances from the mean centre.
     A layer that lacks a kind counts as wholly unbalanced, and has no gradient.
@@ -43,6 +43,8 @@ def imbalance(trail: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     terms = []
     for lower, upper in trail:
         centre = (lower + upper) / 2
+        # Shares do not know the scale, and squares of the bounds of deep networks would not be finite.
+        centre = centre / centre.detach().abs().amax().clamp(min=torch.finfo(centre.dtype).tiny)
         active, inactive = (lower > 0).to(centre.dtype), (upper < 0).to(centre.dtype)
         apart = (centre - centre.mean()).square()
         terms.append(

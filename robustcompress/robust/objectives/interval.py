@@ -42,8 +42,9 @@ class BoundObjective(Objective):
         kappa: Weight of the clean cross-entropy after the ramp; 0.5 in both papers.
         warm_up: Share of the run's epochs before the radius grows.
         ramp: Share of the run's epochs at which the radius is whole.
-        steady: Weight at the beginning of what keeps bounds from widening and ReLUs from dying (lambda_0 of Shi et al.
-            2021, section 4.3); it falls to 0 while the radius grows. 0 for none.
+        steady: Weight of what keeps bounds from widening and units from dying (`bounds/warm_up.py`; lambda_0 of Shi et
+            al. 2021, section 4.3) until the radius grows, along with which it falls to 0; by default it is 0. With it
+            the radius is a thousandth, and not 0, before it grows.
     """
 
     compiles: ClassVar[bool] = False
@@ -202,6 +203,11 @@ def ramped(progress: float, warm_up: float, ramp: float) -> float:
 
 def _step(model: nn.Module, images: Tensor, y: Tensor, moment: Moment) -> ObjectiveStep:
     assert isinstance(images, Interval)
+    with torch.autocast(images.device.type, enabled=False):  # half of the digits do not tell a narrow box from a point
+        return _step_in_full(model, images, y, moment)
+
+
+def _step_in_full(model: nn.Module, images: Interval, y: Tensor, moment: Moment) -> ObjectiveStep:
     crown = moment.crown > 0
     trail: list[tuple[Tensor, Tensor]] | None = [] if moment.steady > 0 else None
     found = margins(model, images, y, crown=crown, trains=torch.is_grad_enabled(), trail=trail)
