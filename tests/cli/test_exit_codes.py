@@ -45,7 +45,7 @@ BAD_COMPRESS = {
     "attack": (["--attacks", "clean,pdg-20"], "pgd-20"),
     "device": (["--device", "quantum"], "auto"),
     "fraction": (["--macs", "50"], "0.5"),
-    "parent of out": (["--out", "no/such/parent"], "no/such"),
+    "parent of out": (["--out", "/dev/null/out"], "/dev/null is no directory"),
     "weights": (["--pretrained-weights", "none.safetensors"], "none.safetensors"),
     "limit": (["--train-limit", "3"], "at least 20"),
 }

@@ -67,13 +67,14 @@ def test_an_interrupted_run_leaves_nothing(run: Run, tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "compress", interrupt)
     torch.set_num_threads(2)
     try:
-        assert run("quickstart", "--out", tmp_path / "q").code == 130
+        assert run("quickstart", "--out", tmp_path / "no" / "q").code == 130
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_parent_must_exist(run: Run, tmp_path: Path) -> None:
-    ran = run("quickstart", "--out", tmp_path / "no" / "q")
+def test_the_parent_must_be_a_directory(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    ran = run("quickstart", "--out", tmp_path / "file" / "q")
     assert ran.code == 2 and "--out" in ran.err
