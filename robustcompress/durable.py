@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -46,15 +48,24 @@ def clear_way(made: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
-def way_to(path: Path) -> Iterator[None]:
-    """Within it the directories above a path exist; afterwards those that are new and still empty are removed.
+def draft_of(directory: Path, *, prefix: str | None = None) -> Iterator[Path]:
+    """An empty directory beside another that does not exist, to be filled and renamed to it; gone if it was not.
+
+    Args:
+        directory: What it is to become. Directories above it are made, and removed again if nothing came of it.
+        prefix: Its name begins so; by default it is hidden.
 
     Raises:
-        OSError: They cannot be made.
+        OSError: It cannot be made.
     """
-    made = make_way(path)
+    made = make_way(directory)
     try:
-        yield
+        draft = Path(tempfile.mkdtemp(prefix=prefix or f".{directory.name}-", dir=directory.parent))
+        try:
+            draft.chmod(0o755)
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     finally:
         clear_way(made)
 

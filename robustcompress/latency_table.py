@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from robustcompress.budget import human, measure
-from robustcompress.durable import ground, way_to
+from robustcompress.durable import draft_of, ground
 from robustcompress.errors import InputError, Problems
 from robustcompress.export import export_onnx
 from robustcompress.export.timing import Stopwatch
@@ -153,28 +152,23 @@ def export_latency(
             "smaller round_to"
         )
     stopwatch = Stopwatch(editor, (shape[0], shape[1], shape[2]))
-    with way_to(directory):
-        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        try:
-            draft.chmod(0o755)
-            files = [f"{number:02}.onnx" for number in range(len(sampled))]
-            for file, widths in zip(files, sampled, strict=True):
-                export_onnx(stopwatch.resized(widths), draft / file, image_shape=shape, verify=False)
-            record = {
-                "format": 1,
-                "name": name or type(model).__name__,
-                "image_shape": list(shape),
-                "layers": layers_hash(layers_of(editor, example), shape),
-                "macs": measure(twin, example).macs,
-                "round_to": step,
-                "files": files,
-                "widths": sampled,
-            }
-            (draft / FILES).write_text(json.dumps(record, indent=1) + "\n")
-            shutil.copyfile(str(script.__file__), draft / "measure.py")
-            draft.replace(directory)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+    with draft_of(directory) as draft:
+        files = [f"{number:02}.onnx" for number in range(len(sampled))]
+        for file, widths in zip(files, sampled, strict=True):
+            export_onnx(stopwatch.resized(widths), draft / file, image_shape=shape, verify=False)
+        record = {
+            "format": 1,
+            "name": name or type(model).__name__,
+            "image_shape": list(shape),
+            "layers": layers_hash(layers_of(editor, example), shape),
+            "macs": measure(twin, example).macs,
+            "round_to": step,
+            "files": files,
+            "widths": sampled,
+        }
+        (draft / FILES).write_text(json.dumps(record, indent=1) + "\n")
+        shutil.copyfile(str(script.__file__), draft / "measure.py")
+        draft.replace(directory)
     return directory
 
 

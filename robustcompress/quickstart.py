@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from robustcompress.api import compress
 from robustcompress.budget import Budget, human
 from robustcompress.data import DataSplits, load_data
-from robustcompress.durable import clear_way, ground, make_way
+from robustcompress.durable import draft_of, ground
 from robustcompress.errors import InputError, ParityError
 from robustcompress.export import ExportReport, export_onnx, load_session
 from robustcompress.export.ends import INPUT, LOGITS
@@ -117,12 +118,7 @@ def quickstart(out: str | Path, plan: Plan = FULL, *, seed: int = 0) -> Output:
     """
     began = time.perf_counter()
     out = Path(out)
-    draft, made = _draft(out)
-    threads = torch.get_num_threads()
-    # The batches are too small for more threads to pay, and where other programs run too, threads spin for each other
-    # a hundred times as long. It also makes the numbers the same whatever the number of cores.
-    torch.set_num_threads(1)
-    try:
+    with _draft(out) as draft, _one_thread():
         data = load_data("digits")
         say(f"data: {'; '.join(data.notes)}")
         say(f"threat: {THREAT.label()}, since ink on paper hardly feels the 8/255 that is usual for photos")
@@ -169,28 +165,35 @@ def quickstart(out: str | Path, plan: Plan = FULL, *, seed: int = 0) -> Output:
         }
         (draft / "quickstart.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         draft.replace(out)
-    finally:
-        torch.set_num_threads(threads)
-        shutil.rmtree(draft, ignore_errors=True)
-        clear_way(made)
     return Output(document=document, parts=(_table(document), *_lines(out, document, tests, plan)))
 
 
-def _draft(out: Path) -> tuple[Path, list[Path]]:
-    """Make the directory in which everything is first put together, beside `out`; also what was made on the way."""
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    # Batches are too small for more to pay, and beside other programs threads spin for each other a hundred times as
+    # long. It also makes the numbers the same whatever the number of cores.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _draft(out: Path) -> Iterator[Path]:
+    """The directory in which everything is first put together, beside `out`."""
     if out.exists():
         raise InputError(f"{out} exists; choose another directory with --out, or remove it first")
     if not ground(out).is_dir():
         raise InputError(f"{out}: {ground(out)} is no directory; choose another place with --out")
-    try:
-        made = make_way(out)
-        draft = Path(tempfile.mkdtemp(prefix=f"{out.name}-unfinished-", dir=out.parent))
-    except OSError as error:
-        raise InputError(
-            f"{out.parent} cannot be written to ({error.strerror}); choose another directory with --out"
-        ) from error
-    draft.chmod(0o755)
-    return draft, made
+    with contextlib.ExitStack() as stack:
+        try:
+            draft = stack.enter_context(draft_of(out, prefix=f"{out.name}-unfinished-"))
+        except OSError as error:
+            said = f"{out.parent} cannot be written to ({error.strerror})"
+            raise InputError(f"{said}; choose another directory with --out") from error
+        yield draft
 
 
 def _reference(data: DataSplits, seed: int) -> nn.Module:

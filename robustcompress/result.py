@@ -18,7 +18,7 @@ from torch import nn
 from robustcompress.bounded import build_bounded, replay_bounded
 from robustcompress.budget import Budget, Cost, human
 from robustcompress.checkpoint.disk import reason, save_tensors, sync_directory, write_text
-from robustcompress.durable import ground, way_to
+from robustcompress.durable import draft_of, ground
 from robustcompress.errors import DiskError, InputError, ResultError
 from robustcompress.hub import fetch, is_address
 from robustcompress.min_robust import lines_of, trials_of
@@ -111,15 +111,10 @@ class CompressResult:
         directory = Path(directory)
         check_target(directory, overwrite=overwrite)
         try:
-            with way_to(directory):
-                temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-                try:
-                    temporary.chmod(0o755)
-                    self._write(temporary)
-                    _put_in_place(temporary, directory)
-                    sync_directory(directory.parent)
-                finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
+            with draft_of(directory) as draft:
+                self._write(draft)
+                _put_in_place(draft, directory)
+                sync_directory(directory.parent)
         except OSError as error:
             raise _unwritten(directory, error) from error
         return directory

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from robustcompress.data import DataSplits, Images
-from robustcompress.durable import ground, way_to
+from robustcompress.durable import draft_of
 from robustcompress.errors import InputError
 from robustcompress.hub import Address, Sent, fetch, send
 from robustcompress.models import ModelSpec
@@ -19,7 +18,7 @@ from robustcompress.publish.artefacts import KINDS
 from robustcompress.publish.card import model_card
 from robustcompress.publish.page import build_page
 from robustcompress.publish.reading import model_name, strategy_name
-from robustcompress.result import HISTORY, RECIPE, RESULT, WEIGHTS, CompressResult, load
+from robustcompress.result import HISTORY, RECIPE, RESULT, WEIGHTS, CompressResult, check_target, load
 
 CARD, PAGE = "README.md", "report.html"
 
@@ -128,24 +127,16 @@ def pull(address: str, directory: str | Path, *, model: Reference = None) -> Pat
         HubError: The server cannot be reached, or failed.
     """
     directory, where = Path(directory), Address.read(address)
-    if directory.exists():
-        raise InputError(f"{directory} exists; choose another directory, or remove it first")
-    if not ground(directory).is_dir():
-        raise InputError(f"{directory}: {ground(directory)} is no directory; choose another place")
+    check_target(directory)
     optional = (HISTORY, RECIPE, CARD, *BESIDE)
     cached = fetch(where, (RESULT, WEIGHTS), optional=optional)
-    with way_to(directory):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    with draft_of(directory) as draft:
+        for path in sorted({path for pattern in (RESULT, WEIGHTS, *optional) for path in cached.glob(pattern)}):
+            shutil.copyfile(path, draft / path.name)
         try:
-            temporary.chmod(0o755)
-            for path in sorted({path for pattern in (RESULT, WEIGHTS, *optional) for path in cached.glob(pattern)}):
-                shutil.copyfile(path, temporary / path.name)
-            try:
-                load(temporary, model=model)
-            except InputError as error:
-                if model is not None or "needs its reference model" not in str(error):
-                    raise
-            temporary.replace(directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            load(draft, model=model)
+        except InputError as error:
+            if model is not None or "needs its reference model" not in str(error):
+                raise
+        draft.replace(directory)
     return directory

@@ -52,8 +52,8 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter], *, lr: fl
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # One kernel for all tensors in place of several a tensor. On the CPU, where a step costs the time of its passes, it
-    # saves less than half a percent of one; the plain one stays, which results there were made with, bit for bit.
+    # One kernel for all tensors in place of several a tensor. On the CPU the plain one stays: it is what results there
+    # were made with, bit for bit.
     fused = True if all(p.is_cuda and p.is_floating_point() for p in parameters) else None
     if recipe.optimizer in ("lars", "lamb"):
         for group in groups:

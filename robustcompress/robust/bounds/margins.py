@@ -65,7 +65,9 @@ def margins(
         slack = images.value.new_zeros(len(y)).requires_grad_()
     seen = None if trail is None else Trail()
     start = Interval(images.value, images.lower, images.upper, point=point, slack=slack, trail=seen)
-    with torch.set_grad_enabled(crown or torch.is_grad_enabled()):
+    # Half of the digits do not tell a narrow box from a point.
+    full_precision = torch.autocast(images.device.type, enabled=False)
+    with full_precision, torch.set_grad_enabled(crown or torch.is_grad_enabled()):
         logits = _bounded(model, start)
         if seen is not None and trail is not None:
             seen.closed = True

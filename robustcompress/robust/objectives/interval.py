@@ -203,11 +203,6 @@ def ramped(progress: float, warm_up: float, ramp: float) -> float:
 
 def _step(model: nn.Module, images: Tensor, y: Tensor, moment: Moment) -> ObjectiveStep:
     assert isinstance(images, Interval)
-    with torch.autocast(images.device.type, enabled=False):  # half of the digits do not tell a narrow box from a point
-        return _step_in_full(model, images, y, moment)
-
-
-def _step_in_full(model: nn.Module, images: Interval, y: Tensor, moment: Moment) -> ObjectiveStep:
     crown = moment.crown > 0
     trail: list[tuple[Tensor, Tensor]] | None = [] if moment.steady > 0 else None
     found = margins(model, images, y, crown=crown, trains=torch.is_grad_enabled(), trail=trail)
@@ -216,8 +211,8 @@ def _step_in_full(model: nn.Module, images: Interval, y: Tensor, moment: Moment)
         leads = moment.crown * found.crown + (1 - moment.crown) * found.ibp
     worst = F.cross_entropy(-leads, y)  # the margin of y over itself is 0
     loss = moment.clean * F.cross_entropy(found.clean, y) + (1 - moment.clean) * worst
-    if trail is not None:
-        loss = loss + moment.steady * (widening(images, trail) + imbalance(trail).to(loss.device))
+    if trail:
+        loss = loss + moment.steady * (widening(images, trail) + imbalance(trail))
     # A tie is no proof: the class itself lies a hair below 0.
     shown = (-leads.detach()).scatter(1, y[:, None], -torch.finfo(leads.dtype).tiny)
     return ObjectiveStep(loss, shown, images, found.clean.detach())
